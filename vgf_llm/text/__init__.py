@@ -1,0 +1,1 @@
+"""Tokens and particles: the prompt prefix, embedding, decoders and the implicit policy."""
