@@ -56,6 +56,14 @@ class PromptPrefix:
             mask_BP=self.mask_BP.index_select(0, rows_R),
         )
 
+    def without_last(self) -> PromptPrefix:
+        """Drops each prompt's last token, so that a forward may be given it again and answer with its logits."""
+        return PromptPrefix(
+            keys=tuple(k[:, :, :-1] for k in self.keys),
+            values=tuple(v[:, :, :-1] for v in self.values),
+            mask_BP=self.mask_BP[:, :-1],
+        )
+
     def cache(self) -> DynamicCache:
         """Copies the prefix into a transformers cache that is the caller's to change."""
         return _shared_cache([k.clone() for k in self.keys], [v.clone() for v in self.values])
