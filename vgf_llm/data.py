@@ -1,0 +1,318 @@
+"""Prompts and preference pairs: files or hub names in, checked Python objects out, and their encoding to tokens.
+
+Three shapes of preference data are read as they are: explicit prompt/chosen/rejected strings, conversational message
+lists (with the prompt apart or inside both), and whole dialogues with an implicit prompt (Anthropic HH: what both
+dialogues share up to the last "Assistant:"). Every fault names the file, the row (1 is the first) and the column.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from vgf_llm.errors import DataError, ModelError
+from vgf_llm.rows import Row, read_rows, shorten
+
+Message: TypeAlias = dict[str, str]
+Prompt: TypeAlias = str | list[Message]
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One comparison: the prompt, the better response, the worse one and by how much (None: not stated)."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Pairs that can be trained on, and what was left out on the way."""
+
+    pairs: list[PreferencePair]
+    source: str
+    rows: int
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def report(self) -> str:
+        """One line for the log: rows read, pairs kept, rows dropped by reason."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items() if count)
+        return f"{self.source}: {self.rows} rows, {len(self.pairs)} pairs kept, dropped: {reasons or 'none'}"
+
+
+# Prompts and pairs -----------------------------------------------------------------------------------------------------------
+
+
+def load_prompts(source: str, column: str = "prompt", split: str = "train", limit: int | None = None) -> list[Prompt]:
+    """Read prompts from a local file or a hub dataset.
+
+    A whole dialogue in the column (its last turn is the assistant's) is cut before that turn, so that ``chosen`` of a
+    preference set can serve as a column of prompts.
+
+    Args:
+        source: a .jsonl, .json, .csv, .parquet (each also with .gz, but parquet) or .txt file (one prompt a line), or
+            a hub dataset as ``owner/name`` or ``owner/name/data_dir``.
+        column: column that holds a string or a list of ``{"role", "content"}`` messages.
+        split: split of a hub dataset; a file has none.
+        limit: only the first so many rows (count, > 0).
+
+    Returns:
+        Prompts in file order.
+
+    Raises:
+        DataError: the source cannot be read, or a row has no such column or an empty one.
+    """
+    rows = read_rows(source, split, limit)
+    return [_prompt(_cell(row, column, source, number), source, number, column) for number, row in enumerate(rows, 1)]
+
+
+def load_preferences(
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    prompt_column: str = "prompt",
+    chosen_column: str = "chosen",
+    rejected_column: str = "rejected",
+    margin_column: str = "margin",
+    max_dropped_share: float = 0.2,
+) -> Preferences:
+    """Read preference pairs from a local file or a hub dataset.
+
+    Args:
+        source: as for ``load_prompts``.
+        split: split of a hub dataset; a file has none.
+        limit: only the first so many rows (count, > 0).
+        prompt_column: column of prompts; where no row has it, the prompt is what chosen and rejected share.
+        chosen_column: column of the better response, a string or messages.
+        rejected_column: column of the worse response, a string or messages.
+        margin_column: column of how much better, a number; optional.
+        max_dropped_share: largest share of rows that may be unusable (identical, empty or diverging early), in [0, 1].
+
+    Returns:
+        The pairs with the count of dropped rows by reason.
+
+    Raises:
+        DataError: the source cannot be read, a column is missing or malformed, or too many rows are unusable.
+    """
+    rows = read_rows(source, split, limit)
+    explicit = prompt_column in rows[0]
+    dropped = {"with chosen == rejected": 0, "with an empty response": 0, "that diverge before the last turn": 0}
+    first_dropped: dict[str, int] = {}
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        cells = [_cell(row, name, source, number, empty_ok=True) for name in (chosen_column, rejected_column)]
+        given = _cell(row, prompt_column, source, number) if explicit else None
+        prompt, chosen, rejected = _split(given, *cells, source, number)
+        reason = _unusable(chosen, rejected)
+        if reason is not None:
+            dropped[reason] += 1
+            first_dropped.setdefault(reason, number)
+            continue
+        margin = _margin(row.get(margin_column), source, number, margin_column)
+        pairs.append(PreferencePair(prompt, str(chosen), str(rejected), margin))
+    unusable = len(rows) - len(pairs)
+    if unusable > max_dropped_share * len(rows) or not pairs:
+        reasons = ", ".join(f"{dropped[reason]} {reason} (first: row {row})" for reason, row in first_dropped.items())
+        raise DataError(
+            f"{source}: {unusable} of {len(rows)} rows are unusable, more than the allowed share of "
+            f"{max_dropped_share:g}: {reasons}; mend the file or raise max_dropped_share"
+        )
+    return Preferences(pairs, source, len(rows), dropped)
+
+
+# Shapes of rows -----------------------------------------------------------------------------------------
+
+
+def _cell(row: Row, column: str, source: str, number: int, empty_ok: bool = False) -> Any:
+    where = f"{source}, row {number}"
+    if column not in row:
+        raise DataError(f"{where}: no column '{column}'; columns: {', '.join(map(str, row))}")
+    value = row[column]
+    if value is None or not isinstance(value, str | Sequence):
+        raise DataError(f"{where}, column '{column}': expected text or messages, got {shorten(repr(value))}")
+    if not empty_ok and (not value or isinstance(value, str) and not value.strip()):
+        raise DataError(f"{where}, column '{column}': empty; remove the row or fill it")
+    return value if isinstance(value, str) else _messages(value, f"{where}, column '{column}'")
+
+
+def _messages(value: Sequence[Any], where: str) -> list[Message]:
+    messages = []
+    for index, message in enumerate(value):
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise DataError(
+                f"{where}, message {index}: expected an object with 'role' and 'content', got {shorten(repr(message))}"
+            )
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
+
+
+def _prompt(value: Prompt, source: str, number: int, column: str) -> Prompt:
+    """Cut a whole dialogue before the assistant's last turn; leave anything else as it is."""
+    if isinstance(value, str):
+        if value.startswith(HUMAN) and ASSISTANT in value:
+            return value[: value.rfind(ASSISTANT) + len(ASSISTANT)]
+        return value
+    messages = value[:-1] if value[-1]["role"] == "assistant" else value
+    if not messages or not any(message["content"].strip() for message in messages):
+        raise DataError(f"{source}, row {number}, column '{column}': empty; no message before the assistant's")
+    return messages
+
+
+def _split(given: Prompt | None, chosen: Any, rejected: Any, source: str, number: int) -> tuple[Prompt, Any, Any]:
+    """Prompt and the two responses; a response of several turns comes back as None."""
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise DataError(f"{source}, row {number}: one of chosen and rejected is text and the other a message list")
+    if isinstance(chosen, str):
+        return (given, chosen, rejected) if given is not None else _split_text(chosen, rejected, source, number)
+    shared = len(os.path.commonprefix([chosen, rejected]))
+    inside = min(shared, len(chosen) - 1, len(rejected) - 1) if chosen and rejected else 0
+    prompt = given if given is not None else chosen[:inside]
+    if not prompt:
+        raise DataError(f"{source}, row {number}: no column 'prompt', and chosen and rejected share no first message")
+    responses = []
+    for messages in (chosen, rejected):
+        rest = messages[inside:]
+        responses.append("" if not rest else rest[0]["content"] if len(rest) == 1 else None)
+    return prompt, *responses
+
+
+def _split_text(chosen: str, rejected: str, source: str, number: int) -> tuple[str, Any, Any]:
+    shared = os.path.commonprefix([chosen, rejected])
+    end = shared.rfind(ASSISTANT)
+    if end < 0:
+        raise DataError(
+            f"{source}, row {number}: no column 'prompt', and chosen and rejected share no text up to an "
+            f"{ASSISTANT!r}; chosen starts {shorten(repr(chosen))}"
+        )
+    end += len(ASSISTANT)
+    responses = [None if HUMAN in text[end:] or ASSISTANT in text[end:] else text[end:] for text in (chosen, rejected)]
+    return chosen[:end], *responses
+
+
+def _unusable(chosen: str | None, rejected: str | None) -> str | None:
+    if chosen is None or rejected is None:
+        return "that diverge before the last turn"
+    if not chosen.strip() or not rejected.strip():
+        return "with an empty response"
+    return "with chosen == rejected" if chosen.strip() == rejected.strip() else None
+
+
+def _margin(value: Any, source: str, number: int, column: str) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{source}, row {number}, column '{column}': expected a number, got {shorten(repr(value))}"
+        ) from error
+
+
+# Encoding ----------------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Encode a prompt up to where the model's response begins.
+
+    With a chat template: a string is one user message, a Human/Assistant dialogue its turns, and the generation prompt
+    is added. Without one: text as it is with the tokenizer's own BOS, messages as a Human/Assistant dialogue.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: text or messages.
+
+    Returns:
+        Token ids, at least one.
+
+    Raises:
+        DataError: the template refuses the messages, or nothing is left to encode.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        messages = _as_messages(prompt)
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except Exception as error:  # jinja2 and its sandbox raise several types; all mean a refused conversation
+            raise DataError(
+                f"the chat template refuses the messages {shorten(repr(messages), 200)}: {error}"
+            ) from error
+    else:
+        ids = tokenizer(_as_text(prompt))["input_ids"]
+        if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]  # some tokenizers close every text; a prompt goes on
+    if not ids:
+        raise DataError(f"the prompt {shorten(repr(prompt))} has no tokens")
+    return list(ids)
+
+
+def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
+    """Encode a response as it follows an encoded prompt.
+
+    Under a chat template leading white space is dropped (the template has placed it already).
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the response.
+        eos: close it with the tokenizer's EOS.
+
+    Returns:
+        Token ids without BOS.
+
+    Raises:
+        ModelError: ``eos`` is asked for and the tokenizer has no EOS token.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        text = text.lstrip()
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not eos:
+        return ids
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no EOS token, so a response cannot be closed; set tokenizer.eos_token")
+    return [*ids, tokenizer.eos_token_id]
+
+
+def check_prompt_fits(ids: Sequence[int], max_positions: int | None, new_tokens: int, index: int) -> None:
+    """Refuse a prompt that leaves no room for the response.
+
+    Args:
+        ids: encoded prompt.
+        max_positions: positions of the model (tokens); None where it has no limit.
+        new_tokens: longest response (tokens).
+        index: position of the prompt in its list, for the message.
+
+    Raises:
+        DataError: prompt and response together exceed the model's positions.
+    """
+    if max_positions is not None and len(ids) + new_tokens > max_positions:
+        raise DataError(
+            f"prompt {index}: {len(ids)} tokens and up to {new_tokens} new ones exceed the model's {max_positions} "
+            f"positions; shorten it to {max(max_positions - new_tokens, 0)} tokens or lower max_new_tokens"
+        )
+
+
+def _as_messages(prompt: Prompt) -> list[Message]:
+    if not isinstance(prompt, str):
+        return prompt
+    if not (prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT.strip())):
+        return [{"role": "user", "content": prompt}]
+    messages = []
+    for turn in prompt.split(HUMAN)[1:]:
+        question, *answers = turn.split(ASSISTANT)
+        messages.append({"role": "user", "content": question.strip()})
+        messages.extend({"role": "assistant", "content": answer.strip()} for answer in answers if answer.strip())
+    return messages
+
+
+def _as_text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    names = {"user": HUMAN, "assistant": ASSISTANT}
+    turns = [f"{names.get(turn['role'], '')} {turn['content']}".lstrip(" ") for turn in prompt]
+    return "".join(turns) + ASSISTANT
