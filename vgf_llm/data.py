@@ -46,7 +46,7 @@ class Preferences:
         return f"{self.source}: {self.rows} rows, {len(self.pairs)} pairs kept, dropped: {reasons or 'none'}"
 
 
-# Prompts and pairs -----------------------------------------------------------------------------------------------------------
+# Prompts and pairs -------------------------------------------------------------------------------------------------
 
 
 def load_prompts(source: str, column: str = "prompt", split: str = "train", limit: int | None = None) -> list[Prompt]:
