@@ -1,0 +1,96 @@
+"""The command line: help at once, faults of the input as one line with exit code 2, Ctrl-C as 130."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vgf_llm import __version__
+from vgf_llm.cli import COMMANDS, main, run_main
+from vgf_llm.errors import DataError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_no_command_and_an_unknown_one(capsys):
+    assert main([]) == 2
+    assert main(["evalute"]) == 2
+    assert "unknown command 'evalute'; commands: demo, reward, generate, evaluate" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_input_is_one_line_and_exit_code_2(capsys):
+    def fails(argv):
+        raise DataError("rows.jsonl, row 3: no column 'prompt'")
+
+    assert run_main(fails, []) == 2
+    assert capsys.readouterr().err == "error: rows.jsonl, row 3: no column 'prompt'\n"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def fails(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(fails, [])
+
+
+def test_arguments_and_code_are_handed_on():
+    seen = []
+    assert run_main(lambda argv: seen.append(argv) or 3, ["--a", "b"]) == 3
+    assert run_main(lambda argv: seen.append(argv)) == 0
+    assert seen == [["--a", "b"], None]
+
+
+def test_interrupt_says_that_the_work_is_kept():
+    code = (
+        "import sys, time\nfrom vgf_llm.cli import run_main\n"
+        "def work(argv):\n    print('started', flush=True)\n    time.sleep(60)\n"
+        "sys.exit(run_main(work, []))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "started\n"
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda command: "".join(command) or "all")
+def test_help_answers_in_under_a_second(command):
+    # The fastest of three: the machine that runs the tests is shared with other tests.
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run("-m", "vgf_llm.cli", *command, "--help")
+        times.append(time.perf_counter() - start)
+        assert result.returncode == 0, result.stderr
+        assert "usage" in result.stdout
+        if times[-1] < 1:
+            break
+    assert min(times) < 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_flag_ends_with_code_2_and_no_traceback(command):
+    result = run("-m", "vgf_llm.cli", command, "--no_such_key", "1")
+    assert result.returncode == 2
+    assert "unknown flag '--no_such_key'" in result.stderr and "Traceback" not in result.stderr

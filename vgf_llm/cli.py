@@ -1,0 +1,87 @@
+"""``vgf-llm <command>``: hands over to a command's own ``main`` and turns every error into a message and an exit code.
+
+0: done. 2: the input is at fault; the message says what to mend. 130: stopped with Ctrl-C. A command's module is
+imported only when it is called, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from vgf_llm import __version__
+from vgf_llm.errors import VGFError
+
+COMMANDS = {
+    "demo": ("vgf_llm.demo", "train a reward model, transport, decode and compare, on a small real model (minutes)"),
+    "reward": ("reward_models.train", "train a reward model on preference pairs"),
+    "generate": ("vgf_llm.generate", "answer prompts under a transport budget"),
+    "evaluate": ("vgf_llm.evaluate", "compare budgets with best-of-N and controls"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: command and its arguments; None takes those of the process.
+
+    Returns:
+        Exit code: 0 done, 2 a fault in the input, 130 stopped with Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("--version", "-V"):
+        print(f"vgf-llm {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"vgf-llm: unknown command '{command}'; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run_main(importlib.import_module(COMMANDS[command][0]).main, rest)
+
+
+def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command's ``main`` and turn what stops it into a message on standard error and an exit code.
+
+    A module ends in ``if __name__ == "__main__": sys.exit(run_main(main))``.
+
+    Args:
+        command_main: takes the arguments (None: those of the process) and returns an exit code.
+        argv: the arguments.
+
+    Returns:
+        The command's code; 2 after a VGFError; 130 after Ctrl-C.
+    """
+    try:
+        return command_main(None if argv is None else list(argv)) or 0
+    except VGFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "stopped with Ctrl-C; rows and checkpoints written so far are whole and stay in the output folder"
+            " (evaluate goes on with --resume)",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has left; leave as quietly as other tools do
+        sys.stderr.close()
+        return 141
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: vgf-llm <command> [--config recipe.yaml] [--key value ...]\n\n"
+        "Value Gradient Flow for language models: move sampled responses along a reward's gradient within a budget.\n\n"
+        f"commands:\n{commands}\n\n"
+        "vgf-llm <command> --help lists a command's keys; --version prints the version."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
