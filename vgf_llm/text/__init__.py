@@ -1,1 +1,22 @@
-"""Tokens and particles: the prompt prefix, embedding, decoders and the implicit policy."""
+"""Text as particles: the reference's law, responses and their embeddings, decoders, and the implicit policy."""
+
+from vgf_llm.text.decoders import NearestDecoder, PriorDecoder
+from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.text.noise import row_seeds
+from vgf_llm.text.protocols import Decoded, Decoder, Move, Value
+from vgf_llm.text.reference import Reference
+from vgf_llm.text.responses import Responses
+
+__all__ = [
+    "Decoded",
+    "Decoder",
+    "ImplicitPolicy",
+    "Move",
+    "NearestDecoder",
+    "Outcome",
+    "PriorDecoder",
+    "Reference",
+    "Responses",
+    "Value",
+    "row_seeds",
+]

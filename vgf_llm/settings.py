@@ -1,0 +1,62 @@
+"""Options that several commands share. This module imports nothing heavy, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which base model is the reference and which value moves its responses."""
+
+    model_name_or_path: str = "default"
+    """Base model: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
+    reward_model: str | None = None
+    """Folder of a trained reward model (or adapter); its gradient moves the particles and it selects."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Parameter dtype of the base and reward model."""
+    device: str = "auto"
+    """Torch device, or "auto": cuda where there is one, else cpu."""
+    pad_token: str | None = None
+    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    trust_remote_code: bool = False
+    """Whether code in a model's repository may run."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The reference law: temperature and truncation of the base model, the same for sampling and decoding."""
+
+    temperature: float = 1.0
+    """Softmax temperature, above 0."""
+    top_k: int = 50
+    """Tokens kept by probability at each position; 0 keeps the whole vocabulary."""
+    top_p: float = 1.0
+    """Probability mass kept at each position, in (0, 1]."""
+    max_new_tokens: int = 24
+    """Response length limit in tokens, EOS included, at least 1."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+def resolve_device(device: str) -> str:
+    """Return ``device``, with "auto" replaced by cuda where torch sees one, else cpu."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,61 @@
+"""The reference law: temperature and truncation applied to logits, as a shortlist of K tokens.
+
+Every arm of an experiment draws from this law, because truncation alone already improves samples.
+Top-k comes first, then nucleus (top-p) within it, as transformers' warpers do in that order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vgf_llm.settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The tokens that a truncated law can emit, most probable first.
+
+    Attributes:
+        ids: int64 [..., K].
+        logps: float32 [..., K], normalised over K; ``-inf`` for columns outside the nucleus.
+    """
+
+    ids: Tensor
+    logps: Tensor
+
+    def including(self, token: Tensor, logits: Tensor, temperature: float) -> Shortlist:
+        """Return the shortlist with ``token`` as one more column, so that a response can always keep its own token.
+
+        Where the token is on the list already (or is asked for nowhere: negative id), the new column is ``-inf``.
+
+        Args:
+            token: int64 [...], -1 where nothing is to be added.
+            logits: The untruncated logits [..., V].
+            temperature: The law's temperature.
+        """
+        token_1 = token.clamp(min=0).unsqueeze(-1)
+        known = ((self.ids == token_1) & ~torch.isinf(self.logps)).any(-1, keepdim=True)
+        scaled = logits.float() / temperature
+        own = scaled.gather(-1, token_1) - scaled.gather(-1, self.ids[..., :1]) + self.logps[..., :1]
+        own = own.masked_fill(known | (token < 0).unsqueeze(-1), -torch.inf)
+        return Shortlist(
+            torch.cat([self.ids, token_1], -1), torch.cat([self.logps, own], -1).log_softmax(-1)
+        )
+
+    def column_of(self, token: Tensor) -> Tensor:
+        """Return the column that holds ``token`` [...]; a token off the list gives its most probable column (0)."""
+        return ((self.ids == token.unsqueeze(-1)) & ~torch.isinf(self.logps)).long().argmax(-1)
+
+
+def truncate(logits: Tensor, sampling: SamplingSettings) -> Shortlist:
+    """Apply temperature, top-k and top-p to ``logits`` [..., V] and return the shortlist that is left."""
+    k = sampling.top_k or logits.shape[-1]
+    values, ids = (logits.float() / sampling.temperature).topk(min(k, logits.shape[-1]), dim=-1)
+    logps = values.log_softmax(-1)
+    if sampling.top_p < 1:
+        mass_before = logps.exp().cumsum(-1) - logps.exp()
+        logps = logps.masked_fill(mass_before >= sampling.top_p, -torch.inf).log_softmax(-1)
+    return Shortlist(ids, logps)

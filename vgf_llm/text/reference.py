@@ -1,0 +1,164 @@
+"""The reference: a frozen causal language model together with the law that its responses are drawn from.
+
+It answers three questions and does nothing else: which logits stand before each token of given responses (one parallel
+forward), how probable those responses are, and what it writes when somebody else chooses the token at each step.
+Prompts are run once and shared by all of their responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.text.law import Shortlist, truncate
+from vgf_llm.text.prefix import PromptPrefix, compute_prefix
+from vgf_llm.text.responses import Responses, is_any_of, mask_after_eos
+
+ChooseToken = Callable[[Tensor, int], Tensor]
+"""(logits_RV, position) -> token_R: picks the next token of every row."""
+
+_ROWS_PER_FORWARD = 32
+
+
+@dataclass(frozen=True)
+class ReferencePrefix:
+    """Prompts as the reference needs them: all but their last token as keys and values, and that token.
+
+    Attributes:
+        prefix: Keys and values of each prompt without its last token.
+        last_token_B: int64, the token whose logits are those of the first response token.
+        prompts: The prompts' ids.
+    """
+
+    prefix: PromptPrefix
+    last_token_B: Tensor
+    prompts: list[list[int]]
+
+
+class Reference:
+    """A frozen base model under a sampling law.
+
+    Args:
+        model: Causal language model; only read.
+        sampling: Temperature, truncation and length.
+        eos_ids: Every id that ends a response.
+        pad_id: Id for padding; not one of ``eos_ids``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, sampling: SamplingSettings, eos_ids: Sequence[int], pad_id: int
+    ) -> None:
+        self.model = model
+        self.sampling = sampling
+        self.eos_ids = tuple(eos_ids)
+        self.pad_id = pad_id
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+    def prefix(self, prompts: list[list[int]]) -> ReferencePrefix:
+        """Run B prompts once."""
+        last_token_B = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
+        prefix = compute_prefix(self.model.base_model, prompts, self.pad_id)
+        return ReferencePrefix(prefix.without_last(), last_token_B, prompts)
+
+    def shortlists(
+        self, prefix: ReferencePrefix, responses: Responses, sampling: SamplingSettings | None = None
+    ) -> Shortlist:
+        """Return the law at every position of the responses, with the response's own token on the list.
+
+        Args:
+            prefix: The prompts of ``responses``.
+            responses: N responses to each of the B prompts.
+            sampling: Another law than the reference's own, for instance a wider top-k.
+
+        Returns:
+            A shortlist of shape [B*N, T, K + 1].
+        """
+        sampling = sampling or self.sampling
+        ids, logps = [], []
+        for logits_RTV, tokens_RT, mask_RT in self._forwards(prefix, responses):
+            own_RT = tokens_RT.masked_fill(~mask_RT, -1)
+            shortlist = truncate(logits_RTV, sampling).including(own_RT, logits_RTV, sampling.temperature)
+            ids.append(shortlist.ids)
+            logps.append(shortlist.logps)
+        return Shortlist(torch.cat(ids), torch.cat(logps))
+
+    def logps(self, prefix: ReferencePrefix, responses: Responses) -> Tensor:
+        """Return the log-probability of every token under the untruncated model at temperature 1, [B, N, T].
+
+        Padding is 0.
+        """
+        parts = []
+        for logits_RTV, tokens_RT, mask_RT in self._forwards(prefix, responses):
+            own_RT = logits_RTV.float().gather(-1, tokens_RT.unsqueeze(-1)).squeeze(-1)
+            parts.append((own_RT - logits_RTV.float().logsumexp(-1)).masked_fill(~mask_RT, 0))
+        return torch.cat(parts).view(responses.tokens_BNT.shape)
+
+    @torch.no_grad()
+    def _forwards(self, prefix: ReferencePrefix, responses: Responses):  # noqa: ANN202 - a generator of three tensors
+        """Yield (logits_RTV, tokens_RT, mask_RT) for a few rows at a time: R*T*V numbers never stand together."""
+        n = responses.tokens_BNT.shape[1]
+        tokens_RT, mask_RT = responses.tokens_BNT.flatten(0, 1), responses.mask_BNT.flatten(0, 1)
+        last_R = prefix.last_token_B.repeat_interleave(n)
+        for rows in torch.arange(len(tokens_RT), device=tokens_RT.device).split(_ROWS_PER_FORWARD):
+            prompts = prefix.prefix.select(rows // n)
+            inputs_RT = torch.cat([last_R[rows].unsqueeze(1), tokens_RT[rows, :-1]], 1)
+            positions_T = torch.arange(inputs_RT.shape[1], device=inputs_RT.device)
+            real_RT = torch.cat([torch.ones_like(mask_RT[rows, :1]), mask_RT[rows, :-1]], 1)
+            logits_RTV = self.model(
+                input_ids=inputs_RT,
+                attention_mask=torch.cat([prompts.mask_BP, real_RT], 1).long(),
+                position_ids=prompts.lengths_B.unsqueeze(1) + positions_T,
+                past_key_values=prompts.cache(),
+                use_cache=True,
+            ).logits
+            yield logits_RTV, tokens_RT[rows], mask_RT[rows]
+
+    @torch.no_grad()
+    def write(self, prefix: ReferencePrefix, num_particles: int, choose: ChooseToken) -> Responses:
+        """Write responses token by token; ``choose`` picks each token from the reference's logits.
+
+        Args:
+            prefix: B prompts.
+            num_particles: N responses a prompt; rows are ordered ``b * N + n``.
+            choose: Maps (logits_RV, position) to the next token of every row.
+
+        Returns:
+            Responses of at most ``sampling.max_new_tokens`` tokens, ended by the first EOS.
+        """
+        rows = prefix.prefix.expand(num_particles)
+        cache, mask_RS = rows.cache(), rows.mask_BP.long()
+        token_R = prefix.last_token_B.repeat_interleave(num_particles)
+        done_R = torch.zeros_like(token_R, dtype=torch.bool)
+        written: list[Tensor] = []
+        for position in range(self.sampling.max_new_tokens):
+            mask_RS = torch.cat([mask_RS, _column(token_R)], 1)
+            logits_RV = self.model(
+                input_ids=token_R.unsqueeze(1),
+                attention_mask=mask_RS,
+                position_ids=(rows.lengths_B + position).unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            token_R = choose(logits_RV, position).masked_fill(done_R, self.pad_id)
+            written.append(token_R)
+            done_R = done_R | is_any_of(token_R, self.eos_ids)
+            if bool(done_R.all()):
+                break
+        tokens_RT = torch.stack(written, 1)
+        mask_RT = mask_after_eos(tokens_RT, self.eos_ids)
+        shape = (-1, num_particles, tokens_RT.shape[1])
+        tokens_RT = tokens_RT.masked_fill(~mask_RT, self.pad_id)
+        return Responses(prefix.prompts, tokens_RT.view(shape), mask_RT.view(shape), self.eos_ids, self.pad_id)
+
+
+def _column(token_R: Tensor) -> Tensor:
+    return torch.ones_like(token_R).unsqueeze(1)

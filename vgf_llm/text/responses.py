@@ -1,0 +1,97 @@
+"""Responses: the token ids that a group of samples is made of, right padded, with what counts as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Responses:
+    """N responses to each of B prompts.
+
+    Attributes:
+        prompts: B prompts as token ids, unpadded.
+        tokens_BNT: int64, right padded.
+        mask_BNT: bool, true on every token of a response, its EOS included.
+        eos_ids: Ids that end a response.
+        pad_id: Id that fills the tail.
+    """
+
+    prompts: list[list[int]]
+    tokens_BNT: Tensor
+    mask_BNT: Tensor
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def lengths_BN(self) -> Tensor:
+        """Tokens of each response, EOS included."""
+        return self.mask_BNT.sum(-1)
+
+    @property
+    def eos_BNT(self) -> Tensor:
+        """True where a token of a response is an EOS."""
+        return is_any_of(self.tokens_BNT, self.eos_ids) & self.mask_BNT
+
+    @property
+    def movable_BNT(self) -> Tensor:
+        """True on the tokens that may be moved: those of the response, without its EOS."""
+        return self.mask_BNT & ~self.eos_BNT
+
+    def with_tokens(self, tokens_BNT: Tensor) -> Responses:
+        """Return the same prompts and lengths with other tokens, cut after the first EOS."""
+        mask_BNT = self.mask_BNT & mask_after_eos(tokens_BNT, self.eos_ids)
+        return Responses(
+            self.prompts, tokens_BNT.masked_fill(~mask_BNT, self.pad_id), mask_BNT, self.eos_ids, self.pad_id
+        )
+
+    def take(self, index_BM: Tensor) -> Responses:
+        """Return M responses of each prompt by their index in N (int64, [B, M])."""
+        index_BMT = index_BM.unsqueeze(-1).expand(-1, -1, self.tokens_BNT.shape[-1])
+        return Responses(
+            self.prompts,
+            self.tokens_BNT.gather(1, index_BMT),
+            self.mask_BNT.gather(1, index_BMT),
+            self.eos_ids,
+            self.pad_id,
+        )
+
+    def first(self, n: int) -> Responses:
+        """Return the first ``n`` responses of each prompt."""
+        return Responses(self.prompts, self.tokens_BNT[:, :n], self.mask_BNT[:, :n], self.eos_ids, self.pad_id)
+
+    def texts(self, tokenizer) -> list[list[str]]:  # noqa: ANN001 - any HF tokenizer
+        """Decode every response to text, special tokens dropped."""
+        flat = [
+            row[keep].tolist()
+            for row, keep in zip(self.tokens_BNT.flatten(0, 1), self.mask_BNT.flatten(0, 1), strict=True)
+        ]
+        texts = tokenizer.batch_decode(flat, skip_special_tokens=True)
+        n = self.tokens_BNT.shape[1]
+        return [texts[start : start + n] for start in range(0, len(texts), n)]
+
+
+def concatenate(parts: Sequence[Responses]) -> Responses:
+    """Join responses to the same prompts along N, padded to the longest."""
+    first = parts[0]
+    length = max(part.tokens_BNT.shape[-1] for part in parts)
+    tokens = [
+        torch.nn.functional.pad(p.tokens_BNT, (0, length - p.tokens_BNT.shape[-1]), value=p.pad_id) for p in parts
+    ]
+    masks = [torch.nn.functional.pad(p.mask_BNT, (0, length - p.mask_BNT.shape[-1]), value=False) for p in parts]
+    return Responses(first.prompts, torch.cat(tokens, 1), torch.cat(masks, 1), first.eos_ids, first.pad_id)
+
+
+def is_any_of(ids: Tensor, members: Sequence[int]) -> Tensor:
+    """Return where ``ids`` holds one of ``members``; a bool tensor of the same shape."""
+    return torch.isin(ids, torch.as_tensor(members, dtype=ids.dtype, device=ids.device))
+
+
+def mask_after_eos(tokens: Tensor, eos_ids: Sequence[int]) -> Tensor:
+    """Return a bool mask over the last dim that is true up to and including the first EOS."""
+    ended_before = is_any_of(tokens, eos_ids).long().cumsum(-1) - is_any_of(tokens, eos_ids).long()
+    return ended_before == 0

@@ -1,0 +1,97 @@
+"""The tilt of a reference law by a displacement, and the multipliers that make it spend a stated KL budget.
+
+With p the law at one position over K tokens and b_v = <Delta, e_v - e_y> the bonus of token v,
+
+    q_s(v) = p(v) exp(s b_v) / Z_s           for every v that is not EOS,        q_s(EOS) = p(EOS).
+
+This is the form of the KL-regularised optimum with s = 1/alpha. One s serves a whole response, so positions where the
+gradient is large spend more; s solves sum_t min(KL(q_s,t || p_t), cap) = nats by bisection, since every KL term grows
+with s. The end of a response is the reference's business: EOS keeps its probability and takes no part in the KL.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_DOUBLINGS = 40
+_BISECTIONS = 30
+
+
+def tilt(logps: Tensor, bonus: Tensor, multiplier: Tensor, is_eos: Tensor) -> Tensor:
+    """Return log q_s, float [..., K].
+
+    Args:
+        logps: log p, normalised over K; ``-inf`` outside the truncation.
+        bonus: b [..., K].
+        multiplier: s [...], at least 0.
+        is_eos: bool [..., K], columns that keep their probability.
+    """
+    logps_text = logps.masked_fill(is_eos, -torch.inf)
+    raised = logps_text + multiplier.unsqueeze(-1) * bonus.masked_fill(is_eos, 0)
+    shift = logps_text.logsumexp(-1, keepdim=True) - raised.logsumexp(-1, keepdim=True)
+    shift = shift.nan_to_num(nan=0.0)  # no token but EOS is left: nothing to tilt
+    return torch.where(is_eos, logps, raised + shift)
+
+
+def kl_divergence(logq: Tensor, logp: Tensor) -> Tensor:
+    """Return KL(q || p) over the last dim, in nats; columns that q excludes count 0."""
+    difference = torch.where(torch.isinf(logq), torch.zeros_like(logq), logq - logp)
+    return (logq.exp() * difference).sum(-1).clamp(min=0)
+
+
+def capped_multiplier(
+    logps: Tensor, bonus: Tensor, multiplier: Tensor, is_eos: Tensor, max_token_nats: float
+) -> Tensor:
+    """Return the largest multiplier, at most ``multiplier``, whose KL at a position is within the cap; [...]."""
+
+    def nats(s: Tensor) -> Tensor:
+        return kl_divergence(tilt(logps, bonus, s, is_eos), logps)
+
+    low, high = torch.zeros_like(multiplier), multiplier
+    over = nats(multiplier) > max_token_nats
+    if not bool(over.any()):
+        return multiplier
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        too_far = nats(middle) > max_token_nats
+        low, high = torch.where(too_far, low, middle), torch.where(too_far, middle, high)
+    return torch.where(over, low, multiplier)
+
+
+def calibrate_multiplier(
+    logps_RTK: Tensor, bonus_RTK: Tensor, is_eos_RTK: Tensor, mask_RT: Tensor, nats: float, max_token_nats: float
+) -> Tensor:
+    """Return one multiplier a response, [R], that spends ``nats`` over the response's own contexts.
+
+    Where the law cannot be tilted that far (every position is at its cap or certain), the result is large and the
+    caps bind. A response without any bonus gets 0.
+
+    Args:
+        logps_RTK: log p at every position.
+        bonus_RTK: b at every position.
+        is_eos_RTK: bool.
+        mask_RT: bool, positions that count.
+        nats: KL budget of a response.
+        max_token_nats: Cap on one position.
+    """
+
+    def spent(s_R: Tensor) -> Tensor:
+        s_RT = s_R.unsqueeze(-1).expand(mask_RT.shape)
+        nats_RT = kl_divergence(tilt(logps_RTK, bonus_RTK, s_RT, is_eos_RTK), logps_RTK)
+        return (nats_RT.clamp(max=max_token_nats) * mask_RT).sum(-1)
+
+    live_RTK = mask_RT.unsqueeze(-1) & ~is_eos_RTK & ~torch.isinf(logps_RTK)
+    largest_R = bonus_RTK.abs().masked_fill(~live_RTK, 0).flatten(1).amax(-1)
+    high_R = torch.where(largest_R > 0, 1 / largest_R.clamp(min=1e-30), torch.zeros_like(largest_R))
+    for _ in range(_DOUBLINGS):
+        short_R = spent(high_R) < nats
+        if not bool((short_R & (largest_R > 0)).any()):
+            break
+        high_R = torch.where(short_R, high_R * 2, high_R)
+    low_R = torch.zeros_like(high_R)
+    for _ in range(_BISECTIONS):
+        middle_R = (low_R + high_R) / 2
+        short_R = spent(middle_R) < nats
+        low_R, high_R = torch.where(short_R, middle_R, low_R), torch.where(short_R, high_R, middle_R)
+    return low_R
