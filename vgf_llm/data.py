@@ -7,6 +7,8 @@ dialogues share up to the last "Assistant:"). Every fault names the file, the ro
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,7 +174,8 @@ def _split(given: Prompt | None, chosen: Any, rejected: Any, source: str, number
         raise DataError(f"{source}, row {number}: one of chosen and rejected is text and the other a message list")
     if isinstance(chosen, str):
         return (given, chosen, rejected) if given is not None else _split_text(chosen, rejected, source, number)
-    shared = len(os.path.commonprefix([chosen, rejected]))
+    same = (left == right for left, right in zip(chosen, rejected, strict=False))
+    shared = sum(1 for _ in itertools.takewhile(bool, same))
     inside = min(shared, len(chosen) - 1, len(rejected) - 1) if chosen and rejected else 0
     prompt = given if given is not None else chosen[:inside]
     if not prompt:
@@ -209,11 +212,12 @@ def _margin(value: Any, source: str, number: int, column: str) -> float | None:
     if value is None or value == "":
         return None
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{source}, row {number}, column '{column}': expected a number, got {shorten(repr(value))}"
-        ) from error
+        margin = float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise DataError(f"{source}, row {number}, column '{column}': expected a number, got {shorten(repr(value))}")
+    return margin
 
 
 # Encoding ----------------------------------------------------------------------------------------------------------
