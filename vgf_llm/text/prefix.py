@@ -1,9 +1,9 @@
 """Runs a prompt through a decoder body once and lets any number of responses continue from its keys and values.
 
-A batch of N particles per prompt costs P tokens per prompt once, instead of N * L * P. The cached forward is the same sum
-as the uncached one: causal attention makes a prompt's keys and values independent of what follows. Departure from
-`generate`'s use of the cache: the prefix is a value. A forward works on a cache of its own, so one prefix serves every
-flow step, and gradients reach the responses only.
+A batch of N particles per prompt costs P tokens per prompt once, instead of N * L * P. The cached forward is the same
+sum as the uncached one: causal attention makes a prompt's keys and values independent of what follows. Departure from
+`generate`'s use of the cache: the prefix is a value. A forward works on a cache of its own, so one prefix serves
+every flow step, and gradients reach the responses only.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def forward_with_prefix(
         body: the module that computed the prefix.
         prefix_rows: one row a response (`prefix.expand(N)` for N responses a prompt); left as it is.
         inputs_embeds_RTD: response embeddings; gradients flow to them and to the body's parameters that require them.
-        mask_RT: bool or 0/1, right padded; True where a response token stands. Position ids continue the prompt's length.
+        mask_RT: bool or 0/1, right padded; True where a response token stands. Position ids continue the prompt's
+        length.
 
     Returns:
         hidden_RTD after the body's final norm; what stands at padding is of no meaning.
@@ -145,12 +146,12 @@ def forward_with_prefix(
 
 
 def positions_from_mask(mask_RT: Tensor) -> Tensor:
-    """Numbers the attended tokens of each row 0, 1, 2, ... whatever the padding side (int64; padding gets a valid id)."""
+    """Numbers the attended tokens of each row 0, 1, 2, ... whatever the padding side (int64; padding: a valid id)."""
     return (mask_RT.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def _shared_cache(keys: Sequence[Tensor], values: Sequence[Tensor]) -> DynamicCache:
-    """Wraps tensors without copying; `DynamicLayer.update` concatenates into new ones, so a forward leaves them alone."""
+    """Wraps tensors without copying; `DynamicLayer.update` concatenates into new ones: a forward leaves them be."""
     cache = DynamicCache()
     for key, value in zip(keys, values, strict=True):
         layer = DynamicLayer()

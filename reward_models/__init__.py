@@ -1,0 +1,30 @@
+"""Reward models: what a response is worth, as a differentiable function of its token embeddings.
+
+`modelling` (the model), `loading`, `ensemble`, `functions` (Python rewards), `losses`, `fidelity` (does the input
+gradient predict a token change), `card` (what is known about a trained model), `train` (the entry point). Names load
+on first use, so that `losses` imports torch only and `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "RewardModel": "modelling",
+    "RewardModelConfig": "modelling",
+    "RewardEnsemble": "ensemble",
+    "RewardCard": "card",
+    "bradley_terry": "losses",
+    "gradient_fidelity": "fidelity",
+    "load_function": "functions",
+    "load_reward_model": "loading",
+    "save_reward_model": "loading",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

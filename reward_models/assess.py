@@ -1,0 +1,101 @@
+"""Measures a trained reward model on held-out pairs and fills in its card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reward_models.card import RewardCard, pair_figures
+from reward_models.fidelity import Fidelity, gradient_fidelity, reference_shortlist
+from reward_models.modelling import RewardModel
+from reward_models.pairs import EncodedPair, PairCollator
+from vgf_llm.models import fingerprint
+
+
+@torch.no_grad()
+def score_pairs(
+    model: RewardModel, pairs: Sequence[EncodedPair], pad_token_id: int, batch_size: int = 16
+) -> tuple[list[float], list[float]]:
+    """Return the scores of all chosen and all rejected responses."""
+    collate = PairCollator(pad_token_id)
+    chosen: list[float] = []
+    rejected: list[float] = []
+    for start in range(0, len(pairs), batch_size):
+        batch = collate(pairs[start : start + batch_size])
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "margin"}
+        chosen_B, rejected_B = model(**inputs).chunk(2)
+        chosen += chosen_B.tolist()
+        rejected += rejected_B.tolist()
+    return chosen, rejected
+
+
+def measure_fidelity(
+    model: Any,
+    lm: PreTrainedModel,
+    pairs: Sequence[EncodedPair],
+    eos_token_id: int,
+    pad_token_id: int,
+    *,
+    responses: int = 24,
+    substitutions: int = 120,
+    shortlist: int = 30,
+    seed: int = 0,
+) -> Fidelity:
+    """Measure gradient fidelity on both responses of the first pairs with distinct prompts, `responses` in all."""
+    by_prompt: dict[tuple[int, ...], EncodedPair] = {}
+    for pair in pairs:
+        by_prompt.setdefault(tuple(pair.prompt), pair)
+    taken = list(by_prompt.values())[: max(1, responses // 2)]
+    prompts = [pair.prompt for pair in taken]
+    tokens_BNT, mask_BNT = pad_responses([[pair.chosen, pair.rejected] for pair in taken], pad_token_id)
+    tokens_BNT, mask_BNT = tokens_BNT.to(lm.device), mask_BNT.to(lm.device)
+    k = min(shortlist, lm.get_output_embeddings().weight.shape[0])
+    shortlist_BNTK = reference_shortlist(lm, prompts, tokens_BNT, k=k, pad_token_id=pad_token_id)
+    return gradient_fidelity(
+        model,
+        prompts,
+        tokens_BNT,
+        mask_BNT,
+        shortlist_BNTK,
+        substitutions=substitutions,
+        seed=seed,
+        eos_token_id=eos_token_id,
+    )
+
+
+def pad_responses(responses: Sequence[Sequence[Sequence[int]]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Pad B groups of N responses on the right: tokens_BNT and the bool mask_BNT."""
+    longest = max(len(ids) for group in responses for ids in group)
+    tokens = [[[*ids, *[pad_token_id] * (longest - len(ids))] for ids in group] for group in responses]
+    mask = [[[True] * len(ids) + [False] * (longest - len(ids)) for ids in group] for group in responses]
+    return torch.tensor(tokens), torch.tensor(mask)
+
+
+def build_card(
+    model: RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[EncodedPair],
+    folder: str | Path,
+    **facts: Any,
+) -> RewardCard:
+    """Score the held-out pairs and return the card; `facts` are further fields of it."""
+    chosen, rejected = score_pairs(model, held_out, tokenizer.pad_token_id)
+    lengths = [len(pair.chosen) for pair in held_out] + [len(pair.rejected) for pair in held_out]
+    prints = fingerprint(tokenizer)
+    return RewardCard(
+        base_model=model.config.base_name,
+        num_layers=model.config.num_layers,
+        pooling=model.config.pooling,
+        adapter=(Path(folder) / "adapter_config.json").is_file(),
+        tokenizer_sha256=prints.tokenizer,
+        template_sha256=prints.template,
+        chat_template=bool(tokenizer.chat_template),
+        held_out_pairs=len(held_out),
+        **pair_figures(chosen, rejected, [pair.margin for pair in held_out], lengths),
+        **facts,
+    )

@@ -1,0 +1,174 @@
+"""Settings of reward-model training. Imports nothing heavy, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RewardScript:
+    """Data, limits and output."""
+
+    train_dataset: str
+    """Preference pairs: a .jsonl/.json/.csv/.parquet file, or a data set of the hub."""
+    output_dir: str
+    """Folder for weights, tokenizer, card and checkpoints."""
+    eval_dataset: str | None = None
+    """Held-out pairs; null holds back eval_share of the training prompts."""
+    train_split: str = "train"
+    """Split of a hub data set."""
+    eval_split: str = "test"
+    """Split of a hub data set of held-out pairs."""
+    eval_share: float = 0.05
+    """Share of training prompts held back where eval_dataset is null, in (0, 0.5]."""
+    prompt_column: str = "prompt"
+    """Column of prompts; where no row has it, the prompt is what chosen and rejected share."""
+    chosen_column: str = "chosen"
+    """Column of better responses."""
+    rejected_column: str = "rejected"
+    """Column of worse responses."""
+    margin_column: str = "margin"
+    """Column of how much better, a number; optional."""
+    max_dropped_share: float = 0.2
+    """Largest share of rows that may be unusable before it is an error, in [0, 1]."""
+    limit: int | None = None
+    """Training rows read, from the first; null reads all."""
+    eval_limit: int | None = None
+    """Held-out rows read, from the first; null reads all."""
+    max_length: int = 1024
+    """Longest prompt and response together, in tokens."""
+    max_response_length: int | None = None
+    """Longest response in tokens, EOS included; one that fills it gets no EOS, as in sampling. Null: max_length."""
+    over_length: Literal["drop", "truncate"] = "drop"
+    """What happens to a pair with a longer response: dropped, or its responses cut at the right. Counted."""
+    fidelity_responses: int = 24
+    """Held-out responses on which gradient fidelity is measured; 0 skips it."""
+    fidelity_substitutions: int = 120
+    """One-token substitutions a response, at least 9."""
+    fidelity_shortlist: int = 30
+    """Length of the base model's shortlist that substitutions come from, at least 2."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises ValueError naming the key and the value."""
+        _require(0 < self.eval_share <= 0.5, "eval_share", self.eval_share, "in (0, 0.5]")
+        _require(0 <= self.max_dropped_share <= 1, "max_dropped_share", self.max_dropped_share, "in [0, 1]")
+        _require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
+        for key in ("limit", "eval_limit", "max_response_length"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, key, value, "null or at least 1")
+        _require(self.fidelity_responses >= 0, "fidelity_responses", self.fidelity_responses, "at least 0")
+        _require(self.fidelity_substitutions >= 9, "fidelity_substitutions", self.fidelity_substitutions, "at least 9")
+        _require(self.fidelity_shortlist >= 2, "fidelity_shortlist", self.fidelity_shortlist, "at least 2")
+
+
+@dataclass(frozen=True)
+class RewardModelSettings:
+    """What is trained."""
+
+    model_name_or_path: str = "default"
+    """Base causal LM: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
+    num_layers: int | None = None
+    """Decoder layers kept, from the first; null keeps all."""
+    pooling: Literal["last", "mean"] = "last"
+    """What the head reads: the last token, or the mean over the response."""
+    train_embeddings: bool = False
+    """Whether the input embeddings move; off keeps the base model's table, which the flow's particles live in."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Parameter dtype of the body (the head is float32)."""
+    lora_r: int = 0
+    """LoRA rank; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """LoRA scale; updates count lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' inputs, in [0, 1)."""
+    lora_target_modules: list[str] = field(default_factory=list)
+    """Leaf names of linear layers; empty takes all of the body."""
+    pad_token: str | None = None
+    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    trust_remote_code: bool = False
+    """Whether code in a model's repository may run."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises ValueError naming the key and the value."""
+        _require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
+        _require(self.pooling in ("last", "mean"), "pooling", self.pooling, '"last" or "mean"')
+        _require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
+        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        if self.lora_r and self.train_embeddings:
+            raise ValueError("train_embeddings cannot be combined with lora_r > 0: a LoRA leaves the table alone")
+
+
+@dataclass(frozen=True)
+class RewardTraining:
+    """How it is trained."""
+
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW, above 0."""
+    max_steps: int = -1
+    """Optimiser steps; -1 trains num_train_epochs."""
+    num_train_epochs: float = 1.0
+    """Passes over the pairs where max_steps is -1."""
+    per_device_train_batch_size: int = 8
+    """Pairs a device and forward."""
+    per_device_eval_batch_size: int = 16
+    """Held-out pairs a device and forward."""
+    gradient_accumulation_steps: int = 1
+    """Forwards an optimiser step."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises, in [0, 1)."""
+    weight_decay: float = 0.0
+    """AdamW weight decay, at least 0."""
+    bf16: bool = False
+    """Autocast to bfloat16 (parameters keep their dtype)."""
+    use_margin: bool = False
+    """Whether the loss asks for the stated margin (times margin_scale)."""
+    margin_scale: float = 1.0
+    """Reward units a unit of stated margin."""
+    centring: float = 0.01
+    """Weight of (chosen + rejected)^2, at least 0; holds the scores around 0."""
+    embedding_noise: float = 0.0
+    """Gaussian noise on input embeddings in training, in root mean squares of the embedding table, at least 0."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, a third more time."""
+    logging_steps: int = 10
+    """Steps between log lines."""
+    eval_steps: int | None = None
+    """Steps between evaluations; null evaluates at the end."""
+    save_steps: int | None = None
+    """Steps between checkpoints; null saves at the end."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint folder to go on from, or "last" for the newest of output_dir; null starts anew."""
+    seed: int = 0
+    """Of head, data order and noise."""
+    report_to: str = "none"
+    """Where metrics go besides the log: none, tensorboard, wandb, ..."""
+    trainer_arguments: dict[str, Any] = field(default_factory=dict)
+    """Further fields of transformers' TrainingArguments, by name."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises ValueError naming the key and the value."""
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
+        _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
+        counts = (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+        )
+        for key in counts:
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        for key in ("eval_steps", "save_steps"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, key, value, "null or at least 1")
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        for key in ("weight_decay", "centring", "embedding_noise"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+        _require(self.margin_scale > 0, "margin_scale", self.margin_scale, "above 0")
+
+
+def _require(holds: bool, key: str, value: Any, valid: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} must be {valid}, got {value}")

@@ -1,0 +1,206 @@
+"""Gradient fidelity: does the value's input gradient rank token changes as the value itself does?
+
+For a response y and substitutions (t, v), v from the reference's shortlist at position t,
+
+    predicted(t, v) = <g_t, e_v - e_{y_t}>,    exact(t, v) = R(y with y_t := v) - R(y)
+
+and the fidelity is Spearman's rank correlation of the two over the substitutions of one response, averaged over
+responses. Beside it: the mean exact change of the eight substitutions that the gradient ranks first, of the true best
+eight, and of eight at random (the mean of all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgf_llm.text.prefix import compute_prefix, forward_with_prefix
+
+ValueGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+_TOP = 8
+_ROWS = 128  # substituted responses scored in one forward
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over responses; gains in units of the value.
+
+    Attributes:
+        spearman: mean rank correlation of predicted and exact change, in [-1, 1].
+        low: lower end of its 95% normal interval over responses.
+        high: upper end.
+        top8_gain: mean exact change of the eight substitutions that the gradient ranks first.
+        best8_gain: of the eight with the largest exact change.
+        random8_gain: of eight at random, in expectation.
+        n: responses measured.
+    """
+
+    spearman: float
+    low: float
+    high: float
+    top8_gain: float
+    best8_gain: float
+    random8_gain: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return the fields as a dict."""
+        return asdict(self)
+
+
+def gradient_fidelity(
+    value: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens_BNT: Tensor,
+    mask_BNT: Tensor,
+    shortlist_BNTK: Tensor,
+    *,
+    substitutions: int = 120,
+    seed: int = 0,
+    value_gradient: ValueGradient | None = None,
+    eos_token_id: int | None = None,
+) -> Fidelity:
+    """Compare the linear prediction with the exact change for sampled one-token substitutions.
+
+    Args:
+        value: a reward model or ensemble (`prefix`, `score`, `embed`).
+        prompts: B lists of token ids.
+        tokens_BNT: response token ids, right padded.
+        mask_BNT: bool, True where a response token stands.
+        shortlist_BNTK: candidate ids at each position (`reference_shortlist`).
+        substitutions: number sampled a response, without replacement, at least 9.
+        seed: of that sample.
+        value_gradient: particles_BNTD -> (values_BN, gradients_BNTD); None: autograd through `value.score`.
+        eos_token_id: neither replaced nor put in; None: treated as any token.
+
+    Returns:
+        The means over responses that have at least nine candidates and whose exact changes are not all equal.
+
+    Raises:
+        ValueError: no response has enough candidates.
+    """
+    prefix = value.prefix(prompts)
+    if value_gradient is None:
+        value_gradient = score_gradient(value, prefix, mask_BNT)
+    u_BNTD = value.embed(tokens_BNT).detach()
+    base_BN, gradient_BNTD = value_gradient(u_BNTD)
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[tuple[float, float, float, float]] = []
+    for b in range(tokens_BNT.shape[0]):
+        one = prefix.select(torch.tensor([b], device=tokens_BNT.device))
+        for n in range(tokens_BNT.shape[1]):
+            tokens_T, mask_T = tokens_BNT[b, n], mask_BNT[b, n].bool()
+            t_S, v_S = sample_substitutions(
+                tokens_T, mask_T, shortlist_BNTK[b, n], substitutions, generator, eos_token_id
+            )
+            if len(t_S) <= _TOP:
+                continue
+            exact_S = _substituted_scores(value, one, tokens_T, mask_T, t_S, v_S) - base_BN[b, n]
+            step_SD = value.embed(v_S) - u_BNTD[b, n, t_S]
+            predicted_S = (gradient_BNTD[b, n, t_S].float() * step_SD.float()).sum(-1)
+            rows.append(_compare(predicted_S.cpu(), exact_S.detach().cpu()))
+    table = torch.tensor([row for row in rows if row[0] == row[0]], dtype=torch.float64)
+    if len(table) == 0:
+        raise ValueError(
+            f"gradient_fidelity: no response has more than {_TOP} candidate substitutions with unequal change"
+        )
+    spearman, top, best, random = table.mean(dim=0).tolist()
+    half = 1.96 * table[:, 0].std().item() / len(table) ** 0.5 if len(table) > 1 else float("nan")
+    return Fidelity(spearman, spearman - half, spearman + half, top, best, random, len(table))
+
+
+def score_gradient(value: Any, prefix: Any, mask_BNT: Tensor) -> ValueGradient:
+    """Return the plain input gradient of `value.score` as particles_BNTD -> (values_BN, gradients_BNTD)."""
+
+    def value_gradient(u_BNTD: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf_BNTD = u_BNTD.detach().requires_grad_(True)
+            values_BN = value.score(prefix, leaf_BNTD, mask_BNT)
+            (gradient_BNTD,) = torch.autograd.grad(values_BN.sum(), leaf_BNTD)
+        return values_BN.detach(), gradient_BNTD
+
+    return value_gradient
+
+
+def sample_substitutions(
+    tokens_T: Tensor,
+    mask_T: Tensor,
+    shortlist_TK: Tensor,
+    count: int,
+    generator: torch.Generator,
+    eos_token_id: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw (position, new token) pairs without replacement, never the token that stands there; at most `count`."""
+    allowed_TK = mask_T[:, None] & (shortlist_TK != tokens_T[:, None])
+    if eos_token_id is not None:
+        allowed_TK = allowed_TK & (shortlist_TK != eos_token_id) & (tokens_T != eos_token_id)[:, None]
+    candidates_C2 = allowed_TK.nonzero()
+    order_C = torch.randperm(len(candidates_C2), generator=generator)[:count].to(candidates_C2.device)
+    t_S, k_S = candidates_C2[order_C].unbind(dim=1)
+    return t_S, shortlist_TK[t_S, k_S]
+
+
+@torch.no_grad()
+def reference_shortlist(
+    lm: nn.Module, prompts: Sequence[Sequence[int]], tokens_BNT: Tensor, k: int = 30, pad_token_id: int = 0
+) -> Tensor:
+    """Return the reference's k likeliest tokens at each response position, shortlist_BNTK (one response at a time).
+
+    Args:
+        lm: causal language model.
+        prompts: B lists of token ids.
+        tokens_BNT: response token ids, right padded; what stands at padding gives candidates of no meaning.
+        k: shortlist length, at most the vocabulary.
+        pad_token_id: any valid id.
+    """
+    body, head = lm.base_model, lm.get_output_embeddings()
+    B, N, T = tokens_BNT.shape
+    shortlist_BNTK = tokens_BNT.new_zeros((B, N, T, k))
+    for b, prompt in enumerate(prompts):
+        prefix = compute_prefix(body, [prompt], pad_token_id).without_last()
+        last_N1 = torch.full((N, 1), prompt[-1], dtype=tokens_BNT.dtype, device=tokens_BNT.device)
+        inputs_NT = torch.cat([last_N1, tokens_BNT[b, :, :-1]], dim=1)
+        embeds_NTD = body.get_input_embeddings()(inputs_NT)
+        mask_NT = torch.ones_like(inputs_NT, dtype=torch.bool)
+        hidden_NTD = forward_with_prefix(body, prefix.expand(N), embeds_NTD, mask_NT)
+        for n in range(N):
+            shortlist_BNTK[b, n] = head(hidden_NTD[n]).topk(k, dim=-1).indices
+    return shortlist_BNTK
+
+
+def spearman_correlation(x_S: Tensor, y_S: Tensor) -> float:
+    """Correlate ranks (ties share their average rank); NaN where one side is constant."""
+    x_S, y_S = _average_ranks(x_S), _average_ranks(y_S)
+    x_S, y_S = x_S - x_S.mean(), y_S - y_S.mean()
+    scale = (x_S.square().sum() * y_S.square().sum()).sqrt()
+    return float((x_S * y_S).sum() / scale) if scale > 0 else float("nan")
+
+
+def _average_ranks(x_S: Tensor) -> Tensor:
+    _, inverse_S, counts_U = torch.unique(x_S.double(), return_inverse=True, return_counts=True)
+    ranks_U = counts_U.cumsum(0).double() - (counts_U.double() - 1) / 2
+    return ranks_U[inverse_S]
+
+
+def _compare(predicted_S: Tensor, exact_S: Tensor) -> tuple[float, float, float, float]:
+    """Return (Spearman, gain of the predicted top, gain of the true top, mean gain)."""
+    top = exact_S[predicted_S.topk(_TOP).indices].mean().item()
+    best = exact_S.topk(_TOP).values.mean().item()
+    return spearman_correlation(predicted_S, exact_S), top, best, exact_S.mean().item()
+
+
+@torch.no_grad()
+def _substituted_scores(value: Any, prefix: Any, tokens_T: Tensor, mask_T: Tensor, t_S: Tensor, v_S: Tensor) -> Tensor:
+    """Score the response with one token replaced, for all S replacements."""
+    length = int(mask_T.nonzero().max()) + 1
+    rows_ST = tokens_T[:length].repeat(len(t_S), 1)
+    rows_ST[torch.arange(len(t_S), device=t_S.device), t_S] = v_S
+    scores = [
+        value.score(prefix, chunk[None], mask_T[:length].expand(1, len(chunk), length))[0]
+        for chunk in rows_ST.split(_ROWS)
+    ]
+    return torch.cat(scores)

@@ -1,0 +1,84 @@
+"""Python reward functions: `fn(prompts: list[str], responses: list[str]) -> list[float]`, one finite number a response.
+
+Any importable function of that signature is one; the ones here are for demonstrations and tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vgf_llm.errors import ConfigError, ModelError
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+def vader_compound(prompts: list[str], responses: list[str]) -> list[float]:
+    """Score sentiment by the VADER lexicon (Hutto and Gilbert, 2014): compound in [-1, 1], higher is more positive."""
+    analyser = _vader()
+    return [float(analyser.polarity_scores(response)["compound"]) for response in responses]
+
+
+def length_words(prompts: list[str], responses: list[str]) -> list[float]:
+    """Score by length: the number of whitespace-separated words."""
+    return [float(len(response.split())) for response in responses]
+
+
+def brevity(prompts: list[str], responses: list[str]) -> list[float]:
+    """Score by brevity: minus the number of words."""
+    return [-count for count in length_words(prompts, responses)]
+
+
+@functools.cache
+def _vader() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ModuleNotFoundError as error:
+        raise ModelError("vader_compound needs the package vaderSentiment; run `pip install vaderSentiment`") from error
+    return SentimentIntensityAnalyzer()
+
+
+def load_function(name: str) -> RewardFunction:
+    """Import a reward function.
+
+    Args:
+        name: "module:function" (the module must be importable from here), or the name of a function of this module.
+
+    Raises:
+        ConfigError: the module or function does not exist, or is not callable.
+    """
+    module_name, _, function_name = name.rpartition(":")
+    try:
+        module = importlib.import_module(module_name or __name__)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"reward function {name!r}: module {module_name!r} cannot be imported ({error}); run from its folder or "
+            "install it"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        offered = "vader_compound, length_words, brevity" if not module_name else f"the functions of {module_name}"
+        raise ConfigError(f"reward function {name!r} does not exist; use {offered}, or 'module:function'")
+    return function
+
+
+def call_function(function: RewardFunction, prompts: list[str], responses: list[str]) -> list[float]:
+    """Call a reward function and check what it returns.
+
+    Raises:
+        ModelError: the number of rewards differs from that of the responses, or one is not a finite number.
+    """
+    name = getattr(function, "__name__", repr(function))
+    rewards = list(function(prompts, responses))
+    if len(rewards) != len(responses):
+        raise ModelError(f"reward function {name} returned {len(rewards)} rewards for {len(responses)} responses")
+    for index, reward in enumerate(rewards):
+        if not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise ModelError(
+                f"reward function {name} returned {reward!r} for response {index} ({responses[index][:60]!r}); "
+                "every reward must be a finite number"
+            )
+    return [float(reward) for reward in rewards]

@@ -1,0 +1,286 @@
+"""Reward model: the first layers of a causal LM's decoder, its final norm, and a scalar linear head.
+
+    r(x, y) = w . pool(h_1 .. h_T) + b,   h = norm(body(x, y)), pooled over attended tokens, in float32
+
+Departs from transformers' sequence classification: pooling goes by the attention mask and never by the pad token's id
+(so pad == eos, left padding and batch size change nothing), prompts are run once for any number of responses, and
+responses may be token ids or embeddings, with gradients to the embeddings. Nothing of vocabulary size is ever
+computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from vgf_llm.errors import ModelError
+from vgf_llm.text.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
+
+POOLINGS = ("last", "mean")
+
+
+class RewardModelConfig(PreTrainedConfig):
+    """Configuration of a `RewardModel`.
+
+    Attributes:
+        body_config: configuration of the truncated decoder, as a dict with its `model_type`.
+        pooling: "last" attended token, or "mean" over the attended response tokens.
+        base_name: name or folder of the causal LM that the body was cut from.
+        train_embeddings: whether training may move the input embeddings (off: the table stays the base model's).
+        pad_token_id: any valid id; padding is never attended to.
+    """
+
+    model_type = "vgf_reward"
+
+    def __init__(
+        self,
+        body_config: dict[str, Any] | None = None,
+        pooling: str = "last",
+        base_name: str = "",
+        train_embeddings: bool = False,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the fields; raises ValueError on an unknown pooling."""
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        self.body_config = body_config
+        self.pooling = pooling
+        self.base_name = base_name
+        self.train_embeddings = train_embeddings
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+    def build_body_config(self) -> PreTrainedConfig:
+        """Return the decoder's own configuration object."""
+        if not self.body_config:
+            raise ModelError("the reward model's config.json has no body_config; was it written by this package?")
+        fields = dict(self.body_config)
+        return CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers kept."""
+        return self.build_body_config().num_hidden_layers
+
+
+class RewardModel(PreTrainedModel):
+    """Scalar reward of (prompt, response); see the module's first lines."""
+
+    config_class = RewardModelConfig
+    base_model_prefix = "body"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _keep_in_fp32_modules_strict = {"head"}
+
+    def __init__(self, config: RewardModelConfig) -> None:
+        """Build an untrained model; `from_base` and `from_pretrained` are the usual ways in."""
+        super().__init__(config)
+        body_config = config.build_body_config()
+        self.body = AutoModel.from_config(body_config, attn_implementation=config._attn_implementation)
+        self.head = nn.Linear(body_config.hidden_size, 1)
+        self.post_init()
+        self.unfreeze()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does (which makes every parameter trainable), then hold the embeddings again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).unfreeze()
+        return loaded
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | PreTrainedModel,
+        num_layers: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        pooling: str = "last",
+        train_embeddings: bool = False,
+        seed: int = 0,
+    ) -> RewardModel:
+        """Cut a reward model from a causal LM; the head starts at N(0, 1 / (D + 1)), bias 0.
+
+        Args:
+            base: a causal LM (left as it is), or what `vgf_llm.models.load_causal_lm` takes.
+            num_layers: decoder layers kept, from the first; None keeps all.
+            dtype: of the body; the head is float32.
+            pooling: "last" or "mean" (over the response).
+            train_embeddings: whether training may move the input embeddings.
+            seed: of the head's initial weights.
+
+        Raises:
+            ModelError: num_layers is out of range, or the base cannot be loaded.
+        """
+        if isinstance(base, str):
+            from vgf_llm.models import load_causal_lm
+
+            base_name, base = base, load_causal_lm(base, dtype=dtype)
+        else:
+            base_name = base.config._name_or_path or base.name_or_path
+        config = RewardModelConfig(
+            body_config=_truncated_config(base.config, num_layers),
+            pooling=pooling,
+            base_name=base_name,
+            train_embeddings=train_embeddings,
+            pad_token_id=base.config.pad_token_id,
+        )
+        model = cls(config)
+        weights = model.body.state_dict()
+        source = {name: tensor for name, tensor in base.base_model.state_dict().items() if name in weights}
+        model.body.load_state_dict(source, strict=True)
+        model.body.to(dtype)
+        width = model.head.in_features
+        noise_D = torch.randn(width, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            model.head.weight.copy_(noise_D[None] / (width + 1) ** 0.5)
+            model.head.bias.zero_()
+        return model.to(base.device).eval()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The body initialises itself; only the head is ours."""
+        if module is self.head:
+            nn.init.normal_(module.weight, std=(module.in_features + 1) ** -0.5)
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the input embedding module."""
+        return self.body.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the input embedding module."""
+        self.body.set_input_embeddings(value)
+
+    @property
+    def embedding_table_VD(self) -> Tensor:
+        """Input embeddings of all tokens as `embed` returns them, [V, D], detached."""
+        module = self.get_input_embeddings()
+        return module.weight.detach() * getattr(module, "embed_scale", 1.0)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up token ids [...] in the input table: [..., D]."""
+        return self.get_input_embeddings()(tokens)
+
+    def freeze(self) -> RewardModel:
+        """Eval mode, and no parameter requires a gradient: backward then goes to the inputs only."""
+        return self.eval().requires_grad_(False)
+
+    def unfreeze(self) -> RewardModel:
+        """Make the parameters trainable, the input embeddings only if the configuration says so."""
+        self.requires_grad_(True)
+        self.get_input_embeddings().requires_grad_(self.config.train_embeddings)
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        response_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Score whole sequences, prompt and response together.
+
+        Args:
+            input_ids: [R, S] token ids, padded on either side; or give `inputs_embeds` [R, S, D].
+            attention_mask: [R, S], 1 where a token stands; None: everywhere.
+            inputs_embeds: [R, S, D] in place of `input_ids`.
+            response_mask: [R, S], 1 where a response token stands; needed for pooling "mean", ignored by "last".
+
+        Returns:
+            rewards_R, float32.
+
+        Raises:
+            ModelError: pooling is "mean" and there is no response_mask, or a row has nothing to pool.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        hidden_RSD = self.body(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=positions_from_mask(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        if self.config.pooling == "last":
+            return self._pool(hidden_RSD, attention_mask)
+        if response_mask is None:
+            raise ModelError('this reward model pools over the response ("mean"): pass response_mask to forward')
+        return self._pool(hidden_RSD, response_mask)
+
+    def prefix(self, prompts: Sequence[Sequence[int]]) -> PromptPrefix:
+        """Run B prompts (token ids) once; the result serves any number of `score` calls."""
+        return compute_prefix(self.body, prompts, self.config.pad_token_id or 0)
+
+    def score(self, prefix: PromptPrefix, responses: Tensor, mask_BNT: Tensor) -> Tensor:
+        """Score N responses to each of B prompts; equals `forward` on prompt + response.
+
+        Args:
+            prefix: of the B prompts, from `prefix`.
+            responses: token ids [B, N, T] (scored without a graph), or embeddings [B, N, T, D] (differentiable).
+            mask_BNT: bool, right padded; at least one token a response.
+
+        Returns:
+            values_BN, float32.
+
+        Raises:
+            ModelError: a response is empty.
+        """
+        B, N, T = mask_BNT.shape
+        mask_RT = mask_BNT.reshape(B * N, T)
+        is_tokens = not responses.is_floating_point()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_tokens):
+            u_BNTD = self.embed(responses) if is_tokens else responses
+            u_RTD = u_BNTD.reshape(B * N, T, -1)
+            hidden_RTD = forward_with_prefix(self.body, prefix.expand(N), u_RTD, mask_RT)
+            return self._pool(hidden_RTD, mask_RT).reshape(B, N)
+
+    def _pool(self, hidden_RTD: Tensor, mask_RT: Tensor) -> Tensor:
+        """Pool by mask and apply the head, in float32 whatever the autocast around it."""
+        mask_RT = mask_RT.bool()
+        empty = (~mask_RT.any(dim=-1)).nonzero()
+        if len(empty):
+            raise ModelError(f"row {int(empty[0])} has no token to score; a response holds at least its EOS token")
+        if self.config.pooling == "last":
+            order_T = torch.arange(1, mask_RT.shape[1] + 1, device=mask_RT.device)
+            last_R = (mask_RT * order_T).argmax(dim=-1)
+            pooled_RD = hidden_RTD[torch.arange(len(last_R), device=last_R.device), last_R].float()
+        else:
+            kept_RTD = hidden_RTD.float().masked_fill(~mask_RT[..., None], 0.0)
+            pooled_RD = kept_RTD.sum(dim=1) / mask_RT.sum(dim=1, keepdim=True)
+        with torch.autocast(pooled_RD.device.type, enabled=False):
+            return self.head(pooled_RD.to(self.head.weight.dtype)).squeeze(-1).float()
+
+
+def body_linear_names(model: RewardModel) -> list[str]:
+    """Return the leaf names of all linear layers of the body (`q_proj`, `down_proj`, ...): the LoRA default."""
+    return sorted({name.rpartition(".")[2] for name, _ in _linear_modules(model.body)})
+
+
+def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
+
+
+def _truncated_config(base_config: PreTrainedConfig, num_layers: int | None) -> dict[str, Any]:
+    """Body configuration with the first `num_layers` layers, as a dict that a JSON file can hold."""
+    fields = base_config.get_text_config(decoder=True).to_dict()
+    available = fields["num_hidden_layers"]
+    kept = available if num_layers is None else num_layers
+    if not 1 <= kept <= available:
+        raise ModelError(f"num_layers is {num_layers}, but the base model has layers 1 to {available}")
+    fields["num_hidden_layers"] = kept
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:kept]
+    for derived in ("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        fields.pop(derived, None)
+    return fields
+
+
+CONFIG_MAPPING.register(RewardModelConfig.model_type, RewardModelConfig, exist_ok=True)
+AutoModel.register(RewardModelConfig, RewardModel, exist_ok=True)

@@ -1,0 +1,123 @@
+"""Preference pairs as token ids: encoding, length limits with counts, the held-out split, and batches of 2B rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vgf_llm.data import PreferencePair, encode_prompt, encode_response
+from vgf_llm.errors import DataError
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of one comparison."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    margin: float | None = None
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    max_length: int,
+    max_response_length: int | None = None,
+    truncate: bool = False,
+) -> tuple[list[EncodedPair], dict[str, int]]:
+    """Encode pairs; a response ends in EOS unless it fills its room, as a sampled one does.
+
+    Args:
+        tokenizer: with an EOS token.
+        pairs: text pairs.
+        max_length: longest prompt and response together, in tokens.
+        max_response_length: longest response, EOS included; None: what max_length leaves.
+        truncate: cut longer responses at the right instead of dropping their pair.
+
+    Returns:
+        The encoded pairs, and the count of dropped or cut pairs by reason.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    encoded, counts = [], {"over length, dropped": 0, "over length, cut": 0, "equal once encoded": 0}
+    for pair in pairs:
+        prompt = encode_prompt(tokenizer, pair.prompt)
+        room = min(max_length - len(prompt), max_response_length or max_length)
+        responses = [encode_response(tokenizer, text, eos=False) for text in (pair.chosen, pair.rejected)]
+        too_long = any(len(ids) > room for ids in responses)
+        if room < 1 or (too_long and not truncate):
+            counts["over length, dropped"] += 1
+            continue
+        counts["over length, cut"] += too_long
+        chosen, rejected = ([*ids, tokenizer.eos_token_id][:room] for ids in responses)
+        if chosen == rejected:
+            counts["equal once encoded"] += 1
+            continue
+        encoded.append(EncodedPair(prompt, chosen, rejected, pair.margin))
+    if not encoded:
+        raise DataError(
+            f"no pair of {len(pairs)} is left at max_length {max_length} and max_response_length {max_response_length} "
+            f"(tokens): {', '.join(f'{count} {reason}' for reason, count in counts.items() if count)}; raise the limits"
+        )
+    return encoded, {reason: count for reason, count in counts.items() if count}
+
+
+def hold_out(
+    pairs: Sequence[PreferencePair], share: float, seed: int
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Split by prompt into (training, held-out) pairs: at least one prompt on either side.
+
+    Raises:
+        DataError: all pairs have the same prompt.
+    """
+    keys = [json.dumps(pair.prompt) for pair in pairs]
+    prompts = sorted(set(keys))
+    if len(prompts) < 2:
+        raise DataError("eval_share cannot hold back a prompt: all pairs have the same one; name an eval_dataset")
+    random.Random(seed).shuffle(prompts)
+    held = set(prompts[: max(1, round(share * len(prompts)))])
+    return (
+        [pair for pair, key in zip(pairs, keys, strict=True) if key not in held],
+        [pair for pair, key in zip(pairs, keys, strict=True) if key in held],
+    )
+
+
+class PairCollator:
+    """Stack B pairs into 2B right-padded rows, chosen first; margins that are not stated count 0."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        """Keep the padding id; it is never attended to."""
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
+        """Return input_ids, attention_mask and response_mask [2B, S], and margin [B]."""
+        rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+        longest = max(len(prompt) + len(response) for prompt, response in rows)
+        input_ids, attention_mask, response_mask = [], [], []
+        for prompt, response in rows:
+            padding = longest - len(prompt) - len(response)
+            input_ids.append([*prompt, *response, *[self.pad_token_id] * padding])
+            attention_mask.append([1] * (longest - padding) + [0] * padding)
+            response_mask.append([0] * len(prompt) + [1] * len(response) + [0] * padding)
+        return {
+            "input_ids": torch.tensor(input_ids),
+            "attention_mask": torch.tensor(attention_mask),
+            "response_mask": torch.tensor(response_mask),
+            "margin": torch.tensor([pair.margin or 0.0 for pair in pairs]),
+        }
+
+
+def file_digest(source: str) -> str:
+    """Return the SHA-256 of a local file, or "hub" for what is not one."""
+    path = Path(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "hub"

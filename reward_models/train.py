@@ -1,0 +1,227 @@
+"""Train a reward model on preference pairs.
+
+    python -m reward_models.train --config recipes/<task>/reward.yaml
+    accelerate launch -m reward_models.train --config recipes/<task>/reward.yaml
+
+Writes weights (or adapter and head), tokenizer and card into output_dir, prints the card, and ends with one line of
+JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
+from vgf_llm.config import parse
+from vgf_llm.errors import VGFError
+from vgf_llm.io import check_writable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from reward_models.card import RewardCard
+    from reward_models.pairs import EncodedPair
+    from vgf_llm.data import Preferences
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, or 2 after an error that is the user's to mend."""
+    try:
+        script, model, training = parse(
+            RewardScript,
+            RewardModelSettings,
+            RewardTraining,
+            argv=argv,
+            prog="python -m reward_models.train",
+            description="Train a reward model on preference pairs.",
+        )
+        run(script, model, training)
+    except VGFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(script: RewardScript, settings: RewardModelSettings, training: RewardTraining) -> RewardCard | None:
+    """Train, save, measure and report; returns the card on the main process, None on others.
+
+    Raises:
+        VGFError: data, model, configuration or output folder are unusable; checked before any training.
+    """
+    output_dir = check_writable(script.output_dir)
+    import torch
+    from transformers import set_seed
+
+    from reward_models.loading import add_lora
+    from reward_models.modelling import RewardModel
+    from reward_models.pairs import PairCollator
+    from reward_models.trainer import RewardTrainer, add_embedding_noise, checkpoint_to_resume, training_arguments
+    from vgf_llm.models import load_causal_lm, load_tokenizer
+
+    arguments = training_arguments(training, output_dir)
+    checkpoint = checkpoint_to_resume(training, output_dir)
+    tokenizer = load_tokenizer(
+        settings.model_name_or_path, pad_token=settings.pad_token, trust_remote_code=settings.trust_remote_code
+    )
+    train_pairs, held_out, dropped = load_pairs(script, tokenizer, training.seed)
+
+    set_seed(training.seed)
+    lm = load_causal_lm(
+        settings.model_name_or_path,
+        dtype=getattr(torch, settings.dtype),
+        trust_remote_code=settings.trust_remote_code,
+    )
+    model: Any = RewardModel.from_base(
+        lm,
+        settings.num_layers,
+        dtype=getattr(torch, settings.dtype),
+        pooling=settings.pooling,
+        train_embeddings=settings.train_embeddings,
+        seed=training.seed,
+    )
+    model.config.base_name = settings.model_name_or_path
+    if settings.lora_r:
+        model = add_lora(
+            model, settings.lora_r, settings.lora_alpha, settings.lora_target_modules, settings.lora_dropout
+        )
+    trainer = RewardTrainer(
+        model=model,
+        args=arguments,
+        settings=training,
+        train_dataset=train_pairs,
+        eval_dataset=held_out,
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    noise = add_embedding_noise(model, training.embedding_noise, training.seed) if training.embedding_noise else None
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    train_sec = time.monotonic() - start
+    if noise is not None:
+        noise.remove()
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return None
+    facts = {
+        "max_length": script.max_length,
+        "train_pairs": len(train_pairs),
+        "dropped": dropped,
+        "seed": training.seed,
+        "training": training_facts(training, trainer.state.global_step, train_sec),
+    }
+    device = trainer.accelerator.device
+    return finish(script, settings, tokenizer, held_out, lm.to(device), facts)
+
+
+def load_pairs(
+    script: RewardScript, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[list[EncodedPair], list[EncodedPair], dict[str, int]]:
+    """Read, split and encode the pairs: training, held out, and what was dropped of the training rows, by reason."""
+    from reward_models.pairs import encode_pairs, hold_out
+
+    train = _preferences(script, script.train_dataset, script.train_split, script.limit)
+    if script.eval_dataset is not None:
+        train_texts = train.pairs
+        held_texts = _preferences(script, script.eval_dataset, script.eval_split, script.eval_limit).pairs
+    else:
+        train_texts, held_texts = hold_out(train.pairs, script.eval_share, seed)
+    limits = (script.max_length, script.max_response_length, script.over_length == "truncate")
+    encoded, counts = encode_pairs(tokenizer, train_texts, *limits)
+    held_out, held_counts = encode_pairs(tokenizer, held_texts, *limits)
+    for name, kept, dropped in (("training", encoded, counts), ("held out", held_out, held_counts)):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+        print(f"{name}: {len(kept)} pairs encoded; over length or equal: {reasons}", file=sys.stderr)
+    return encoded, held_out, {reason: count for reason, count in (train.dropped | counts).items() if count}
+
+
+def _preferences(script: RewardScript, source: str, split: str, limit: int | None) -> Preferences:
+    from vgf_llm.data import load_preferences
+
+    preferences = load_preferences(
+        source,
+        split=split,
+        limit=limit,
+        prompt_column=script.prompt_column,
+        chosen_column=script.chosen_column,
+        rejected_column=script.rejected_column,
+        margin_column=script.margin_column,
+        max_dropped_share=script.max_dropped_share,
+    )
+    print(preferences.report(), file=sys.stderr)
+    return preferences
+
+
+def training_facts(training: RewardTraining, steps: int, train_sec: float) -> dict[str, Any]:
+    """Return the settings that a card states."""
+    return {
+        "steps": steps,
+        "pairs a step and device": training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        "learning rate": training.learning_rate,
+        "margin in the loss": training.use_margin,
+        "centring": training.centring,
+        "embedding noise": training.embedding_noise,
+        "bf16": training.bf16,
+        "seconds": round(train_sec, 1),
+    }
+
+
+def finish(
+    script: RewardScript,
+    settings: RewardModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: list[EncodedPair],
+    lm: Any,
+    facts: dict[str, Any],
+) -> RewardCard:
+    """Read the saved model back, measure it, write its card and print it."""
+    from reward_models.assess import build_card, measure_fidelity
+    from reward_models.card import card_rows, write_card
+    from reward_models.loading import load_reward_model
+    from reward_models.pairs import file_digest
+
+    model = load_reward_model(script.output_dir, base=lm if settings.lora_r else None, dtype=lm.dtype, device=lm.device)
+    sources = [source for source in (script.train_dataset, script.eval_dataset) if source]
+    card = build_card(
+        model,
+        tokenizer,
+        held_out,
+        script.output_dir,
+        data_files={source: file_digest(source) for source in sources},
+        **facts,
+    )
+    if script.fidelity_responses:
+        card.fidelity = measure_fidelity(
+            model,
+            lm,
+            held_out,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+            responses=script.fidelity_responses,
+            substitutions=script.fidelity_substitutions,
+            shortlist=script.fidelity_shortlist,
+        ).to_dict()
+    write_card(card, script.output_dir)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Reward model in {script.output_dir}", show_header=False)
+    for name, text in card_rows(card):
+        table.add_row(name, text)
+    Console().print(table)
+    fidelity = card.fidelity or {}
+    figures = {
+        "accuracy": card.accuracy,
+        "fidelity": fidelity.get("spearman"),
+        "length_correlation": card.length_correlation,
+    }
+    print(json.dumps(figures | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))
+    return card
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,174 @@
+"""Reward-model training on transformers' Trainer: one forward of 2B rows a batch, Bradley-Terry loss.
+
+Departs from TRL's RewardTrainer: scores are pooled by mask (pad == eos is harmless), the head is trained and saved
+under LoRA too, and checkpoints hold the reward model's own config.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from reward_models.config import RewardTraining
+from reward_models.loading import reward_model
+from reward_models.losses import bradley_terry
+from vgf_llm.errors import ConfigError
+
+
+class RewardTrainer(Trainer):
+    """Trainer over `PairCollator` batches."""
+
+    def __init__(self, *args: Any, settings: RewardTraining, **kwargs: Any) -> None:
+        """Take the Trainer's arguments and the loss settings."""
+        super().__init__(*args, compute_metrics=pair_accuracy, **kwargs)
+        self.settings = settings
+        self.model_accepts_loss_kwargs = False
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Score 2B rows and compare the halves."""
+        margin_B = inputs["margin"] * self.settings.margin_scale if self.settings.use_margin else None
+        rewards_2B = model(**{name: tensor for name, tensor in inputs.items() if name != "margin"})
+        chosen_B, rejected_B = rewards_2B.chunk(2)
+        loss, metrics = bradley_terry(chosen_B, rejected_B, margin_B, self.settings.centring)
+        if model.training:
+            self._batches += 1
+            for name, value in metrics.items():
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        return (loss, torch.stack([chosen_B, rejected_B], dim=1)) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the loss, the scores [B, 2] and the margins [B]."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, rewards_B2 = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), rewards_B2.detach(), inputs["margin"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean training metrics since the last training line."""
+        if "loss" in logs and self._batches:
+            logs |= {name: round(float(total / self._batches), 4) for name, total in self._sums.items()}
+            self._sums, self._batches = {}, 0
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        reward_model(self.accelerator.unwrap_model(self.model)).config.save_pretrained(
+            output_dir or self.args.output_dir
+        )
+
+
+def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the share of pairs whose chosen response scores higher."""
+    chosen_B, rejected_B = prediction.predictions.T
+    return {"accuracy": float((chosen_B > rejected_B).mean())}
+
+
+def training_arguments(training: RewardTraining, output_dir: str | Path) -> TrainingArguments:
+    """Translate the settings into transformers' TrainingArguments.
+
+    Raises:
+        ConfigError: trainer_arguments names a field that does not exist, one that has a key of its own, or a bad value.
+    """
+    fields: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "learning_rate": training.learning_rate,
+        "max_steps": training.max_steps,
+        "num_train_epochs": training.num_train_epochs,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "warmup_steps": training.warmup_ratio,
+        "weight_decay": training.weight_decay,
+        "bf16": training.bf16,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "logging_steps": training.logging_steps,
+        "eval_strategy": "steps" if training.eval_steps else "no",
+        "eval_steps": training.eval_steps,
+        "save_strategy": "steps" if training.save_steps else "no",
+        "save_steps": training.save_steps or 500,
+        "seed": training.seed,
+        "report_to": training.report_to,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "remove_unused_columns": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    if training.gradient_checkpointing:
+        fields["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    own = {field.name for field in dataclasses.fields(RewardTraining)} | {
+        "output_dir",
+        "warmup_steps",
+        "remove_unused_columns",
+    }
+    for name in training.trainer_arguments:
+        if name in own:
+            raise ConfigError(f"trainer_arguments: {name!r} has a key of its own here, or is fixed; set that one")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"trainer_arguments: transformers' TrainingArguments has no {name!r} (nearest: {near!r})")
+    try:
+        return TrainingArguments(**(fields | training.trainer_arguments))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"trainer_arguments {training.trainer_arguments}: {error}") from error
+
+
+def checkpoint_to_resume(training: RewardTraining, output_dir: str | Path) -> str | None:
+    """Return the checkpoint folder that training goes on from, None for a new run.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    wanted = training.resume_from_checkpoint
+    if wanted is None:
+        return None
+    found = get_last_checkpoint(str(output_dir)) if wanted == "last" else wanted
+    if found is None or not Path(found).is_dir():
+        place = f"'{output_dir}' holds no checkpoint" if wanted == "last" else f"'{wanted}' is no folder"
+        raise ConfigError(f"resume_from_checkpoint: {place}; set save_steps in the first run, or null to start anew")
+    return found
+
+
+def add_embedding_noise(model: nn.Module, scale: float, seed: int = 0) -> Any:
+    """Add Gaussian noise to the input embeddings while the model trains; `remove()` on the result ends it.
+
+    Args:
+        model: a reward model.
+        scale: standard deviation a coordinate, in root mean squares of the embedding table.
+        seed: of the noise.
+    """
+    embedding = reward_model(model).get_input_embeddings()
+    generators: dict[torch.device, torch.Generator] = defaultdict()
+    std = scale * float(embedding.weight.detach().float().square().mean().sqrt())
+
+    def add_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        if output.device not in generators:
+            generators[output.device] = torch.Generator(output.device).manual_seed(seed)
+        noise = torch.randn(output.shape, generator=generators[output.device], device=output.device, dtype=output.dtype)
+        return output + std * noise
+
+    return embedding.register_forward_hook(add_noise)
