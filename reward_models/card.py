@@ -106,7 +106,7 @@ def check_fingerprint(card: RewardCard, tokenizer: Any) -> None:
         if wanted != got:
             raise ModelError(
                 f"the {what} differs from the one this reward model was trained with (fingerprint {got[:12]}, card "
-                f"{wanted[:12]}); use the tokenizer saved beside the reward model, or one trained for {card.base_model!r}"
+                f"{wanted[:12]}); use the tokenizer saved beside the model, or a model trained for {card.base_model!r}"
             )
 
 

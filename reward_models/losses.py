@@ -33,7 +33,7 @@ def bradley_terry(
     """
     if chosen_B.shape != rejected_B.shape or chosen_B.ndim != 1 or len(chosen_B) == 0:
         raise ValueError(
-            f"bradley_terry needs two vectors of one size > 0, got {tuple(chosen_B.shape)} and {tuple(rejected_B.shape)}"
+            f"bradley_terry needs two vectors of one size, got {tuple(chosen_B.shape)} and {tuple(rejected_B.shape)}"
         )
     difference_B = chosen_B - rejected_B
     shifted_B = difference_B if margin_B is None else difference_B - margin_B.to(difference_B)

@@ -16,8 +16,8 @@ from transformers import (
 
 WORDS = (
     "a an the my old new red blue good bad great awful happy sad dog cat chair table sea rain day night coffee tea "
-    "train bicycle house tree is was are were feels looks smells very not and but with of in on it this that love hate like "
-    "write one sentence about ."
+    "train bicycle house tree is was are were feels looks smells very not and but with of in on it this that love hate "
+    "like write one sentence about ."
 ).split()
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (
