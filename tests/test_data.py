@@ -19,7 +19,7 @@ from vgf_llm.data import (
     load_prompts,
 )
 from vgf_llm.errors import DataError, ModelError
-from vgf_llm.rows import file_sha256, read_rows
+from vgf_llm.rows import read_rows
 
 HH_FILE = Path(__file__).parents[2] / "shared" / "data" / "hh_harmless_base_test_part.jsonl.gz"
 GOOD = {"prompt": "the sea", "chosen": " is blue", "rejected": " is red"}
@@ -112,18 +112,21 @@ def test_hub_names_and_their_failure(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_prompts("owner/name", split="test", limit=1) == ["a dog"]
     assert load_prompts("owner/name/some/folder") == ["a dog", "a cat"]
-    assert asked == [("owner/name", None, "test"), ("owner/name", "some/folder", "train")]
+    assert load_prompts("owner/name:validation", limit=1) == load_prompts("owner/name/part:test", limit=1) == ["a dog"]
+    assert asked == [
+        ("owner/name", None, "test"),
+        ("owner/name", "some/folder", "train"),
+        ("owner/name", None, "validation"),
+        ("owner/name", "part", "test"),
+    ]
     with pytest.raises(DataError, match="'owner/none' is no local file and could not be loaded .* split 'train'"):
         load_prompts("owner/none")
 
 
-def test_limit_and_hash(tmp_path):
+def test_a_limit_below_one(tmp_path):
     source = write(tmp_path / "rows.jsonl", [GOOD])
     with pytest.raises(DataError, match="limit must be > 0, got 0"):
         read_rows(source, limit=0)
-    (tmp_path / "abc").write_bytes(b"abc")
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of "abc", FIPS 180-2
-    assert file_sha256(tmp_path / "abc") == expected
 
 
 # Prompts -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ imported only when it is called, so that help answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"vgf-llm: unknown command '{command}'; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if os.getcwd() not in sys.path:  # "module:function" of the current folder is found, as under `python -m`
+        sys.path.append(os.getcwd())
     return run_main(importlib.import_module(COMMANDS[command][0]).main, rest)
 
 

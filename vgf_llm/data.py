@@ -59,9 +59,9 @@ def load_prompts(source: str, column: str = "prompt", split: str = "train", limi
 
     Args:
         source: a .jsonl, .json, .csv, .parquet (each also with .gz, but parquet) or .txt file (one prompt a line), or
-            a hub dataset as ``owner/name`` or ``owner/name/data_dir``.
+            a hub dataset as ``owner/name`` or ``owner/name/data_dir``, either with ``:split`` at its end.
         column: column that holds a string or a list of ``{"role", "content"}`` messages.
-        split: split of a hub dataset; a file has none.
+        split: split of a hub dataset whose name does not state one; a file has none.
         limit: only the first so many rows (count, > 0).
 
     Returns:
@@ -88,7 +88,7 @@ def load_preferences(
 
     Args:
         source: as for ``load_prompts``.
-        split: split of a hub dataset; a file has none.
+        split: split of a hub dataset whose name does not state one; a file has none.
         limit: only the first so many rows (count, > 0).
         prompt_column: column of prompts; where no row has it, the prompt is what chosen and rejected share.
         chosen_column: column of the better response, a string or messages.

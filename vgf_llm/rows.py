@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,8 +22,8 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
 
     Args:
         source: a .jsonl, .json, .csv or .txt file (one prompt a line), each also as .gz, a .parquet file, or a hub
-            dataset as ``owner/name`` or ``owner/name/data_dir``.
-        split: split of a hub dataset; a file has none.
+            dataset as ``owner/name`` or ``owner/name/data_dir``, either with ``:split`` at its end.
+        split: split of a hub dataset whose name does not state one; a file has none.
         limit: only the first so many rows (count, > 0).
 
     Returns:
@@ -49,19 +48,6 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
     if not rows:
         raise DataError(f"'{source}' holds no rows")
     return rows[:limit]
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hash a data file, so that a card can say what a model was trained on.
-
-    Args:
-        path: local file.
-
-    Returns:
-        The SHA-256 of its bytes as 64 hexadecimal digits.
-    """
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _read_file(path: Path, kind: str) -> list[Row]:
@@ -126,7 +112,9 @@ def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
         raise DataError(
             f"'{source}' is no local file, and hub datasets need the package 'datasets': install vgf-llm[train]"
         ) from error
-    owner_name, data_dir = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:]) or None
+    name, _, stated = source.partition(":")
+    split = stated or split
+    owner_name, data_dir = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:]) or None
     try:
         data = datasets.load_dataset(owner_name, data_dir=data_dir, split=split)
     except Exception as error:  # the library raises a dozen types; all mean that this source is not to be had
