@@ -1,8 +1,8 @@
 """Gumbel noise that is a function of (row seed, position, token), and its posterior given the token that won.
 
-Sampling y ~ p is argmax_v(log p(v) + g_v) with independent standard Gumbel g_v (Gumbel-max). Here g_v is not drawn from
-a stream but hashed (the finaliser of SplitMix64, Steele et al. 2014) from the row's seed, the position and the token id:
-a row's result depends on neither the batch it sits in nor the width of the shortlist, and it can be
+Sampling y ~ p is argmax_v(log p(v) + g_v) with independent standard Gumbel g_v (Gumbel-max). Here g_v is not drawn
+from a stream but hashed (the finaliser of SplitMix64, Steele et al. 2014) from the row's seed, the position and the
+token id: a row's result depends on neither the batch it sits in nor the width of the shortlist, and it can be
 reproduced elsewhere from the seed alone.
 
 The posterior of the noise given that y won is the top-down construction of Maddison, Tarlow and Minka (2014): the

@@ -1,7 +1,8 @@
 """Responses as particles: token embeddings in the value's own table, moved by the flow.
 
-A response y_1..y_T becomes u in R^{T x D}. Its text may move; EOS and padding stay where they are. A kernel, where one
-is asked for, compares the masked mean over tokens: on T*D raw dimensions all distances are alike and an RBF degenerates.
+A response y_1..y_T becomes u in R^{T x D}. Its text may move; EOS and padding stay where they are. A kernel, where
+one is asked for, compares the masked mean over tokens: on T*D raw dimensions all distances are alike and an RBF
+degenerates.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_DOUBLINGS = 40
-_BISECTIONS = 30
+_DOUBLINGS = 20
+_BISECTIONS = 45
 
 
 def tilt(logps: Tensor, bonus: Tensor, multiplier: Tensor, is_eos: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""The tilted law, its KL, and the multipliers that spend a budget."""
+
+import math
+
+import pytest
+import torch
+
+from vgf_llm.text.tilt import calibrate_multiplier, capped_multiplier, kl_divergence, tilt
+
+NO_EOS = torch.zeros(1, 2, dtype=torch.bool)
+
+
+def test_tilt_of_two_tokens_by_hand():
+    """p = (1/2, 1/2), b = (ln 3, 0), s = 1: q = (3, 1)/4; KL = 3/4 ln(3/2) + 1/4 ln(1/2) = 0.1308."""
+    logp = torch.tensor([[0.5, 0.5]]).log()
+    logq = tilt(logp, torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([1.0]), NO_EOS)
+    torch.testing.assert_close(logq.exp(), torch.tensor([[0.75, 0.25]]))
+    assert kl_divergence(logq, logp).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
+
+
+def test_eos_keeps_its_probability_and_excluded_tokens_stay_excluded():
+    logp = torch.tensor([[0.2, 0.5, 0.3, 0.0]]).log()
+    eos = torch.tensor([[True, False, False, False]])
+    q = tilt(logp, torch.tensor([[9.0, 1.0, -1.0, 50.0]]), torch.tensor([2.0]), eos).exp()
+    assert q[0, 0].item() == pytest.approx(0.2, abs=1e-6)
+    assert q[0, 3].item() == 0
+    assert q.sum().item() == pytest.approx(1.0, abs=1e-6)
+    assert q[0, 1] / q[0, 2] == pytest.approx(0.5 / 0.3 * math.exp(4.0), rel=1e-4)
+
+
+def test_only_eos_left_is_left_alone():
+    logp = torch.tensor([[0.0, -torch.inf]])
+    logq = tilt(logp, torch.ones(1, 2), torch.tensor([3.0]), torch.tensor([[True, False]]))
+    assert torch.equal(logq, logp)
+    assert kl_divergence(logq, logp).item() == 0
+
+
+def test_cap_binds_only_where_it_must():
+    logp = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
+    bonus = torch.tensor([[1.0, -1.0], [0.01, -0.01]])
+    eos = torch.zeros(2, 2, dtype=torch.bool)
+    s = capped_multiplier(logp, bonus, torch.tensor([5.0, 5.0]), eos, 0.1)
+    nats = kl_divergence(tilt(logp, bonus, s, eos), logp)
+    assert nats[0].item() == pytest.approx(0.1, abs=1e-4)
+    assert s[1].item() == 5.0
+
+
+@pytest.mark.parametrize("nats", [0.1, 0.5, 2.0])
+def test_one_multiplier_spends_the_budget_and_more_where_the_bonus_is_large(nats):
+    torch.manual_seed(1)
+    logps = torch.randn(3, 6, 10).log_softmax(-1)
+    bonus = torch.randn(3, 6, 10)
+    bonus[:, 0] *= 4
+    eos, mask = torch.zeros_like(logps, dtype=torch.bool), torch.ones(3, 6, dtype=torch.bool)
+    mask[2, 3:] = False
+    s = calibrate_multiplier(logps, bonus, eos, mask, nats, max_token_nats=100.0)
+    spent = kl_divergence(tilt(logps, bonus, s.unsqueeze(-1).expand(3, 6), eos), logps) * mask
+    torch.testing.assert_close(spent.sum(-1), torch.full((3,), nats), atol=2e-3, rtol=0)
+    assert (spent[:, 0] > spent[:, 1]).all()
+
+
+def test_calibration_counts_the_cap_and_gives_zero_without_a_bonus():
+    logps = torch.full((2, 4, 2), 0.5).log()
+    bonus = torch.tensor([1.0, -1.0]).expand(2, 4, 2).clone()
+    bonus[1] = 0
+    eos, mask = torch.zeros(2, 4, 2, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)
+    s = calibrate_multiplier(logps, bonus, eos, mask, 10.0, max_token_nats=0.05)
+    assert s[1].item() == 0
+    capped = capped_multiplier(logps, bonus, s.unsqueeze(-1).expand(2, 4), eos, 0.05)
+    spent = kl_divergence(tilt(logps, bonus, capped, eos), logps).sum(-1)
+    assert spent[0].item() == pytest.approx(0.2, abs=1e-3)  # 4 positions at a cap of 0.05: the budget cannot be met

@@ -1,0 +1,165 @@
+"""``vgf-llm evaluate``: compare transport budgets with best-of-N and controls, at what they cost.
+
+    vgf-llm evaluate --config recipes/smollm2_sentiment/evaluate.yaml --budgets '[{nats: 2}, {nats: 4}]'
+
+Every finished (arm, seed, prompt) is a line of ``rows.jsonl``; Ctrl-C or a kill loses at most the batch in progress,
+and ``--resume`` goes on. The summary is made from the rows alone: ``summary.json``, a table on standard output, and with
+``--record NAME`` also ``docs/results/NAME.json``. The last line of standard output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vgf_llm.cli import run_main
+from vgf_llm.config import dump, parse
+from vgf_llm.errors import ConfigError, OutputError
+from vgf_llm.evaluation.arms import Arm, budget_arms
+from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic
+from vgf_llm.progress import track
+from vgf_llm.settings import ModelSettings, SamplingSettings
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is compared, on which prompts, and where the result goes."""
+
+    prompts: str = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
+    """Prompt file (.jsonl, .json, .csv, .parquet) or hub dataset."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt."""
+    num_prompts: int | None = None
+    """Prompts used, from the first; all when unset."""
+    output_dir: str = "outputs/evaluate"
+    """Folder for rows.jsonl, summary.json and config.json."""
+    gold: str = "vader_compound"
+    """Held-out scorer: a function of reward_models.functions or "module:function"."""
+    num_particles: int = 8
+    """N of the budgets' arms."""
+    best_of: list[int] = field(default_factory=lambda: [8, 16, 32])
+    """N of the best-of-N arms."""
+    budgets: list[TransportBudget] = field(default_factory=lambda: [TransportBudget(nats=n) for n in (1.0, 2.0, 4.0)])
+    """Transport budgets, one arm each."""
+    arms: list[Arm] = field(default_factory=list)
+    """Full description of the arms; replaces num_particles, best_of and budgets where given."""
+    baseline: str | None = None
+    """Arm that the others are compared with, prompt by prompt; the first arm when unset."""
+    seed: int = 0
+    """Seed of the first repetition; repetition i uses seed + i."""
+    batch_prompts: int = 6
+    """Prompts a batch, at least 1."""
+    resume: bool = False
+    """Go on with the rows that output_dir already holds; without it they are an error."""
+    record: str | None = None
+    """Also write the summary to docs/results/<record>.json."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        if self.batch_prompts < 1:
+            raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
+        names = [arm.name for arm in self.all_arms()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"arms must have unique names, {twice[0]!r} occurs twice")
+        if self.baseline is not None and self.baseline not in names:
+            raise ValueError(f"baseline {self.baseline!r} is no arm of this run; arms: {', '.join(names)}")
+
+    def all_arms(self) -> list[Arm]:
+        """Return the arms of the run."""
+        return self.arms or budget_arms(self.num_particles, self.best_of, self.budgets)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    settings, models, sampling = parse(
+        EvaluateSettings,
+        ModelSettings,
+        SamplingSettings,
+        argv=argv,
+        prog="vgf-llm evaluate",
+        description="Compare transport budgets with best-of-N and controls.",
+    )
+    summary = run(settings, models, sampling)
+    print(json.dumps(headline(summary)))
+    return 0
+
+
+def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSettings) -> dict[str, Any]:
+    """Evaluate every arm on every prompt and return the summary.
+
+    Raises:
+        OutputError: If output_dir cannot be written, or holds rows and ``resume`` is off.
+        ConfigError: If ``resume`` is on and the configuration is another one.
+    """
+    output_dir = check_writable(settings.output_dir)
+    rows_path = output_dir / "rows.jsonl"
+    _claim(output_dir, rows_path, settings, models, sampling)
+    from vgf_llm.evaluation.table import print_table
+    from vgf_llm.evaluation.work import finish, work
+
+    done = {(row["arm"], row["seed"], row["prompt_index"]) for row in _read(rows_path)}
+    for rows in work(settings, models, sampling, done, track):
+        append_jsonl(rows_path, rows)
+    summary = finish(settings, models, sampling, _read(rows_path))
+    write_json_atomic(output_dir / "summary.json", summary)
+    if settings.record:
+        recorded = check_writable("docs/results") / f"{settings.record}.json"
+        write_json_atomic(recorded, summary)
+        print(f"recorded in {recorded}", file=sys.stderr)
+    print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
+    return summary
+
+
+def headline(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the last line's object: proxy, gold and NLL of each arm's cloud and the gold of its selected response."""
+    keys = ("proxy", "gold", "nll", "selected_gold", "tflops", "seconds")
+    return {arm: {key: round(entry[key]["mean"], 4) for key in keys} for arm, entry in summary["arms"].items()}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(path)) if path.exists() else []
+
+
+def _claim(output_dir: Path, rows_path: Path, *instances: Any) -> None:
+    """Refuse to mix the rows of two runs; record the configuration of this one."""
+    settings = instances[0]
+    config, config_path = dump(*instances), output_dir / "config.json"
+    for key in ("resume", "record", "batch_prompts", "output_dir"):
+        config.pop(key)
+    if rows_path.exists() and not settings.resume:
+        raise OutputError(f"{rows_path} exists; add --resume to go on with it, or name another output_dir")
+    if rows_path.exists() and config_path.exists():
+        before = json.loads(config_path.read_text())
+        free = ("num_prompts", "arms", "baseline")  # more prompts and further arms only add rows
+        changed = [k for k in config if k not in free and before.get(k) != config[k]]
+        changed += [f"arms: {name}" for name in _changed_arms(before.get("arms", []), config["arms"])]
+        if changed:
+            raise ConfigError(
+                f"{output_dir} was started with another {', '.join(changed)}; resume with the same, or name another "
+                "output_dir"
+            )
+    write_json_atomic(config_path, config)
+
+
+def _changed_arms(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Return the names of arms whose description changed; more seeds is no change."""
+
+    def described(arms: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {arm["name"]: {k: v for k, v in arm.items() if k != "num_seeds"} for arm in arms}
+
+    old, new = described(before), described(now)
+    return [name for name in new if name in old and old[name] != new[name]]
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,55 @@
+"""Arms of an experiment. This module imports nothing heavy, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vgf_llm.flow.budget import TransportBudget
+
+DecoderName = Literal["prior", "nearest"]
+Direction = Literal["value", "random", "flipped"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the results table: how many particles, moved how far, in which direction, decoded how."""
+
+    name: str = "best-of-8"
+    """Name in the table; unique in a run."""
+    num_particles: int = 8
+    """Responses a prompt, at least 1. The arms of a run share their samples."""
+    budget: TransportBudget = field(default_factory=TransportBudget.none)
+    """Transport budget; steps 0 moves nothing, which is best-of-N."""
+    decoder: DecoderName = "prior"
+    """How moved particles become tokens."""
+    direction: Direction = "value"
+    """The value's gradient, its negative, or random vectors with the gradient's norm at every token."""
+    select: Literal["max", "random"] = "max"
+    """The response that is returned: the best by value, or any (the plain base model)."""
+    num_seeds: int = 1
+    """Seeds this arm is run with, at least 1; seed i of every arm has the same samples."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        if self.num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
+        if self.num_seeds < 1:
+            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+
+
+def budget_arms(num_particles: int, best_of: list[int], budgets: list[TransportBudget]) -> list[Arm]:
+    """Return the usual arms: the base model, best-of-N at several N, and the given budgets."""
+    arms = [Arm(name="base", num_particles=num_particles, select="random")]
+    arms += [Arm(name=f"best-of-{n}", num_particles=n) for n in best_of]
+    for budget in budgets:
+        name = "zero budget" if budget.is_none else f"{budget.nats:g} nats"
+        name += f" x{budget.rounds} rounds" if budget.rounds > 1 else ""
+        if any(arm.name == name for arm in arms):
+            name += f" ({budget.steps} {budget.step} steps)"
+        arms.append(Arm(name=name, num_particles=num_particles, budget=budget))
+    return arms

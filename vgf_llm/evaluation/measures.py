@@ -1,0 +1,43 @@
+"""What is measured on responses, one number each: value, gold, likelihood under the base, text statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.responses import Responses
+
+
+def nll_per_token(reference: Reference, prefix: ReferencePrefix, responses: Responses) -> Tensor:
+    """Return -log p(y | x) / T under the untruncated base at temperature 1, in nats a token, [B, N]."""
+    total_BN = -reference.logps(prefix, responses).sum(-1)
+    return total_BN / responses.lengths_BN.clamp(min=1)
+
+
+def changed_tokens(before: Responses, after: Responses) -> Tensor:
+    """Return how many positions of each response hold another token than before, int64 [B, N].
+
+    A position that only one of the two has counts as changed.
+    """
+    length = max(before.tokens_BNT.shape[-1], after.tokens_BNT.shape[-1])
+
+    def padded(responses: Responses) -> Tensor:
+        tokens_BNT = responses.tokens_BNT.masked_fill(~responses.mask_BNT, -1)
+        return torch.nn.functional.pad(tokens_BNT, (0, length - tokens_BNT.shape[-1]), value=-1)
+
+    return (padded(before) != padded(after)).sum(-1)
+
+
+def repetition(text: str) -> float:
+    """Return the share of word bigrams that occurred before in the text, in [0, 1]."""
+    words = text.lower().split()
+    bigrams = list(zip(words, words[1:], strict=False))
+    return 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def non_ascii(texts: Sequence[str]) -> list[float]:
+    """Return the share of characters outside ASCII of each text."""
+    return [sum(ord(character) > 127 for character in text) / max(len(text), 1) for text in texts]

@@ -1,0 +1,160 @@
+"""Runs the arms of an experiment on a batch of prompts: sample once, then one policy an arm, then measure.
+
+Data goes one way: prompts -> shared samples -> an arm's outcome -> a row. A row holds every number and text of one arm,
+prompt and seed; tables are made from rows alone, so a run can be stopped after any row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from reward_models.functions import RewardFunction
+from vgf_llm.errors import NonFiniteError
+from vgf_llm.evaluation.arms import Arm
+from vgf_llm.evaluation.controls import flipped_gradient, random_gradient
+from vgf_llm.evaluation.flops import Sizes, arm_flops
+from vgf_llm.evaluation.measures import changed_tokens, nll_per_token, non_ascii, repetition
+from vgf_llm.pipeline import make_decoder
+from vgf_llm.sampling.transformers_sampler import TransformersSampler
+from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.text.noise import row_seeds
+from vgf_llm.text.particles import GradientSource, exact_gradient
+from vgf_llm.text.protocols import Value
+from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.responses import Responses, concatenate
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts with their positions in the prompt file."""
+
+    indices: list[int]
+    texts: list[str]
+    ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Responses shared by the arms of a batch, and the seconds that drawing the first n of them took."""
+
+    responses: Responses
+    seeds_BN: Tensor
+    seconds_by_count: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Models and measures that all arms share."""
+
+    reference: Reference
+    value: Value
+    tokenizer: PreTrainedTokenizerBase
+    gold: RewardFunction
+    sizes: Sizes
+
+    def rows(self, arms: list[Arm], prompts: Prompts, seed: int) -> Iterator[list[Row]]:
+        """Yield the rows of each arm for a batch of prompts and one seed.
+
+        Raises:
+            NonFiniteError: If a value or gradient is not finite; the message names the prompt.
+        """
+        samples = self._sample(arms, prompts, seed)
+        prefix = self.reference.prefix(prompts.ids)
+        for arm in arms:
+            started = time.perf_counter()
+            originals = samples.responses.first(arm.num_particles)
+            try:
+                outcome = self._policy(arm, seed).improve(originals, samples.seeds_BN[:, : arm.num_particles])
+            except NonFiniteError as error:
+                index, text = prompts.indices[error.group], prompts.texts[error.group]
+                message = f"arm {arm.name!r}, prompt {index} ({text!r}): {error}"
+                raise NonFiniteError(message, group=index, step=error.step) from error
+            seconds = time.perf_counter() - started + samples.seconds_by_count[arm.num_particles]
+            yield self._measure(arm, prompts, seed, outcome, prefix, seconds / len(prompts.ids))
+
+    def _sample(self, arms: list[Arm], prompts: Prompts, seed: int) -> Samples:
+        """Draw as many responses as the largest arm needs, in pieces, so that each arm's share of the time is known."""
+        counts = sorted({arm.num_particles for arm in arms})
+        seeds_BN = row_seeds(seed, prompts.indices, counts[-1])
+        sampler, parts, seconds_by_count = TransformersSampler(self.reference), [], {}
+        started, drawn = time.perf_counter(), 0
+        for count in counts:
+            parts.append(sampler.sample(prompts.ids, seeds_BN[:, drawn:count]))
+            drawn = count
+            seconds_by_count[count] = time.perf_counter() - started
+        return Samples(concatenate(parts), seeds_BN, seconds_by_count)
+
+    def _policy(self, arm: Arm, seed: int) -> ImplicitPolicy:
+        directions: dict[str, GradientSource] = {
+            "value": exact_gradient,
+            "flipped": flipped_gradient,
+            "random": random_gradient(seed),
+        }
+        return ImplicitPolicy(
+            TransformersSampler(self.reference),
+            self.value,
+            make_decoder(arm.decoder, self.reference, self.value),
+            arm.budget,
+            select=arm.select,
+            gradient=directions[arm.direction],
+        )
+
+    def _measure(
+        self, arm: Arm, prompts: Prompts, seed: int, outcome: Outcome, prefix: ReferencePrefix, seconds: float
+    ) -> list[Row]:
+        cloud = concatenate([outcome.transported, outcome.selected])  # the last column is the selected response
+        n = arm.num_particles
+        nll_BM = nll_per_token(self.reference, prefix, cloud)
+        changed_BN = changed_tokens(outcome.originals, outcome.transported)
+        texts = cloud.texts(self.tokenizer)
+        rows = []
+        for b, index in enumerate(prompts.indices):
+            gold = self.gold([prompts.texts[b]] * (n + 1), texts[b])
+            tokens = cloud.lengths_BN[b].tolist()
+            flops = arm_flops(arm, self.sizes, len(prompts.ids[b]), sum(tokens[:n]) / n)
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "seed": seed,
+                    "prompt_index": index,
+                    "prompt": prompts.texts[b],
+                    "proxy": rounded(outcome.transported_values_BN[b]),
+                    "gold": [round(float(g), 5) for g in gold[:n]],
+                    "nll": rounded(nll_BM[b, :n]),
+                    "nats": None if outcome.nats_BN[b].isnan().any() else rounded(outcome.nats_BN[b]),
+                    "displacement": rounded(outcome.displacement_BN[b]),
+                    "changed": changed_BN[b].tolist(),
+                    "tokens": tokens[:n],
+                    "ended": cloud_ended(cloud)[b, :n].tolist(),
+                    "repetition": [round(repetition(text), 5) for text in texts[b][:n]],
+                    "non_ascii": [round(share, 5) for share in non_ascii(texts[b][:n])],
+                    "selected_index": int(outcome.selected_index_B[b]),
+                    "selected_proxy": round(float(outcome.selected_values_B[b]), 5),
+                    "selected_gold": round(float(gold[n]), 5),
+                    "selected_nll": round(float(nll_BM[b, n]), 5),
+                    "selected": texts[b][n],
+                    "texts": texts[b][:n],
+                    "tflops": round(flops / 1e12, 6),
+                    "seconds": round(seconds, 4),
+                }
+            )
+        return rows
+
+
+def cloud_ended(cloud: Responses) -> Tensor:
+    """Return which responses end in EOS, bool [B, N]."""
+    return cloud.eos_BNT.any(-1)
+
+
+def rounded(values_N: Tensor) -> list[float]:
+    """Return a tensor as floats of five decimals, short enough for a results file."""
+    return [round(value, 5) for value in values_N.detach().to(torch.float64).tolist()]

@@ -1,0 +1,93 @@
+"""From rows to a summary: one entry an arm, with intervals, and the paired differences that claims rest on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from vgf_llm.evaluation.bootstrap import bootstrap_mean
+
+Row = dict[str, Any]
+Measure = Callable[[Row], float]
+
+
+def _mean(key: str) -> Measure:
+    return lambda row: sum(row[key]) / len(row[key])
+
+
+def _cloud_nll(row: Row) -> float:
+    """Pooled over the cloud: nats of all responses over their tokens."""
+    return sum(nll * tokens for nll, tokens in zip(row["nll"], row["tokens"], strict=True)) / sum(row["tokens"])
+
+
+MEASURES: dict[str, Measure] = {
+    "proxy": _mean("proxy"),
+    "gold": _mean("gold"),
+    "nll": _cloud_nll,
+    "selected_proxy": lambda row: row["selected_proxy"],
+    "selected_gold": lambda row: row["selected_gold"],
+    "selected_nll": lambda row: row["selected_nll"],
+    "nats": lambda row: float("nan") if row["nats"] is None else sum(row["nats"]) / len(row["nats"]),
+    "changed_tokens": _mean("changed"),
+    "displacement": _mean("displacement"),
+    "tokens": _mean("tokens"),
+    "eos_rate": _mean("ended"),
+    "repetition": _mean("repetition"),
+    "non_ascii": _mean("non_ascii"),
+    "tflops": lambda row: row["tflops"],
+    "seconds": lambda row: row["seconds"],
+}
+COMPARED = ("proxy", "gold", "nll", "selected_proxy", "selected_gold", "selected_nll")
+
+
+def summarise(rows: list[Row], arm_names: list[str]) -> dict[str, Any]:
+    """Return ``{arm: {prompts, seeds, <measure>: {mean, low, high}}}`` in the given order.
+
+    A prompt's number is the mean over its seeds; intervals are 95% bootstrap intervals over prompts. Arms without rows
+    are left out.
+    """
+    summary: dict[str, Any] = {}
+    for name in arm_names:
+        arm_rows = [row for row in rows if row["arm"] == name]
+        if not arm_rows:
+            continue
+        entry: dict[str, Any] = {
+            "prompts": len({row["prompt_index"] for row in arm_rows}),
+            "seeds": len({row["seed"] for row in arm_rows}),
+        }
+        for measure, function in MEASURES.items():
+            entry[measure] = asdict(bootstrap_mean(list(_by_prompt(arm_rows, function).values())))
+        summary[name] = entry
+    return summary
+
+
+def differences(rows: list[Row], arm_names: list[str], baseline: str) -> dict[str, Any]:
+    """Return ``{arm: {<measure>: {mean, low, high}}}``, arm minus baseline, paired on the prompts and seeds of both."""
+    result: dict[str, Any] = {}
+    for name in arm_names:
+        pairs = _paired(rows, name, baseline)
+        if name == baseline or not pairs:
+            continue
+        result[name] = {}
+        for measure in COMPARED:
+            function = MEASURES[measure]
+            by_prompt: dict[int, list[float]] = defaultdict(list)
+            for one, other in pairs:
+                by_prompt[one["prompt_index"]].append(function(one) - function(other))
+            result[name][measure] = asdict(bootstrap_mean([sum(d) / len(d) for d in by_prompt.values()]))
+    return result
+
+
+def _by_prompt(rows: list[Row], function: Measure) -> dict[int, float]:
+    values: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        values[row["prompt_index"]].append(function(row))
+    return {prompt: sum(found) / len(found) for prompt, found in values.items()}
+
+
+def _paired(rows: list[Row], name: str, baseline: str) -> list[tuple[Row, Row]]:
+    others = {(row["seed"], row["prompt_index"]): row for row in rows if row["arm"] == baseline}
+    mine = [row for row in rows if row["arm"] == name]
+    return [(row, others[key]) for row in mine if (key := (row["seed"], row["prompt_index"])) in others]

@@ -1,0 +1,75 @@
+"""The summary as people read it: a Rich table on a terminal, a Markdown table in the docs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLUMNS = (
+    ("proxy", "proxy", 2),
+    ("gold", "gold", 3),
+    ("nll", "NLL/token", 2),
+    ("selected_proxy", "sel. proxy", 2),
+    ("selected_gold", "sel. gold", 3),
+    ("selected_nll", "sel. NLL", 2),
+    ("nats", "nats", 2),
+    ("changed_tokens", "changed", 1),
+    ("displacement", "moved", 2),
+    ("tflops", "TFLOP", 2),
+    ("seconds", "s", 2),
+)
+LEGEND = (
+    "A row is an arm, per prompt. proxy, gold, NLL/token: mean of the cloud of N responses (value; gold scorer; nats a "
+    "token under the base). sel.: the response returned. nats: KL spent while decoding. changed: tokens. moved: mean "
+    "displacement in nearest-token distances. TFLOP and s include sampling."
+)
+
+
+def _cell(estimate: dict[str, float], digits: int, interval: bool) -> str:
+    if estimate["mean"] != estimate["mean"]:
+        return "-"
+    text = f"{estimate['mean']:.{digits}f}"
+    if interval and estimate["low"] != estimate["high"]:
+        text += f" [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
+    return text
+
+
+def markdown_table(summary: dict[str, Any], interval: bool = True) -> str:
+    """Return the summary as a Markdown table, intervals on the compared measures."""
+    header = ["arm", "seeds", *(title for _, title, _ in COLUMNS)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for name, entry in summary.items():
+        cells = [
+            _cell(entry[key], digits, interval and key in ("proxy", "gold", "nll", "selected_gold"))
+            for key, _, digits in COLUMNS
+        ]
+        lines.append("| " + " | ".join([name, str(entry["seeds"]), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def difference_table(differences: dict[str, Any]) -> str:
+    """Return paired differences as a Markdown table; intervals that exclude zero are bold."""
+    measures = (("proxy", 2), ("gold", 3), ("nll", 3), ("selected_proxy", 2), ("selected_gold", 3), ("selected_nll", 3))
+    lines = ["| arm | " + " | ".join(key.replace("_", " ") for key, _ in measures) + " |", "|" + "---|" * 7]
+    for name, entry in differences.items():
+        cells = []
+        for key, digits in measures:
+            estimate = entry[key]
+            text = f"{estimate['mean']:+.{digits}f} [{estimate['low']:+.{digits}f}, {estimate['high']:+.{digits}f}]"
+            cells.append(f"**{text}**" if estimate["low"] > 0 or estimate["high"] < 0 else text)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def print_table(summary: dict[str, Any], title: str) -> None:
+    """Print the summary as a Rich table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption=LEGEND)
+    table.add_column("arm", no_wrap=True)
+    for _, heading, _ in COLUMNS:
+        table.add_column(heading, justify="right")
+    for name, entry in summary.items():
+        table.add_row(name, *(_cell(entry[key], digits, False) for key, _, digits in COLUMNS))
+    console = Console()
+    Console(width=max(console.width, 130)).print(table)

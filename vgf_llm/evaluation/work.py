@@ -1,0 +1,94 @@
+"""The work of ``evaluate``: loads the models, walks over seeds and prompt batches, and closes with the summary."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reward_models.functions import load_function
+from vgf_llm import __version__
+from vgf_llm.config import dump
+from vgf_llm.data import load_prompts
+from vgf_llm.evaluation.arms import Arm
+from vgf_llm.evaluation.flops import Sizes
+from vgf_llm.evaluation.run import Experiment, Prompts
+from vgf_llm.evaluation.summary import Row, differences, summarise
+from vgf_llm.pipeline import encode_prompts, load_pipeline, prompt_text
+from vgf_llm.settings import ModelSettings, SamplingSettings
+
+if TYPE_CHECKING:
+    from vgf_llm.evaluate import EvaluateSettings
+
+Key = tuple[str, int, int]
+"""(arm, seed, prompt index): what a row stands for."""
+
+
+def work(
+    settings: EvaluateSettings,
+    models: ModelSettings,
+    sampling: SamplingSettings,
+    done: set[Key],
+    track: Callable[..., Any],
+) -> Iterator[list[Row]]:
+    """Yield the rows that are not done yet, a batch of prompts and an arm at a time."""
+    gold = load_function(settings.gold)
+    prompts = load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
+    pipeline = load_pipeline(models, sampling)
+    ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
+    sizes = Sizes.of(pipeline.reference.model, pipeline.value)
+    experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes)
+    todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
+    for seed, indices, arms in track(todo, "evaluating"):
+        batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
+        for rows in experiment.rows(arms, batch, seed):
+            yield [row for row in rows if (row["arm"], row["seed"], row["prompt_index"]) not in done]
+
+
+def _batches(
+    arms: list[Arm], num_prompts: int, seed: int, batch_prompts: int, done: set[Key]
+) -> list[tuple[int, list[int], list[Arm]]]:
+    """Return (seed, prompt indices, arms with something left to do); all of a seed before the next."""
+    batches = []
+    for repetition in range(max(arm.num_seeds for arm in arms)):
+        current = seed + repetition
+        active = [arm for arm in arms if repetition < arm.num_seeds]
+        for start in range(0, num_prompts, batch_prompts):
+            indices = list(range(start, min(start + batch_prompts, num_prompts)))
+            left = [arm for arm in active if any((arm.name, current, index) not in done for index in indices)]
+            if left:
+                batches.append((current, indices, left))
+    return batches
+
+
+def finish(
+    settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSettings, rows: list[Row]
+) -> dict[str, Any]:
+    """Return the summary of all rows: arms, differences from the baseline, and how they came about."""
+    names = [arm.name for arm in settings.all_arms()]
+    baseline = settings.baseline or names[0]
+    return {
+        "arms": summarise(rows, names),
+        "baseline": baseline,
+        "differences": differences(rows, names, baseline),
+        "prompts": len({row["prompt_index"] for row in rows}),
+        "config": dump(settings, models, sampling),
+        "hardware": hardware(),
+        "version": __version__,
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the numbers were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

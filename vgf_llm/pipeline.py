@@ -1,0 +1,91 @@
+"""Loads what every transporting command needs: the reference, the value, and proof that they speak the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from reward_models.loading import load_reward_model
+from reward_models.modelling import RewardModel
+from vgf_llm.errors import ConfigError, DataError, ModelError
+from vgf_llm.evaluation.arms import DecoderName
+from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
+from vgf_llm.settings import ModelSettings, SamplingSettings, resolve_device
+from vgf_llm.text.decoders import NearestDecoder, PriorDecoder
+from vgf_llm.text.protocols import Decoder, Value
+from vgf_llm.text.reference import Reference
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A reference, a value in the same token space, and their tokenizer."""
+
+    reference: Reference
+    value: RewardModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_pipeline(models: ModelSettings, sampling: SamplingSettings) -> Pipeline:
+    """Load the base model and the reward model.
+
+    Raises:
+        ConfigError: If no reward model is named.
+        ModelError: If one cannot be loaded, or the reward model's tokenizer, template or embedding table differs from
+            the base's.
+    """
+    if models.reward_model is None:
+        raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
+    if not Path(models.reward_model).is_dir():
+        raise ModelError(
+            f"reward_model {models.reward_model!r} is not a folder; train one with `vgf-llm reward` and name its folder"
+        )
+    device, dtype = resolve_device(models.device), getattr(torch, models.dtype)
+    tokenizer = load_tokenizer(
+        models.model_name_or_path, pad_token=models.pad_token, trust_remote_code=models.trust_remote_code
+    )
+    value = load_reward_model(models.reward_model, tokenizer=tokenizer, dtype=dtype, device=device)
+    base = load_causal_lm(
+        models.model_name_or_path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code
+    )
+    table_V, own_V = len(value.embedding_table_VD), base.get_input_embeddings().weight.shape[0]
+    if table_V < len(tokenizer):
+        raise ModelError(
+            f"the reward model's table has {table_V} tokens, the tokenizer {len(tokenizer)} (base model: {own_V}); "
+            "train the reward model on this base model"
+        )
+    reference = Reference(base, sampling, eos_token_ids(base, tokenizer), tokenizer.pad_token_id)
+    return Pipeline(reference, value, tokenizer)
+
+
+def make_decoder(name: DecoderName, reference: Reference, value: Value) -> Decoder:
+    """Return the decoder of that name."""
+    if name == "nearest":
+        return NearestDecoder(value.embedding_table_VD, (*reference.eos_ids, reference.pad_id))
+    return PriorDecoder(reference, value.embedding_table_VD)
+
+
+def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:
+    """Encode prompts and check that each leaves room for a response.
+
+    Raises:
+        DataError: Naming the prompt that is empty or too long.
+    """
+    from vgf_llm.data import check_prompt_fits, encode_prompt
+
+    limit = getattr(pipeline.reference.model.config, "max_position_embeddings", None)
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        ids = encode_prompt(pipeline.tokenizer, prompt)
+        if not ids:
+            raise DataError(f"prompt {index} is empty; remove it or write something")
+        check_prompt_fits(ids, limit, pipeline.reference.sampling.max_new_tokens, index)
+        encoded.append(ids)
+    return encoded
+
+
+def prompt_text(prompt: object) -> str:
+    """Return a prompt as plain text, for reports and reward functions: a string itself, or the last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
