@@ -131,8 +131,8 @@ def test_prior_follows_its_tilted_law(reference, value):
         q = tilt(law.logps[0, 0], bonus, torch.tensor(middle), eos[0, 0])
         low, high = (middle, high) if kl_divergence(q, law.logps[0, 0]) < 0.4 else (low, middle)
     size = int(law.ids.max()) + 1
-    p = torch.zeros(size).scatter_(0, law.ids[0, 0], law.logps[0, 0].exp())
-    q = torch.zeros(size).scatter_(0, law.ids[0, 0], q.exp())
+    p = torch.zeros(size).scatter_add_(0, law.ids[0, 0], law.logps[0, 0].exp())
+    q = torch.zeros(size).scatter_add_(0, law.ids[0, 0], q.exp())
     ended = p[[2, 5]].sum()  # a sampled EOS is not displaced: those rows keep p
     expected = (1 - ended) * q + ended * p
     found = torch.bincount(decoded.responses.tokens_BNT.flatten(), minlength=size)[:size] / 20_000
