@@ -1,0 +1,46 @@
+"""Python reward functions: signs, loading by name, and faults that name the response."""
+
+from __future__ import annotations
+
+import pytest
+
+from reward_models.functions import brevity, call_function, length_words, load_function, vader_compound
+from vgf_llm.errors import ConfigError, ModelError
+
+
+def test_vader_puts_good_above_neutral_above_bad():
+    good, neutral, bad = vader_compound([""] * 3, ["I love this!", "It is a table.", "I hate this awful day."])
+    assert 1 >= good > neutral == 0 > bad >= -1
+
+
+def test_lengths():
+    assert length_words(["", ""], ["one two  three", ""]) == [3, 0]
+    assert brevity([""], ["one two"]) == [-2]
+
+
+def test_functions_load_by_short_and_full_name():
+    assert load_function("vader_compound") is vader_compound
+    assert load_function("reward_models.functions:length_words") is length_words
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vader", "does not exist; use vader_compound"),
+        ("no_such_module:f", "module 'no_such_module' cannot be imported"),
+        ("reward_models.functions:nothing", "does not exist; use the functions of reward_models.functions"),
+    ],
+)
+def test_unknown_names_are_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        load_function(name)
+
+
+def test_wrong_counts_and_non_finite_rewards_are_refused():
+    assert call_function(lambda p, r: [1] * len(r), ["p"], ["r"]) == [1.0]
+    with pytest.raises(ModelError, match="returned 1 rewards for 2 responses"):
+        call_function(lambda p, r: [1.0], ["p", "p"], ["a", "b"])
+    with pytest.raises(ModelError, match="returned nan for response 1 \\('b'\\)"):
+        call_function(lambda p, r: [1.0, float("nan")], ["p", "p"], ["a", "b"])
+    with pytest.raises(ModelError, match="returned None for response 0"):
+        call_function(lambda p, r: [None], ["p"], ["a"])
