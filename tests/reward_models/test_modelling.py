@@ -1,4 +1,4 @@
-"""One score, however it is computed: batch, padding side, pad id, prefix, ids or embeddings, before or after a reload."""
+"""One score, however it is computed: batch, padding side, pad id, prefix, ids or embeddings, before or after reload."""
 
 from __future__ import annotations
 
