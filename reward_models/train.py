@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
+from vgf_llm.cli import run_main
 from vgf_llm.config import parse
-from vgf_llm.errors import VGFError
 from vgf_llm.io import check_writable
 
 if TYPE_CHECKING:
@@ -29,20 +29,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, or 2 after an error that is the user's to mend."""
-    try:
-        script, model, training = parse(
-            RewardScript,
-            RewardModelSettings,
-            RewardTraining,
-            argv=argv,
-            prog="python -m reward_models.train",
-            description="Train a reward model on preference pairs.",
-        )
-        run(script, model, training)
-    except VGFError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the command and return 0; errors that are the user's to mend are VGFErrors."""
+    script, model, training = parse(
+        RewardScript,
+        RewardModelSettings,
+        RewardTraining,
+        argv=argv,
+        prog="vgf-llm reward",
+        description="Train a reward model on preference pairs.",
+    )
+    run(script, model, training)
     return 0
 
 
@@ -224,4 +220,4 @@ def finish(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_main(main))

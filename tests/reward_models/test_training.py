@@ -16,6 +16,7 @@ from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator, encode_pairs, hold_out
 from reward_models.train import main, run
 from reward_models.trainer import RewardTrainer, add_embedding_noise, checkpoint_to_resume, training_arguments
+from vgf_llm.cli import run_main
 from vgf_llm.data import PreferencePair
 from vgf_llm.errors import ConfigError, DataError
 
@@ -213,20 +214,20 @@ def test_the_collator_puts_chosen_first_and_masks_padding():
     ],
 )
 def test_bad_inputs_end_with_code_2_and_a_message(workplace, capsys, extra, message):
-    assert main([*workplace(), *extra]) == 2
+    assert run_main(main, [*workplace(), *extra]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_an_output_folder_that_is_a_file_is_refused_first(workplace, tmp_path, capsys):
     (tmp_path / "out").write_text("")
-    assert main(workplace(train_dataset="missing.jsonl")) == 2
+    assert run_main(main, workplace(train_dataset="missing.jsonl")) == 2
     assert "is a file" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_pad_token_is_refused(workplace, tmp_path, tiny_tokenizer, capsys):
     tiny_tokenizer.pad_token = None
     tiny_tokenizer.save_pretrained(tmp_path / "base")
-    assert main(workplace()) == 2
+    assert run_main(main, workplace()) == 2
     assert "has no pad token" in capsys.readouterr().err
 
 
