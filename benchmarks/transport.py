@@ -7,8 +7,8 @@ Three ratios, measured in one process on a reward model with random weights of a
                                  the same cached prefix, whose cache is copied before the clock starts
     prefix_cache_speedup         the same step with prompt and response run together, over the one with cached prefix
     peak_memory_growth_per_step  (peak of 16 steps - peak of 2 steps) / 14, over the peak of one step; a peak is what
-                                 the transport allocates on top of weights and prefix (CPU: all tensor allocations, summed
-                                 up from torch's memory profile; CUDA: the allocator's own peak)
+                                 the transport allocates on top of weights and prefix (CPU: all tensor allocations,
+                                 summed up from torch's memory profile; CUDA: the allocator's own peak)
 
 The arms of a repetition run one after the other in turning order, and a ratio is taken within a repetition; medians
 over the repetitions are reported with their quartiles, in wall time. On a CPU the same ratios in processor time stand
