@@ -43,6 +43,8 @@ class Script:
     """Budgets compared."""
     names: list[str] = field(default_factory=list)
     """Names."""
+    sizes: list[int] = field(default_factory=lambda: [1, 2])
+    """Sizes."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weights by name."""
 
@@ -110,6 +112,28 @@ def test_dotted_keys_in_yaml(tmp_path):
 @pytest.mark.parametrize("argv", [["--resume"], ["--resume", "true"], ["--resume", "--model", "x"], ["--resume=yes"]])
 def test_boolean_flag_needs_no_value(argv):
     assert parse(Script, argv=argv)[0].resume is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["--names", "one: two, #3"], ["one: two, #3"]),
+        (["--names=a", "--names", "b c"], ["a", "b c"]),
+        (["--names+", "a", "--names+=b"], ["a", "b"]),
+        (["--names", "[a, b]"], ["a", "b"]),
+        (["--names", "[INST] a [/INST]"], ["[INST] a [/INST]"]),
+        (["--names", 'é "quoted" \n\U0001f600'], ['é "quoted" \n\U0001f600']),
+        (["--names", "true", "--names", "1e-5"], ["true", "1e-5"]),
+        (["--names", "--not a flag"], ["--not a flag"]),
+    ],
+)
+def test_a_list_of_texts_is_given_item_by_item(argv, names):
+    assert parse(Script, argv=argv)[0].names == names
+
+
+def test_a_list_of_numbers_needs_no_brackets():
+    assert parse(Script, argv=["--sizes", "8"])[0].sizes == [8]
+    assert parse(Script, argv=["--sizes", "8, 16", "--sizes", "[32]"])[0].sizes == [8, 16, 32]
 
 
 def test_optional_is_unset_with_null(tmp_path):

@@ -3,13 +3,15 @@
 A thin layer over jsonargparse. It reads ``1e-5`` as a number, checks every type, and takes the help texts from the
 strings under the dataclass fields. What this file adds: several dataclasses share one flat level of keys, an unknown
 key or flag is an error that names the file and the nearest valid key at any depth, and a ``__post_init__`` that
-refuses a value is reported with its key. ``--resume`` alone means ``--resume true``.
+refuses a value is reported with its key. ``--resume`` alone means ``--resume true``, and a list can be given item by
+item (``--prompt "a" --prompt "b"``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import sys
 import types
@@ -217,19 +219,50 @@ def _unknown(what: str, key: str, prefix: str, valid: Mapping[str, Any], dashes:
 # Flags -------------------------------------------------------------------------------------------------------------
 
 
-def _complete_flags(argv: list[str], valid: Mapping[str, Any]) -> list[str]:
-    """Refuse unknown flags and give a boolean flag without a value the value true."""
-    completed = []
-    for index, token in enumerate(argv):
-        completed.append(token)
-        name = token.partition("=")[0]
-        if not name.startswith("--") or " " in name or len(name) == 2 or token == "--help":
+def _complete_flags(argv: Sequence[str], valid: Mapping[str, Any]) -> list[str]:
+    """Refuse unknown flags; a bare boolean flag means true, a plain value of a list flag is one item of the list."""
+    completed: list[str] = []
+    seen: set[str] = set()
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, value = token.partition("=")
+        if not _is_flag(name) or name == "--help":
+            completed.append(token)
             continue
-        hint = _flag_hint(name[2:].removesuffix("+"), valid)
-        following = argv[index + 1] if index + 1 < len(argv) else "--"
-        if bool in _members(hint) and "=" not in token and following.startswith("--"):
-            completed.append("true")
+        key = name[2:].removesuffix("+")
+        hint = _flag_hint(key, valid)
+        follows = bool(tokens) and not _is_flag(tokens[0].partition("=")[0])
+        if bool in _members(hint) and not equals and not follows:
+            completed += [token, "true"]
+        elif _item_hint(hint) in (str, int, float) and (equals or follows):
+            value = value if equals else tokens.pop(0)
+            again = "+" if name.endswith("+") or key in seen else ""
+            completed.append(f"--{key}{again}={_as_list(value, hint)}")
+            seen.add(key)
+        else:
+            completed.append(token)
     return completed
+
+
+def _is_flag(token: str) -> bool:
+    return len(token) > 2 and token.startswith("--") and not any(character.isspace() for character in token)
+
+
+def _as_list(value: str, hint: Any) -> str:
+    """A list flag's value as YAML: a list as it is, anything else as the one item that it holds."""
+    if value == "null" and type(None) in typing.get_args(hint):
+        return value
+    if _item_hint(hint) is not str:
+        return value if value.startswith("[") else f"[{value}]"
+    if value.startswith("[") and value.endswith("]"):
+        try:
+            yaml.safe_load(value)
+        except yaml.YAMLError:
+            pass  # a text that happens to stand in brackets
+        else:
+            return value
+    return json.dumps([value], ensure_ascii=False)
 
 
 def _flag_hint(name: str, valid: Mapping[str, Any]) -> Any:

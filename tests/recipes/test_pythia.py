@@ -10,6 +10,8 @@ import pytest
 from reward_models.train import main as reward
 from tests.conftest import build_neox, build_tokenizer
 from vgf_llm.evaluate import main as evaluate
+from vgf_llm.generate import main as generate
+from vgf_llm.io import read_jsonl
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {
@@ -72,3 +74,8 @@ def test_two_steps_of_every_stage(task, rows, tmp_path, monkeypatch, capsys):
     assert evaluate(flags(recipe / "evaluate.yaml", **model, **sizes, prompts=prompts_file)) == 0
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
     assert {"base", "best-of-2", "best-of-4"} < set(json.loads(last_line))
+
+    sizes.pop("best_of")
+    assert generate(flags(recipe / "generate.yaml", **model, **sizes, prompts=prompts_file)) == 0
+    answers = read_jsonl(tmp_path / "outputs" / f"pythia_{task}" / "responses.jsonl")
+    assert len(answers) == 2 and all(answer["value"] >= answer["original_value"] for answer in answers)
