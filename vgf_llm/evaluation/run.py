@@ -27,7 +27,7 @@ from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Value
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.reference import Reference
 from vgf_llm.text.responses import Responses, concatenate
 
 Row = dict[str, Any]
@@ -69,6 +69,7 @@ class Experiment:
         """
         samples = self._sample(arms, prompts, seed)
         prefix = self.reference.prefix(prompts.ids)
+        sample_nll_BN = nll_per_token(self.reference, prefix, samples.responses)
         for arm in arms:
             started = time.perf_counter()
             originals = samples.responses.first(arm.num_particles)
@@ -79,7 +80,12 @@ class Experiment:
                 message = f"arm {arm.name!r}, prompt {index} ({text!r}): {error}"
                 raise NonFiniteError(message, group=index, step=error.step) from error
             seconds = time.perf_counter() - started + samples.seconds_by_count[arm.num_particles]
-            yield self._measure(arm, prompts, seed, outcome, prefix, seconds / len(prompts.ids))
+            if arm.budget.is_none:  # nothing was written that has not been measured
+                nll_BN = sample_nll_BN[:, : arm.num_particles]
+                nll_BM = torch.cat([nll_BN, nll_BN.gather(1, outcome.selected_index_B.unsqueeze(1))], 1)
+            else:
+                nll_BM = nll_per_token(self.reference, prefix, cloud_and_selected(outcome))
+            yield self._rows(arm, prompts, seed, outcome, nll_BM, seconds / len(prompts.ids))
 
     def _sample(self, arms: list[Arm], prompts: Prompts, seed: int) -> Samples:
         """Draw as many responses as the largest arm needs, in pieces, so that each arm's share of the time is known."""
@@ -108,12 +114,11 @@ class Experiment:
             gradient=directions[arm.direction],
         )
 
-    def _measure(
-        self, arm: Arm, prompts: Prompts, seed: int, outcome: Outcome, prefix: ReferencePrefix, seconds: float
+    def _rows(
+        self, arm: Arm, prompts: Prompts, seed: int, outcome: Outcome, nll_BM: Tensor, seconds: float
     ) -> list[Row]:
-        cloud = concatenate([outcome.transported, outcome.selected])  # the last column is the selected response
-        n = arm.num_particles
-        nll_BM = nll_per_token(self.reference, prefix, cloud)
+        """Return one row a prompt; the last of the M = N + 1 columns is the selected response."""
+        cloud, n = cloud_and_selected(outcome), arm.num_particles
         changed_BN = changed_tokens(outcome.originals, outcome.transported)
         texts = cloud.texts(self.tokenizer)
         rows = []
@@ -134,7 +139,7 @@ class Experiment:
                     "displacement": rounded(outcome.displacement_BN[b]),
                     "changed": changed_BN[b].tolist(),
                     "tokens": tokens[:n],
-                    "ended": cloud_ended(cloud)[b, :n].tolist(),
+                    "ended": cloud.eos_BNT.any(-1)[b, :n].tolist(),
                     "repetition": [round(repetition(text), 5) for text in texts[b][:n]],
                     "non_ascii": [round(share, 5) for share in non_ascii(texts[b][:n])],
                     "selected_index": int(outcome.selected_index_B[b]),
@@ -150,9 +155,9 @@ class Experiment:
         return rows
 
 
-def cloud_ended(cloud: Responses) -> Tensor:
-    """Return which responses end in EOS, bool [B, N]."""
-    return cloud.eos_BNT.any(-1)
+def cloud_and_selected(outcome: Outcome) -> Responses:
+    """Return the transported responses and, as one more column, the selected one: [B, N + 1, T]."""
+    return concatenate([outcome.transported, outcome.selected])
 
 
 def rounded(values_N: Tensor) -> list[float]:

@@ -1,0 +1,115 @@
+"""Intervals, paired differences, FLOPs and text measures, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from vgf_llm.evaluation.arms import Arm, budget_arms
+from vgf_llm.evaluation.bootstrap import bootstrap_mean
+from vgf_llm.evaluation.flops import Sizes, arm_flops
+from vgf_llm.evaluation.measures import changed_tokens, non_ascii, repetition
+from vgf_llm.evaluation.summary import differences, summarise
+from vgf_llm.evaluation.table import difference_table, markdown_table, print_table
+from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.text.responses import Responses
+
+
+def row(arm, seed, prompt, gold, nats=0.0, **changes):
+    values = {
+        "arm": arm, "seed": seed, "prompt_index": prompt, "proxy": [gold, gold], "gold": [gold, gold + 0.2],
+        "nll": [2.0, 1.0], "tokens": [30, 10], "nats": None if nats is None else [nats, nats], "changed": [0, 4],
+        "displacement": [0.0, 1.0], "ended": [True, False], "repetition": [0.0, 0.5], "non_ascii": [0.0, 0.0],
+        "selected_proxy": gold, "selected_gold": gold, "selected_nll": 1.5, "tflops": 0.5, "seconds": 2.0,
+    }  # fmt: skip
+    return values | changes
+
+
+def test_bootstrap_interval_matches_the_normal_one_for_many_prompts():
+    """400 draws of N(1, 1): mean +- 1.96 / 20."""
+    values = (torch.randn(400, dtype=torch.float64) + 1).tolist()
+    estimate = bootstrap_mean(values)
+    mean, error = sum(values) / 400, torch.tensor(values).std().item() / 20
+    assert estimate.mean == pytest.approx(mean)
+    assert estimate.low == pytest.approx(mean - 1.96 * error, abs=0.02)
+    assert estimate.high == pytest.approx(mean + 1.96 * error, abs=0.02)
+    assert estimate.excludes_zero
+    with pytest.raises(ValueError, match="at least one"):
+        bootstrap_mean([])
+
+
+def test_summary_averages_seeds_within_a_prompt_first():
+    """Prompt 0 has golds (0.1 + (0.1+0.2))/2 = 0.2 and 0.4 + 0.1 = 0.5 at two seeds, prompt 1 has 0.7: mean of 0.35 and 0.7."""
+    rows = [row("a", 0, 0, 0.1), row("a", 1, 0, 0.4), row("a", 0, 1, 0.6)]
+    entry = summarise(rows, ["a", "absent"])["a"]
+    assert entry["gold"]["mean"] == pytest.approx((0.35 + 0.7) / 2)
+    assert entry["nll"]["mean"] == pytest.approx((2.0 * 30 + 1.0 * 10) / 40)
+    assert (entry["prompts"], entry["seeds"]) == (2, 2)
+    assert entry["eos_rate"]["mean"] == 0.5
+
+
+def test_differences_pair_on_common_seeds_only():
+    """Arm b has seed 0 only; seed 1 of the baseline must not enter."""
+    rows = [row("a", 0, 0, 0.1), row("a", 1, 0, 9.0), row("b", 0, 0, 0.4), row("a", 0, 1, 0.0), row("b", 0, 1, 0.5)]
+    result = differences(rows, ["a", "b"], "a")
+    assert set(result) == {"b"}
+    assert result["b"]["gold"]["mean"] == pytest.approx(0.4)
+    assert result["b"]["gold"]["low"] > 0
+
+
+def test_tables_hold_every_arm_and_a_dash_where_there_is_no_law(capsys):
+    rows = [row("base", 0, p, 0.1 * p) for p in range(3)] + [row("nearest", 0, p, 0.2, nats=None) for p in range(3)]
+    summary = summarise(rows, ["base", "nearest"])
+    assert math.isnan(summary["nearest"]["nats"]["mean"])
+    text = markdown_table(summary)
+    assert text.count("\n") == 3 and " - |" in text.splitlines()[3]
+    assert "nearest" in difference_table(differences(rows, ["base", "nearest"], "base"))
+    print_table(summary, "title")
+    assert "nearest" in capsys.readouterr().out
+
+
+def test_flops_by_hand():
+    """P_ref 100, P_val 10, V*D 40, N 2, S 3, T 5: sampling 2*100*10 + 2*100*3 = 2600, value on both 2*10*(10+3) = 260."""
+    sizes = Sizes(reference=100, value=10, table=40)
+    assert arm_flops(Arm(num_particles=2), sizes, 3, 5) == 2860
+    prior = Arm(num_particles=2, budget=TransportBudget(steps=2))
+    # flow 4*10*10*2 = 800, decode 4*100*10 = 4000, new scores 2*10*10 = 200, prompt of the decoder 600
+    assert arm_flops(prior, sizes, 3, 5) == 2860 + 800 + 4000 + 200 + 600
+    nearest = Arm(num_particles=2, decoder="nearest", budget=TransportBudget(steps=2, rounds=2))
+    assert arm_flops(nearest, sizes, 3, 5) == 2860 + 2 * (800 + 2 * 40 * 10 + 200)
+    assert arm_flops(Arm(num_particles=2, select="random"), sizes, 3, 5) == 2 * 100 * 8
+
+
+def test_sizes_count_a_tied_table_once_and_an_untied_lookup_not_at_all(tiny_lm, tiny_lm_untied):
+    from reward_models.modelling import RewardModel
+
+    for lm in (tiny_lm, tiny_lm_untied):
+        value = RewardModel.from_base(lm, num_layers=1)
+        sizes, table = Sizes.of(lm, value), lm.get_input_embeddings().weight.numel()
+        everything = sum(p.numel() for p in lm.parameters())
+        assert sizes.table == table
+        assert sizes.reference == everything - (0 if lm is tiny_lm else table)
+        assert sizes.value == sum(p.numel() for p in value.parameters()) - table
+
+
+def test_changed_tokens_counts_positions_and_lengths():
+    def responses(rows):
+        tokens = torch.tensor([rows])
+        return Responses([[1]], tokens, tokens != 0, (2,), 0)
+
+    before = responses([[5, 6, 7, 2], [5, 6, 2, 0]])
+    after = responses([[5, 9, 7, 2, 0], [5, 6, 8, 8, 2]])
+    assert changed_tokens(before, after).tolist() == [[1, 3]]
+
+
+def test_text_measures():
+    assert repetition("a b a b a b") == pytest.approx(1 - 2 / 5)
+    assert repetition("word") == 0.0
+    assert non_ascii(["abc", "aé", ""]) == [0.0, 0.5, 0.0]
+
+
+def test_budget_arms_have_unique_names():
+    arms = budget_arms(4, [4, 8], [TransportBudget(nats=2), TransportBudget(nats=2, steps=3), TransportBudget.none()])
+    assert [arm.name for arm in arms] == ["base", "best-of-4", "best-of-8", "2 nats", "2 nats (3 sgd steps)", "zero budget"]
+    with pytest.raises(ValueError, match="num_particles must be at least 1, got 0"):
+        Arm(num_particles=0)
