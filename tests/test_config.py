@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -45,6 +45,8 @@ class Script:
     """Names."""
     sizes: list[int] = field(default_factory=lambda: [1, 2])
     """Sizes."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weights by name."""
 
@@ -102,6 +104,25 @@ def test_later_values_override_earlier_ones(tmp_path):
     second.write_text("budget:\n  steps: 9\n")
     script, _ = read(tmp_path, "budget:\n  step: adam\n", "--config", str(second))
     assert script.budget == Budget(steps=9, step="adam")
+
+
+def test_a_file_of_comments_or_nulls_changes_nothing(tmp_path):
+    assert read(tmp_path, "# nothing\n") == (Script(), Training())
+    assert read(tmp_path, "limit:\n") == (Script(), Training())
+
+
+def test_numbers_inside_a_free_mapping_are_numbers(tmp_path):
+    script, _ = read(tmp_path, "extra: {rate: 1e-5, name: a b, flag: true}\n")
+    assert script.extra == {"rate": 1e-5, "name": "a b", "flag": True}
+
+
+def test_dotted_keys_and_a_block_are_folded(tmp_path):
+    assert read(tmp_path, "budget.steps: 4\nbudget:\n  nats: 2\n")[0].budget == Budget(steps=4, nats=2.0)
+
+
+def test_a_list_of_blocks_on_the_command_line():
+    argv = ["--arms", "{steps: 4}", "--arms", "[{steps: 5}, {nats: 1e-3}]"]
+    assert parse(Script, argv=argv)[0].arms == [Budget(steps=4), Budget(steps=5), Budget(nats=1e-3)]
 
 
 def test_dotted_keys_in_yaml(tmp_path):
@@ -164,6 +185,14 @@ def test_text_that_looks_like_a_number_or_flag():
         ("arms:\n- steps: 1\n- steps: -3\n", "key 'arms[1].steps': steps must be >= 0, got -3"),
         ("learning_rate: 0\n", "key 'learning_rate': learning_rate must be > 0, got 0.0"),
         ("limit: 1\nlimit: 2\n", "'limit' is given twice"),
+        ("arms:\n- steps: abc\n", "key 'arms', 'steps' of an item: expected int, got 'abc'"),
+        ("budget: 3\n", "key 'budget': expected a block of steps, step, nats, got 3"),
+        ("budget:\n", "key 'budget': expected a block of steps, step, nats, got nothing (null)"),
+        ("model:\n", "key 'model': expected str, got nothing (null)"),
+        ("arms: 5\n", "key 'arms': expected a list, each item a block of steps, step, nats, got 5"),
+        ("arms:\n- 3\n", "key 'arms[0]': expected a block of steps, step, nats, got 3"),
+        ("sizes: 8\n", "key 'sizes': expected a list, each item int, got 8"),
+        ("weights:\n  a: x\n", "key 'weights': expected dict[str, float], got 'x'"),
         ("a: [\n", "not valid YAML"),
         ("- a\n", "expected 'key: value' lines, got list"),
     ],
@@ -184,6 +213,9 @@ def test_a_mistake_in_the_file_names_file_and_key(tmp_path, text, expected):
         (["--budget.steps", "abc"], "--budget.steps: expected int, got 'abc'"),
         (["--budget.steps=-1"], "--budget.steps: steps must be >= 0, got -1"),
         (["--learning_rate", "0"], "--learning_rate: learning_rate must be > 0"),
+        (["--budget", "{stpes: 4}"], "--budget: unknown key 'budget.stpes' (nearest: 'budget.steps')"),
+        (["--arms", "[{steps: -4}]"], "--arms: key 'arms[0].steps': steps must be >= 0, got -4"),
+        (["--arms", "{a: ["], "--arms: not valid YAML"),
         (["word"], "unrecognized arguments: word"),
         (["--config"], "--config needs a path"),
         (["--config", "nowhere.yaml"], "config file 'nowhere.yaml' does not exist"),

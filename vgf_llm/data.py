@@ -108,9 +108,10 @@ def load_preferences(
     first_dropped: dict[str, int] = {}
     pairs = []
     for number, row in enumerate(rows, 1):
-        cells = [_cell(row, name, source, number, empty_ok=True) for name in (chosen_column, rejected_column)]
+        better = _cell(row, chosen_column, source, number, empty_ok=True)
+        worse = _cell(row, rejected_column, source, number, empty_ok=True)
         given = _cell(row, prompt_column, source, number) if explicit else None
-        prompt, chosen, rejected = _split(given, *cells, source, number)
+        prompt, chosen, rejected = _split(given, better, worse, source, number)
         reason = _unusable(chosen, rejected)
         if reason is not None:
             dropped[reason] += 1
@@ -184,7 +185,7 @@ def _split(given: Prompt | None, chosen: Any, rejected: Any, source: str, number
     for messages in (chosen, rejected):
         rest = messages[inside:]
         responses.append("" if not rest else rest[0]["content"] if len(rest) == 1 else None)
-    return prompt, *responses
+    return prompt, responses[0], responses[1]
 
 
 def _split_text(chosen: str, rejected: str, source: str, number: int) -> tuple[str, Any, Any]:
@@ -197,7 +198,7 @@ def _split_text(chosen: str, rejected: str, source: str, number: int) -> tuple[s
         )
     end += len(ASSISTANT)
     responses = [None if HUMAN in text[end:] or ASSISTANT in text[end:] else text[end:] for text in (chosen, rejected)]
-    return chosen[:end], *responses
+    return chosen[:end], responses[0], responses[1]
 
 
 def _unusable(chosen: str | None, rejected: str | None) -> str | None:

@@ -43,7 +43,7 @@ def test_recipe_is_short_and_starts_with_its_command(path):
     settings = [line for line in lines if line.strip() and not line.strip().startswith("#")]
     assert len(settings) <= 60 or path.stem == "results"
     assert lines[0].startswith("# ")
-    command = "make demo" if path.stem == "demo" else f"recipes/{path.parent.name}/{path.name}"
+    command = f"make {path.stem}" if path.stem in ("demo", "results") else f"recipes/{path.parent.name}/{path.name}"
     assert any(command in line for line in lines if line.startswith("#"))
 
 
