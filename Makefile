@@ -11,7 +11,8 @@ TORCH_INDEX ?=
 comma := ,
 BIN := .venv/bin
 STAMP := .venv/.setup-$(subst $(comma),-,$(EXTRAS))
-UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet
+UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}" \
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet
 
 .PHONY: help setup demo test test-slow quality results bench clean
 
