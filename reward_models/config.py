@@ -74,6 +74,8 @@ class RewardModelSettings:
     """What the head reads: the last token, or the mean over the response."""
     train_embeddings: bool = False
     """Whether the input embeddings move; off keeps the base model's table, which the flow's particles live in."""
+    input_skip: bool = False
+    """Whether the head also reads the mean input embedding of the response: raises gradient fidelity."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Parameter dtype of the body (the head is float32)."""
     lora_r: int = 0
@@ -106,6 +108,10 @@ class RewardTraining:
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW, above 0."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of the head, which starts at 0; null takes learning_rate."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of the new linear heads, above 0; null: learning_rate."""
     max_steps: int = -1
     """Optimiser steps; -1 trains num_train_epochs."""
     num_train_epochs: float = 1.0
@@ -150,6 +156,10 @@ class RewardTraining:
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        head_rate = self.head_learning_rate
+        _require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
+        head_rate = self.head_learning_rate
+        _require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
         _require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
         _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
         counts = (

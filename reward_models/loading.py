@@ -52,7 +52,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=rf"(.*\.)?body\..*\.({'|'.join(wanted)})",
-        modules_to_save=["head"],
+        modules_to_save=["head"] if model.skip_head is None else ["head", "skip_head"],
     )
     return get_peft_model(model, config)
 
@@ -129,6 +129,7 @@ def _load_lora(
         dtype=dtype,
         pooling=config.pooling,
         train_embeddings=config.train_embeddings,
+        input_skip=config.input_skip,
     )
     model.config.base_name = config.base_name
     adapted = PeftModel.from_pretrained(model, str(folder))

@@ -1,6 +1,9 @@
 """Reward model: the first layers of a causal LM's decoder, its final norm, and a scalar linear head.
 
-    r(x, y) = w . pool(h_1 .. h_T) + b,   h = norm(body(x, y)), pooled over attended tokens, in float32
+    r(x, y) = w . pool(h_1 .. h_T) + v . mean(u_1 .. u_T) + b,   h = norm(body(x, y)), pooled over attended tokens
+
+in float32. The second term is the optional input skip: it reads the mean of the response's own input embeddings (in root
+mean squares of the table), so a part of the reward is linear in the particles and its gradient holds between tokens.
 
 Departs from transformers' sequence classification: pooling goes by the attention mask and never by the pad token's id
 (so pad == eos, left padding and batch size change nothing), prompts are run once for any number of responses, and
@@ -32,6 +35,7 @@ class RewardModelConfig(PreTrainedConfig):
         pooling: "last" attended token, or "mean" over the attended response tokens.
         base_name: name or folder of the causal LM that the body was cut from.
         train_embeddings: whether training may move the input embeddings (off: the table stays the base model's).
+        input_skip: whether the head also reads the mean of the response's input embeddings.
         pad_token_id: any valid id; padding is never attended to.
     """
 
@@ -43,6 +47,7 @@ class RewardModelConfig(PreTrainedConfig):
         pooling: str = "last",
         base_name: str = "",
         train_embeddings: bool = False,
+        input_skip: bool = False,
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -53,6 +58,7 @@ class RewardModelConfig(PreTrainedConfig):
         self.pooling = pooling
         self.base_name = base_name
         self.train_embeddings = train_embeddings
+        self.input_skip = input_skip
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
     def build_body_config(self) -> PreTrainedConfig:
@@ -77,7 +83,7 @@ class RewardModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _keep_in_fp32_modules_strict = {"head"}
+    _keep_in_fp32_modules_strict = {"head", "skip_head"}
 
     def __init__(self, config: RewardModelConfig) -> None:
         """Build an untrained model; `from_base` and `from_pretrained` are the usual ways in."""
@@ -85,6 +91,8 @@ class RewardModel(PreTrainedModel):
         body_config = config.build_body_config()
         self.body = AutoModel.from_config(body_config, attn_implementation=config._attn_implementation)
         self.head = nn.Linear(body_config.hidden_size, 1)
+        self.skip_head = nn.Linear(body_config.hidden_size, 1, bias=False) if config.input_skip else None
+        self._scale: float | None = None
         self.post_init()
         self.unfreeze()
 
@@ -103,6 +111,7 @@ class RewardModel(PreTrainedModel):
         dtype: torch.dtype = torch.float32,
         pooling: str = "last",
         train_embeddings: bool = False,
+        input_skip: bool = False,
         seed: int = 0,
     ) -> RewardModel:
         """Cut a reward model from a causal LM; the head starts at N(0, 1 / (D + 1)), bias 0.
@@ -113,6 +122,7 @@ class RewardModel(PreTrainedModel):
             dtype: of the body; the head is float32.
             pooling: "last" or "mean" (over the response).
             train_embeddings: whether training may move the input embeddings.
+            input_skip: whether the head also reads the mean of the response's input embeddings (starts at zero).
             seed: of the head's initial weights.
 
         Raises:
@@ -129,6 +139,7 @@ class RewardModel(PreTrainedModel):
             pooling=pooling,
             base_name=base_name,
             train_embeddings=train_embeddings,
+            input_skip=input_skip,
             pad_token_id=base.config.pad_token_id,
         )
         model = cls(config)
@@ -141,10 +152,14 @@ class RewardModel(PreTrainedModel):
         with torch.no_grad():
             model.head.weight.copy_(noise_D[None] / (width + 1) ** 0.5)
             model.head.bias.zero_()
+            if model.skip_head is not None:
+                model.skip_head.weight.zero_()
         return model.to(base.device).eval()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The body initialises itself; only the head is ours."""
+        """The body initialises itself; only the heads are ours."""
+        if module is self.skip_head:
+            nn.init.zeros_(module.weight)
         if module is self.head:
             nn.init.normal_(module.weight, std=(module.in_features + 1) ** -0.5)
             nn.init.zeros_(module.bias)
@@ -208,11 +223,11 @@ class RewardModel(PreTrainedModel):
             position_ids=positions_from_mask(attention_mask),
             use_cache=False,
         ).last_hidden_state
-        if self.config.pooling == "last":
-            return self._pool(hidden_RSD, attention_mask)
-        if response_mask is None:
-            raise ModelError('this reward model pools over the response ("mean"): pass response_mask to forward')
-        return self._pool(hidden_RSD, response_mask)
+        pools_response = self.config.pooling == "mean"
+        if response_mask is None and (pools_response or self.config.input_skip):
+            raise ModelError("this reward model pools over the response: pass response_mask to forward")
+        rewards_R = self._pool(hidden_RSD, response_mask if pools_response else attention_mask)
+        return rewards_R if self.skip_head is None else rewards_R + self._skip(inputs_embeds, response_mask)
 
     def prefix(self, prompts: Sequence[Sequence[int]]) -> PromptPrefix:
         """Run B prompts (token ids) once; the result serves any number of `score` calls."""
@@ -239,7 +254,10 @@ class RewardModel(PreTrainedModel):
             u_BNTD = self.embed(responses) if is_tokens else responses
             u_RTD = u_BNTD.reshape(B * N, T, -1)
             hidden_RTD = forward_with_prefix(self.body, prefix.expand(N), u_RTD, mask_RT)
-            return self._pool(hidden_RTD, mask_RT).reshape(B, N)
+            rewards_R = self._pool(hidden_RTD, mask_RT)
+            if self.skip_head is not None:
+                rewards_R = rewards_R + self._skip(u_RTD, mask_RT)
+            return rewards_R.reshape(B, N)
 
     def _pool(self, hidden_RTD: Tensor, mask_RT: Tensor) -> Tensor:
         """Pool by mask and apply the head, in float32 whatever the autocast around it."""
@@ -256,6 +274,20 @@ class RewardModel(PreTrainedModel):
             pooled_RD = kept_RTD.sum(dim=1) / mask_RT.sum(dim=1, keepdim=True)
         with torch.autocast(pooled_RD.device.type, enabled=False):
             return self.head(pooled_RD.to(self.head.weight.dtype)).squeeze(-1).float()
+
+    def _skip(self, u_RTD: Tensor, mask_RT: Tensor) -> Tensor:
+        """Read the mean input embedding of the response, in root mean squares of the table."""
+        mask_RT1 = mask_RT.bool().unsqueeze(-1)
+        mean_RD = u_RTD.float().masked_fill(~mask_RT1, 0.0).sum(dim=1) / mask_RT1.sum(dim=1)
+        with torch.autocast(mean_RD.device.type, enabled=False):
+            return self.skip_head(mean_RD / self._table_scale).squeeze(-1).float()
+
+    @property
+    def _table_scale(self) -> float:
+        """Root mean square of the input table, read once: the table is frozen where a skip is of use."""
+        if self._scale is None:
+            self._scale = float(self.embedding_table_VD.float().square().mean().sqrt())
+        return self._scale
 
 
 def body_linear_names(model: RewardModel) -> list[str]:

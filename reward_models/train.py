@@ -77,9 +77,11 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         dtype=getattr(torch, settings.dtype),
         pooling=settings.pooling,
         train_embeddings=settings.train_embeddings,
+        input_skip=settings.input_skip,
         seed=training.seed,
     )
     model.config.base_name = settings.model_name_or_path
+    torch.nn.init.zeros_(model.head.weight)  # all responses start equal; a random head costs steps to unlearn
     if settings.lora_r:
         model = add_lora(
             model, settings.lora_r, settings.lora_alpha, settings.lora_target_modules, settings.lora_dropout
@@ -158,6 +160,7 @@ def training_facts(training: RewardTraining, steps: int, train_sec: float) -> di
         "steps": steps,
         "pairs a step and device": training.per_device_train_batch_size * training.gradient_accumulation_steps,
         "learning rate": training.learning_rate,
+        "head learning rate": training.head_learning_rate or training.learning_rate,
         "margin in the loss": training.use_margin,
         "centring": training.centring,
         "embedding noise": training.embedding_noise,

@@ -113,6 +113,18 @@ def test_trained_parameters_move_and_the_embeddings_do_not(any_lm, tiny_tokenize
         assert torch.equal(parameter, before[name]) == (id(parameter) == table), name
 
 
+def test_the_head_can_have_its_own_learning_rate(tiny_lm, tiny_tokenizer, tmp_path):
+    trainer = make_trainer(tiny_lm, tiny_tokenizer, tmp_path, head_learning_rate=0.5, warmup_ratio=0.0)
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == (0.5 if name.startswith("head.") else 1e-3), name
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    trainer.optimizer = None
+    trainer.train()
+
+
 def test_metrics_are_logged_and_evaluation_counts_pairs(tiny_lm, tiny_tokenizer, tmp_path):
     trainer = make_trainer(tiny_lm, tiny_tokenizer, tmp_path, logging_steps=1, use_margin=True, bf16=True)
     trainer.train()
