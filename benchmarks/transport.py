@@ -13,7 +13,8 @@ Three ratios, measured in one process on a reward model with random weights of a
 The arms of a repetition run one after the other in turning order, and a ratio is taken within a repetition; medians
 over the repetitions are reported with their quartiles, in wall time. On a CPU the same ratios in processor time stand
 beside them: they show what other work on the machine did to the wall clock. The last line of standard output is one
-JSON object.
+JSON object. On a machine that is shared, set OMP_WAIT_POLICY=passive: threads that spin at barriers while another
+process holds their core make every wall time a matter of luck.
 
     python -m benchmarks.transport [--record] [--shape smollm2|pythia-2.8b|tiny] [--device cpu|cuda] [--dtype float32]
 """
@@ -228,12 +229,18 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def _hardware(device: str) -> dict[str, Any]:
-    """Processor or accelerator and the threads used."""
+    """Processor or accelerator, the threads used, and how busy the machine was with all its work (load average)."""
     if device.startswith("cuda"):
         return {"device": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     processor = names[0] if names else platform.machine()
-    return {"device": f"cpu: {processor}", "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {
+        "device": f"cpu: {processor}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+    }
 
 
 def _lines(path: str) -> list[str]:
