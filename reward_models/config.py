@@ -109,9 +109,7 @@ class RewardTraining:
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW, above 0."""
     head_learning_rate: float | None = None
-    """Peak learning rate of the head, which starts at 0; null takes learning_rate."""
-    head_learning_rate: float | None = None
-    """Peak learning rate of the new linear heads, above 0; null: learning_rate."""
+    """Peak learning rate of the linear heads, which start at 0; above 0, null takes learning_rate."""
     max_steps: int = -1
     """Optimiser steps; -1 trains num_train_epochs."""
     num_train_epochs: float = 1.0
@@ -156,8 +154,6 @@ class RewardTraining:
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        head_rate = self.head_learning_rate
-        _require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
         head_rate = self.head_learning_rate
         _require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
         _require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")

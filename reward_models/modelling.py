@@ -2,8 +2,9 @@
 
     r(x, y) = w . pool(h_1 .. h_T) + v . mean(u_1 .. u_T) + b,   h = norm(body(x, y)), pooled over attended tokens
 
-in float32. The second term is the optional input skip: it reads the mean of the response's own input embeddings (in root
-mean squares of the table), so a part of the reward is linear in the particles and its gradient holds between tokens.
+in float32. The second term is the optional input skip: it reads the mean of the response's own input embeddings (in
+root mean squares of the table), so a part of the reward is linear in the particles and its gradient holds between
+tokens.
 
 Departs from transformers' sequence classification: pooling goes by the attention mask and never by the pad token's id
 (so pad == eos, left padding and batch size change nothing), prompts are run once for any number of responses, and

@@ -53,31 +53,17 @@ class RewardTrainer(Trainer):
                 self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
         return (loss, torch.stack([chosen_B, rejected_B], dim=1)) if return_outputs else loss
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Give the new linear heads their own learning rate, where one is set."""
-        if self.optimizer is not None or self.settings.head_learning_rate is None:
-            return super().create_optimizer(*args, **kwargs)
-        optimizer = super().create_optimizer(*args, **kwargs)
-        heads = {id(p) for name, p in self.model.named_parameters() if "head." in name and ".body." not in f".{name}"}
-        for group in list(optimizer.param_groups):
-            own = [p for p in group["params"] if id(p) in heads]
-            if own:
-                group["params"] = [p for p in group["params"] if id(p) not in heads]
-                others = {key: value for key, value in group.items() if key != "params"}
-                optimizer.add_param_group(others | {"params": own, "lr": self.settings.head_learning_rate})
-        return optimizer
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the Trainer's optimiser, with a learning rate of its own for the head if there is one."""
+        """Create the Trainer's optimiser, with a learning rate of their own for the linear heads where one is set."""
         if self.optimizer is not None or self.settings.head_learning_rate is None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
         named = (self.model if model is None else model).named_parameters()
-        head = [parameter for name, parameter in named if "head" in name.split(".") and parameter.requires_grad]
-        members = {id(parameter) for parameter in head}
+        heads = [p for name, p in named if {"head", "skip_head"} & set(name.split(".")) and p.requires_grad]
+        members = {id(parameter) for parameter in heads}
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in members]
-        optimizer.add_param_group({"params": head, "lr": self.settings.head_learning_rate, "weight_decay": 0.0})
+        optimizer.add_param_group({"params": heads, "lr": self.settings.head_learning_rate, "weight_decay": 0.0})
         return optimizer
 
     def prediction_step(

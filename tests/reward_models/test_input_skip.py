@@ -60,7 +60,7 @@ def test_lora_saves_both_heads(tiny_lm, tmp_path):
     tiny_lm.save_pretrained(base)
     adapted = add_lora(RewardModel.from_base(tiny_lm, num_layers=1, pooling="mean", input_skip=True), r=2, alpha=4)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
     assert any("skip_head" in name for name, p in adapted.named_parameters() if p.requires_grad)
