@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from vgf_llm.flow.budget import TransportBudget
@@ -19,8 +19,8 @@ class Arm:
     """Name in the table; unique in a run."""
     num_particles: int = 8
     """Responses a prompt, at least 1. The arms of a run share their samples."""
-    budget: TransportBudget = field(default_factory=TransportBudget.none)
-    """Transport budget; steps 0 moves nothing, which is best-of-N."""
+    budget: TransportBudget | None = None
+    """Transport budget; null (or steps 0) moves nothing, which is best-of-N."""
     decoder: DecoderName = "prior"
     """How moved particles become tokens."""
     direction: Direction = "value"
@@ -40,6 +40,11 @@ class Arm:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+
+    @property
+    def transport(self) -> TransportBudget:
+        """The budget, with the empty one in place of null."""
+        return self.budget or TransportBudget.none()
 
 
 def budget_arms(num_particles: int, best_of: list[int], budgets: list[TransportBudget]) -> list[Arm]:

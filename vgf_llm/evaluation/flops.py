@@ -43,7 +43,7 @@ class Sizes:
 
 def arm_flops(arm: Arm, sizes: Sizes, prompt_tokens: float, response_tokens: float) -> float:
     """Return the FLOPs of an arm for one prompt: N responses of ``response_tokens`` tokens on average."""
-    moving = not arm.budget.is_none
+    moving = not arm.transport.is_none
     tokens = arm.num_particles * response_tokens
     total = 2 * sizes.reference * tokens + 2 * sizes.reference * prompt_tokens
     if arm.select == "random" and not moving:
@@ -51,7 +51,7 @@ def arm_flops(arm: Arm, sizes: Sizes, prompt_tokens: float, response_tokens: flo
     total += 2 * sizes.value * (tokens + prompt_tokens)
     if moving:
         decode = 4 * sizes.reference * tokens if arm.decoder == "prior" else 2 * sizes.table * tokens
-        a_round = 4 * sizes.value * tokens * arm.budget.steps + decode + 2 * sizes.value * tokens
-        total += arm.budget.rounds * a_round
+        a_round = 4 * sizes.value * tokens * arm.transport.steps + decode + 2 * sizes.value * tokens
+        total += arm.transport.rounds * a_round
         total += 2 * sizes.reference * prompt_tokens if arm.decoder == "prior" else 0
     return total

@@ -80,7 +80,7 @@ class Experiment:
                 message = f"arm {arm.name!r}, prompt {index} ({text!r}): {error}"
                 raise NonFiniteError(message, group=index, step=error.step) from error
             seconds = time.perf_counter() - started + samples.seconds_by_count[arm.num_particles]
-            if arm.budget.is_none:  # nothing was written that has not been measured
+            if arm.transport.is_none:  # nothing was written that has not been measured
                 nll_BN = sample_nll_BN[:, : arm.num_particles]
                 nll_BM = torch.cat([nll_BN, nll_BN.gather(1, outcome.selected_index_B.unsqueeze(1))], 1)
             else:
@@ -109,7 +109,7 @@ class Experiment:
             TransformersSampler(self.reference),
             self.value,
             make_decoder(arm.decoder, self.reference, self.value),
-            arm.budget,
+            arm.transport,
             select=arm.select,
             gradient=directions[arm.direction],
         )
