@@ -86,7 +86,9 @@ def test_evaluate_writes_rows_summary_and_a_last_line_of_json(models, prompts, t
     assert len(rows) == 5 * 3
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["arms"]["2 nats"]["nats"]["mean"] > summary["arms"]["0.5 nats"]["nats"]["mean"] > 0
-    assert summary["arms"]["best-of-8"]["selected_proxy"]["mean"] >= summary["arms"]["best-of-4"]["selected_proxy"]["mean"]
+    assert (
+        summary["arms"]["best-of-8"]["selected_proxy"]["mean"] >= summary["arms"]["best-of-4"]["selected_proxy"]["mean"]
+    )
     by_arm = {row["arm"]: row for row in rows if row["prompt_index"] == 0}
     assert by_arm["best-of-8"]["texts"][:4] == by_arm["best-of-4"]["texts"]
 

@@ -3,8 +3,9 @@
     vgf-llm evaluate --config recipes/smollm2_sentiment/evaluate.yaml --budgets '[{nats: 2}, {nats: 4}]'
 
 Every finished (arm, seed, prompt) is a line of ``rows.jsonl``; Ctrl-C or a kill loses at most the batch in progress,
-and ``--resume`` goes on. The summary is made from the rows alone: ``summary.json``, a table on standard output, and with
-``--record NAME`` also ``docs/results/NAME.json``. The last line of standard output is one JSON object.
+and ``--resume`` goes on. The summary is made from the rows alone: ``summary.json``, a table on standard output, and
+with ``--record NAME`` also ``docs/results/NAME.json`` and the tables and unfiltered texts in ``docs/results/NAME.md``.
+The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic
+from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.progress import track
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -48,8 +49,8 @@ class EvaluateSettings:
     """Transport budgets, one arm each."""
     arms: list[Arm] = field(default_factory=list)
     """Full description of the arms; replaces num_particles, best_of and budgets where given."""
-    baseline: str | None = None
-    """Arm that the others are compared with, prompt by prompt; the first arm when unset."""
+    baselines: list[str] = field(default_factory=list)
+    """Arms that the others are compared with, prompt by prompt; the first arm when empty."""
     seed: int = 0
     """Seed of the first repetition; repetition i uses seed + i."""
     batch_prompts: int = 6
@@ -57,7 +58,7 @@ class EvaluateSettings:
     resume: bool = False
     """Go on with the rows that output_dir already holds; without it they are an error."""
     record: str | None = None
-    """Also write the summary to docs/results/<record>.json."""
+    """Also write the summary to docs/results/<record>.json and its tables to <record>.md."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -71,8 +72,9 @@ class EvaluateSettings:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"arms must have unique names, {twice[0]!r} occurs twice")
-        if self.baseline is not None and self.baseline not in names:
-            raise ValueError(f"baseline {self.baseline!r} is no arm of this run; arms: {', '.join(names)}")
+        for baseline in self.baselines:
+            if baseline not in names:
+                raise ValueError(f"baselines: {baseline!r} is no arm of this run; arms: {', '.join(names)}")
 
     def all_arms(self) -> list[Arm]:
         """Return the arms of the run."""
@@ -104,18 +106,21 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     output_dir = check_writable(settings.output_dir)
     rows_path = output_dir / "rows.jsonl"
     _claim(output_dir, rows_path, settings, models, sampling)
+    from vgf_llm.evaluation.report import markdown_report
     from vgf_llm.evaluation.table import print_table
     from vgf_llm.evaluation.work import finish, work
 
     done = {(row["arm"], row["seed"], row["prompt_index"]) for row in _read(rows_path)}
     for rows in work(settings, models, sampling, done, track):
         append_jsonl(rows_path, rows)
-    summary = finish(settings, models, sampling, _read(rows_path))
+    rows = _read(rows_path)
+    summary = finish(settings, models, sampling, rows)
     write_json_atomic(output_dir / "summary.json", summary)
     if settings.record:
-        recorded = check_writable("docs/results") / f"{settings.record}.json"
-        write_json_atomic(recorded, summary)
-        print(f"recorded in {recorded}", file=sys.stderr)
+        folder = check_writable("docs/results")
+        write_json_atomic(folder / f"{settings.record}.json", summary)
+        write_text_atomic(folder / f"{settings.record}.md", markdown_report(summary, rows))
+        print(f"recorded in {folder / settings.record}.json and .md", file=sys.stderr)
     print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
     return summary
 
@@ -140,7 +145,7 @@ def _claim(output_dir: Path, rows_path: Path, *instances: Any) -> None:
         raise OutputError(f"{rows_path} exists; add --resume to go on with it, or name another output_dir")
     if rows_path.exists() and config_path.exists():
         before = json.loads(config_path.read_text())
-        free = ("num_prompts", "arms", "baseline")  # more prompts and further arms only add rows
+        free = ("num_prompts", "arms", "baselines")  # more prompts and further arms only add rows
         changed = [k for k in config if k not in free and before.get(k) != config[k]]
         changed += [f"arms: {name}" for name in _changed_arms(before.get("arms", []), config["arms"])]
         if changed:

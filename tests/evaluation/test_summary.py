@@ -39,7 +39,7 @@ def test_bootstrap_interval_matches_the_normal_one_for_many_prompts():
 
 
 def test_summary_averages_seeds_within_a_prompt_first():
-    """Prompt 0 has golds (0.1 + (0.1+0.2))/2 = 0.2 and 0.4 + 0.1 = 0.5 at two seeds, prompt 1 has 0.7: mean of 0.35 and 0.7."""
+    """Prompt 0 has golds 0.1 + 0.2/2 = 0.2 and 0.4 + 0.1 = 0.5 at two seeds, prompt 1 has 0.7: mean of 0.35 and 0.7."""
     rows = [row("a", 0, 0, 0.1), row("a", 1, 0, 0.4), row("a", 0, 1, 0.6)]
     entry = summarise(rows, ["a", "absent"])["a"]
     assert entry["gold"]["mean"] == pytest.approx((0.35 + 0.7) / 2)
@@ -69,7 +69,7 @@ def test_tables_hold_every_arm_and_a_dash_where_there_is_no_law(capsys):
 
 
 def test_flops_by_hand():
-    """P_ref 100, P_val 10, V*D 40, N 2, S 3, T 5: sampling 2*100*10 + 2*100*3 = 2600, value on both 2*10*(10+3) = 260."""
+    """P_ref 100, P_val 10, V*D 40, N 2, S 3, T 5: sampling 2*100*(10+3) = 2600, value 2*10*(10+3) = 260."""
     sizes = Sizes(reference=100, value=10, table=40)
     assert arm_flops(Arm(num_particles=2), sizes, 3, 5) == 2860
     prior = Arm(num_particles=2, budget=TransportBudget(steps=2))
@@ -110,6 +110,13 @@ def test_text_measures():
 
 def test_budget_arms_have_unique_names():
     arms = budget_arms(4, [4, 8], [TransportBudget(nats=2), TransportBudget(nats=2, steps=3), TransportBudget.none()])
-    assert [arm.name for arm in arms] == ["base", "best-of-4", "best-of-8", "2 nats", "2 nats (3 sgd steps)", "zero budget"]
+    assert [arm.name for arm in arms] == [
+        "base",
+        "best-of-4",
+        "best-of-8",
+        "2 nats",
+        "2 nats (3 sgd steps)",
+        "zero budget",
+    ]
     with pytest.raises(ValueError, match="num_particles must be at least 1, got 0"):
         Arm(num_particles=0)

@@ -97,7 +97,8 @@ def test_zero_displacement_gives_every_token_back(reference, value, decoder):
     decoder = PriorDecoder(reference, table) if decoder == "prior" else NearestDecoder(table, (0, 2, 5))
     still = torch.zeros(*samples.tokens_BNT.shape, table.shape[1])
     decoded = decoder.decode(
-        decoder.prepare(PROMPTS), Move(samples, still, nats=3.0, max_token_nats=1.0, seeds_BN=row_seeds(9, [0, 1, 2], 16))
+        decoder.prepare(PROMPTS),
+        Move(samples, still, nats=3.0, max_token_nats=1.0, seeds_BN=row_seeds(9, [0, 1, 2], 16)),
     )
     assert torch.equal(decoded.responses.tokens_BNT, samples.tokens_BNT)
     assert torch.equal(decoded.responses.mask_BNT, samples.mask_BNT)
@@ -145,7 +146,9 @@ def test_nats_spent_grow_with_the_budget_and_changed_tokens_follow(reference, va
     for nats in (0.0, 0.3, 1.0, 3.0):
         outcome = policy(reference, value, TransportBudget(nats=nats, max_token_nats=5.0))(PROMPTS, seeds)
         spent.append(outcome.nats_BN.mean().item())
-        changed.append((outcome.transported.tokens_BNT[:, :, :1] != outcome.originals.tokens_BNT[:, :, :1]).sum().item())
+        changed.append(
+            (outcome.transported.tokens_BNT[:, :, :1] != outcome.originals.tokens_BNT[:, :, :1]).sum().item()
+        )
     assert spent == sorted(spent) and spent[0] < 1e-4 < spent[1]
     assert changed == sorted(changed) and changed[0] == 0 < changed[-1]
 
@@ -164,7 +167,9 @@ def test_the_gradient_raises_the_value_and_its_negative_lowers_it(reference, val
 
 def test_selected_value_is_never_below_best_of_n(reference, value):
     for rounds in (1, 3):
-        outcome = policy(reference, value, TransportBudget(nats=2.0, rounds=rounds))(PROMPTS, row_seeds(2, [0, 1, 2], 4))
+        outcome = policy(reference, value, TransportBudget(nats=2.0, rounds=rounds))(
+            PROMPTS, row_seeds(2, [0, 1, 2], 4)
+        )
         assert (outcome.selected_values_B >= outcome.original_values_BN.amax(1)).all()
 
 
@@ -190,7 +195,7 @@ def test_nearest_projects_to_the_closest_row(value):
     responses = Responses([[1]], tokens, torch.ones_like(tokens, dtype=torch.bool), (2,), 0)
     delta = torch.zeros(1, 1, 4, table.shape[1])
     delta[0, 0, 1] = (table[40] - table[11]) * 0.9
-    delta[0, 0, 2] = (table[2] - table[12])  # onto EOS itself: excluded, so another token
+    delta[0, 0, 2] = table[2] - table[12]  # onto EOS itself: excluded, so another token
     decoded = NearestDecoder(table, (0, 2)).decode(None, Move(responses, delta, 0.0, 1.0, torch.zeros(1, 1)))
     result = decoded.responses.tokens_BNT[0, 0].tolist()
     assert result[0] == 10 and result[1] == 40 and result[3] == 2

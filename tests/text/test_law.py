@@ -8,7 +8,9 @@ from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.law import truncate
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 5, 1.0), (0.7, 8, 0.9), (1.5, 0, 0.8), (1.0, 0, 1.0)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 5, 1.0), (0.7, 8, 0.9), (1.5, 0, 0.8), (1.0, 0, 1.0)]
+)
 def test_agrees_with_the_warpers_of_transformers(temperature, top_k, top_p):
     logits = torch.randn(16, 20) * 2
     expected = TemperatureLogitsWarper(temperature)(None, logits)

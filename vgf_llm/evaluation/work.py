@@ -37,11 +37,13 @@ def work(
     """Yield the rows that are not done yet, a batch of prompts and an arm at a time."""
     gold = load_function(settings.gold)
     prompts = load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
+    todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
+    if not todo:
+        return
     pipeline = load_pipeline(models, sampling)
     ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
     sizes = Sizes.of(pipeline.reference.model, pipeline.value)
     experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes)
-    todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     for seed, indices, arms in track(todo, "evaluating"):
         batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
         for rows in experiment.rows(arms, batch, seed):
@@ -69,11 +71,10 @@ def finish(
 ) -> dict[str, Any]:
     """Return the summary of all rows: arms, differences from the baseline, and how they came about."""
     names = [arm.name for arm in settings.all_arms()]
-    baseline = settings.baseline or names[0]
+    baselines = settings.baselines or names[:1]
     return {
         "arms": summarise(rows, names),
-        "baseline": baseline,
-        "differences": differences(rows, names, baseline),
+        "differences": {baseline: differences(rows, names, baseline) for baseline in baselines},
         "prompts": len({row["prompt_index"] for row in rows}),
         "config": dump(settings, models, sampling),
         "hardware": hardware(),

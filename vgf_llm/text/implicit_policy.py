@@ -169,4 +169,3 @@ class ImplicitPolicy:
     @torch.no_grad()
     def _score(self, value_prefix: object, responses: Responses) -> Tensor:
         return self.value.score(value_prefix, responses.tokens_BNT, responses.mask_BNT)
-

@@ -41,9 +41,7 @@ class Shortlist:
         scaled = logits.float() / temperature
         own = scaled.gather(-1, token_1) - scaled.gather(-1, self.ids[..., :1]) + self.logps[..., :1]
         own = own.masked_fill(known | (token < 0).unsqueeze(-1), -torch.inf)
-        return Shortlist(
-            torch.cat([self.ids, token_1], -1), torch.cat([self.logps, own], -1).log_softmax(-1)
-        )
+        return Shortlist(torch.cat([self.ids, token_1], -1), torch.cat([self.logps, own], -1).log_softmax(-1))
 
     def column_of(self, token: Tensor) -> Tensor:
         """Return the column that holds ``token`` [...]; a token off the list gives its most probable column (0)."""

@@ -50,9 +50,7 @@ class Reference:
         pad_id: Id for padding; not one of ``eos_ids``.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, sampling: SamplingSettings, eos_ids: Sequence[int], pad_id: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, sampling: SamplingSettings, eos_ids: Sequence[int], pad_id: int) -> None:
         self.model = model
         self.sampling = sampling
         self.eos_ids = tuple(eos_ids)

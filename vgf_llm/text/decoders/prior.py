@@ -30,6 +30,8 @@ from vgf_llm.text.reference import Reference, ReferencePrefix
 from vgf_llm.text.responses import is_any_of
 from vgf_llm.text.tilt import calibrate_multiplier, capped_multiplier, kl_divergence, tilt
 
+_POSITIONS_PER_CHUNK = 512  # K * D numbers each
+
 
 class PriorDecoder:
     """Reference-tilted autoregressive decoding with posterior-Gumbel coupling.
@@ -57,9 +59,18 @@ class PriorDecoder:
         return Decoded(written, path.nats_R.view(-1, n))
 
     def bonus(self, displacement_XD: Tensor, token_X: Tensor, ids_XK: Tensor) -> Tensor:
-        """Return b_v = <Delta, e_v - e_y> over a shortlist, float [..., K]."""
-        against = self.table_VD[ids_XK] - self.table_VD[token_X].unsqueeze(-2)
-        return (against @ displacement_XD.unsqueeze(-1)).squeeze(-1).float()
+        """Return b_v = <Delta, e_v - e_y> over a shortlist, float [..., K], a few positions at a time."""
+        shape = ids_XK.shape
+        delta_XD = displacement_XD.reshape(-1, displacement_XD.shape[-1]).float()
+        ids_XK, token_X = ids_XK.reshape(-1, shape[-1]), token_X.reshape(-1)
+        pieces = []
+        for positions in torch.arange(len(ids_XK), device=ids_XK.device).split(_POSITIONS_PER_CHUNK):
+            delta_xD1 = delta_XD[positions].unsqueeze(-1)
+            of_list_xK = (self.table_VD[ids_XK[positions]].float() @ delta_xD1).squeeze(-1)
+            pieces.append(
+                of_list_xK - self.table_VD[token_X[positions]].float().unsqueeze(-2).matmul(delta_xD1).squeeze(-1)
+            )
+        return torch.cat(pieces).view(shape)
 
 
 @dataclass

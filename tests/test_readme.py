@@ -1,0 +1,65 @@
+"""The README's commands, run in their order as a newcomer would, in an empty folder beside the recipes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    """Every `vgf-llm` line of the README's shell blocks, continued lines joined."""
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("vgf-llm")]
+
+
+def test_a_cpu_command_stands_by_line_40_and_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert "make demo" in lines[:40]
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+@pytest.mark.slow
+def test_every_command_and_the_python_example_run(tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    found = commands()
+    assert [command.split()[1] for command in found] == ["reward", "generate", "evaluate"]
+    for command in found:
+        shell = command.replace("vgf-llm", f"{sys.executable} -m vgf_llm.cli", 1)
+        output = run(shell, tmp_path)
+        json.loads(output.splitlines()[-1])
+    (example,) = blocks("python")
+    (tmp_path / "example.py").write_text(example)
+    assert "tensor" in run(f"{sys.executable} example.py", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "outputs" / "demo").mkdir(parents=True)
+    demo = f"{sys.executable} -m vgf_llm.cli demo --num_prompts 3 --shown 1"
+    last = json.loads(run(demo, tmp_path).splitlines()[-1])
+    assert list(last) == ["base", "best-of-8", "best-of-16", "1 nats", "2 nats", "4 nats"]
+    assert last["4 nats"]["proxy"] > last["best-of-8"]["proxy"]
+    again = json.loads(run(demo, tmp_path).splitlines()[-1])
+    assert again == last
+
+
+def run(shell, folder):
+    done = subprocess.run(shell, shell=True, cwd=folder, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, f"{shell}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
