@@ -45,6 +45,8 @@ quality: setup  ## lint, format and types
 	$(BIN)/mypy
 
 results: setup  ## the tables of docs/results.md; can be stopped and started again
+	test -f outputs/smollm2_sentiment/reward/reward_card.json || \
+		$(BIN)/vgf-llm reward --config recipes/smollm2_sentiment/reward.yaml
 	$(BIN)/python -m vgf_llm.evaluate --config recipes/smollm2_sentiment/results.yaml --resume
 
 bench: setup  ## what a flow step costs, as ratios

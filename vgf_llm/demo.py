@@ -17,8 +17,9 @@ from typing import Any
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError
-from vgf_llm.evaluate import EvaluateSettings, headline
+from vgf_llm.evaluate import headline
 from vgf_llm.evaluate import run as run_evaluation
+from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.io import check_writable, read_jsonl
 from vgf_llm.settings import ModelSettings, SamplingSettings
 

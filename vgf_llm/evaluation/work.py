@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,12 +16,10 @@ from vgf_llm.data import load_prompts
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import Sizes
 from vgf_llm.evaluation.run import Experiment, Prompts
+from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.evaluation.summary import Row, differences, summarise
 from vgf_llm.pipeline import encode_prompts, load_pipeline, prompt_text
 from vgf_llm.settings import ModelSettings, SamplingSettings
-
-if TYPE_CHECKING:
-    from vgf_llm.evaluate import EvaluateSettings
 
 Key = tuple[str, int, int]
 """(arm, seed, prompt index): what a row stands for."""

@@ -1,0 +1,62 @@
+"""Settings of ``evaluate``. This module imports nothing heavy, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vgf_llm.evaluation.arms import Arm, budget_arms
+from vgf_llm.flow.budget import TransportBudget
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is compared, on which prompts, and where the result goes."""
+
+    prompts: str = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
+    """Prompt file (.jsonl, .json, .csv, .parquet) or hub dataset."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt."""
+    num_prompts: int | None = None
+    """Prompts used, from the first; all when unset."""
+    output_dir: str = "outputs/evaluate"
+    """Folder for rows.jsonl, summary.json and config.json."""
+    gold: str = "vader_compound"
+    """Held-out scorer: a function of reward_models.functions or "module:function"."""
+    num_particles: int = 8
+    """N of the budgets' arms."""
+    best_of: list[int] = field(default_factory=lambda: [8, 16, 32])
+    """N of the best-of-N arms."""
+    budgets: list[TransportBudget] = field(default_factory=lambda: [TransportBudget(nats=n) for n in (1.0, 2.0, 4.0)])
+    """Transport budgets, one arm each."""
+    arms: list[Arm] = field(default_factory=list)
+    """Full description of the arms; replaces num_particles, best_of and budgets where given."""
+    baselines: list[str] = field(default_factory=list)
+    """Arms that the others are compared with, prompt by prompt; the first arm when empty."""
+    seed: int = 0
+    """Seed of the first repetition; repetition i uses seed + i."""
+    batch_prompts: int = 6
+    """Prompts a batch, at least 1."""
+    resume: bool = False
+    """Go on with the rows that output_dir already holds; without it they are an error."""
+    record: str | None = None
+    """Also write the summary to docs/results/<record>.json and its tables to <record>.md."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        if self.batch_prompts < 1:
+            raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
+        names = [arm.name for arm in self.all_arms()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"arms must have unique names, {twice[0]!r} occurs twice")
+        for baseline in self.baselines:
+            if baseline not in names:
+                raise ValueError(f"baselines: {baseline!r} is no arm of this run; arms: {', '.join(names)}")
+
+    def all_arms(self) -> list[Arm]:
+        """Return the arms of the run."""
+        return self.arms or budget_arms(self.num_particles, self.best_of, self.budgets)
