@@ -42,7 +42,7 @@ from vgf_llm.text.prefix import PromptPrefix
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {
-        "layers": 10,  # of 30: the demo's reward model
+        "layers": 10,  # of 30
         "dtype": "float32",
         "body": {
             "model_type": "llama",

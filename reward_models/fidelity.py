@@ -11,16 +11,18 @@ eight, and of eight at random (the mean of all).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vgf_llm.text.prefix import compute_prefix, forward_with_prefix
+from vgf_llm.flow.trajectory import ValueGradient, autograd_value
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.text.reference import Reference
+from vgf_llm.text.responses import Responses
 
-ValueGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 _TOP = 8
 _ROWS = 128  # substituted responses scored in one forward
 
@@ -115,15 +117,7 @@ def gradient_fidelity(
 
 def score_gradient(value: Any, prefix: Any, mask_BNT: Tensor) -> ValueGradient:
     """Return the plain input gradient of `value.score` as particles_BNTD -> (values_BN, gradients_BNTD)."""
-
-    def value_gradient(u_BNTD: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf_BNTD = u_BNTD.detach().requires_grad_(True)
-            values_BN = value.score(prefix, leaf_BNTD, mask_BNT)
-            (gradient_BNTD,) = torch.autograd.grad(values_BN.sum(), leaf_BNTD)
-        return values_BN.detach(), gradient_BNTD
-
-    return value_gradient
+    return autograd_value(lambda u_BNTD: value.score(prefix, u_BNTD, mask_BNT))
 
 
 def sample_substitutions(
@@ -148,7 +142,7 @@ def sample_substitutions(
 def reference_shortlist(
     lm: nn.Module, prompts: Sequence[Sequence[int]], tokens_BNT: Tensor, k: int = 30, pad_token_id: int = 0
 ) -> Tensor:
-    """Return the reference's k likeliest tokens at each response position, shortlist_BNTK (one response at a time).
+    """Return the reference's k likeliest tokens at each response position, shortlist_BNTK.
 
     Args:
         lm: causal language model.
@@ -157,19 +151,12 @@ def reference_shortlist(
         k: shortlist length, at most the vocabulary.
         pad_token_id: any valid id.
     """
-    body, head = lm.base_model, lm.get_output_embeddings()
-    B, N, T = tokens_BNT.shape
-    shortlist_BNTK = tokens_BNT.new_zeros((B, N, T, k))
-    for b, prompt in enumerate(prompts):
-        prefix = compute_prefix(body, [prompt], pad_token_id).without_last()
-        last_N1 = torch.full((N, 1), prompt[-1], dtype=tokens_BNT.dtype, device=tokens_BNT.device)
-        inputs_NT = torch.cat([last_N1, tokens_BNT[b, :, :-1]], dim=1)
-        embeds_NTD = body.get_input_embeddings()(inputs_NT)
-        mask_NT = torch.ones_like(inputs_NT, dtype=torch.bool)
-        hidden_NTD = forward_with_prefix(body, prefix.expand(N), embeds_NTD, mask_NT)
-        for n in range(N):
-            shortlist_BNTK[b, n] = head(hidden_NTD[n]).topk(k, dim=-1).indices
-    return shortlist_BNTK
+    law = SamplingSettings(top_k=k)
+    reference = Reference(lm, law, eos_ids=(), pad_id=pad_token_id)
+    everywhere_BNT = torch.ones_like(tokens_BNT, dtype=torch.bool)
+    responses = Responses([list(prompt) for prompt in prompts], tokens_BNT, everywhere_BNT, (), pad_token_id)
+    ids_RTK = reference.shortlists(reference.prefix(responses.prompts), responses).ids[..., :k]
+    return ids_RTK.view(*tokens_BNT.shape, k)
 
 
 def spearman_correlation(x_S: Tensor, y_S: Tensor) -> float:
