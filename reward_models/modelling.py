@@ -177,7 +177,8 @@ class RewardModel(PreTrainedModel):
     def embedding_table_VD(self) -> Tensor:
         """Input embeddings of all tokens as `embed` returns them, [V, D], detached."""
         module = self.get_input_embeddings()
-        return module.weight.detach() * getattr(module, "embed_scale", 1.0)
+        scale = getattr(module, "embed_scale", None)
+        return module.weight.detach() if scale is None else module.weight.detach() * scale
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up token ids [...] in the input table: [..., D]."""

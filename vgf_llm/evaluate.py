@@ -10,6 +10,7 @@ The last line of standard output is one JSON object.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -83,11 +84,14 @@ def _claim(output_dir: Path, rows_path: Path, *instances: Any) -> None:
     """Refuse to mix the rows of two runs; record the configuration of this one."""
     settings = instances[0]
     config, config_path = dump(*instances), output_dir / "config.json"
+    config["contents"] = _contents(settings, instances[1])
     for key in ("resume", "record", "batch_prompts", "output_dir"):
         config.pop(key)
     if rows_path.exists() and not settings.resume:
         raise OutputError(f"{rows_path} exists; add --resume to go on with it, or name another output_dir")
-    if rows_path.exists() and config_path.exists():
+    if rows_path.exists():
+        if not config_path.exists():
+            raise OutputError(f"{rows_path} exists without its config.json; name another output_dir")
         before = json.loads(config_path.read_text())
         free = ("num_prompts", "arms", "baselines")  # more prompts and further arms only add rows
         changed = [k for k in config if k not in free and before.get(k) != config[k]]
@@ -98,6 +102,14 @@ def _claim(output_dir: Path, rows_path: Path, *instances: Any) -> None:
                 "output_dir"
             )
     write_json_atomic(config_path, config)
+
+
+def _contents(settings: EvaluateSettings, models: ModelSettings) -> dict[str, str]:
+    """Return the SHA-256 of the local files that decide every number: prompts and reward model."""
+    files = [Path(settings.prompts)]
+    if models.reward_model is not None:
+        files += sorted(Path(models.reward_model).glob("*.safetensors"))
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
 
 
 def _changed_arms(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:

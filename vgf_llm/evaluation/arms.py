@@ -46,6 +46,11 @@ class Arm:
         """The budget, with the empty one in place of null."""
         return self.budget or TransportBudget.none()
 
+    @property
+    def is_plain_base(self) -> bool:
+        """Whether the arm is the base model itself: any sample, nothing moved, nothing chosen."""
+        return self.select == "random" and self.transport.is_none
+
 
 def budget_arms(num_particles: int, best_of: list[int], budgets: list[TransportBudget]) -> list[Arm]:
     """Return the usual arms: the base model, best-of-N at several N, and the given budgets."""

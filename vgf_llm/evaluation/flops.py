@@ -46,7 +46,7 @@ def arm_flops(arm: Arm, sizes: Sizes, prompt_tokens: float, response_tokens: flo
     moving = not arm.transport.is_none
     tokens = arm.num_particles * response_tokens
     total = 2 * sizes.reference * tokens + 2 * sizes.reference * prompt_tokens
-    if arm.select == "random" and not moving:
+    if arm.is_plain_base:
         return 2 * sizes.reference * (response_tokens + prompt_tokens)  # one sample is drawn, nothing is scored
     total += 2 * sizes.value * (tokens + prompt_tokens)
     if moving:

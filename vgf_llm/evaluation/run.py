@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reward_models.functions import RewardFunction
+from reward_models.functions import RewardFunction, call_function
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.controls import flipped_gradient, random_gradient
@@ -25,7 +26,7 @@ from vgf_llm.pipeline import make_decoder
 from vgf_llm.sampling.transformers_sampler import TransformersSampler
 from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
 from vgf_llm.text.noise import row_seeds
-from vgf_llm.text.particles import GradientSource, exact_gradient
+from vgf_llm.text.particles import GradientSource, exact_gradient, token_spacing
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.reference import Reference
 from vgf_llm.text.responses import Responses, concatenate
@@ -61,6 +62,11 @@ class Experiment:
     gold: RewardFunction
     sizes: Sizes
 
+    @cached_property
+    def length_unit(self) -> float:
+        """Nearest-token distance of the value's table, the unit of displacement."""
+        return token_spacing(self.value.embedding_table_VD)
+
     def rows(self, arms: list[Arm], prompts: Prompts, seed: int) -> Iterator[list[Row]]:
         """Yield the rows of each arm for a batch of prompts and one seed.
 
@@ -68,6 +74,7 @@ class Experiment:
             NonFiniteError: If a value or gradient is not finite; the message names the prompt.
         """
         samples = self._sample(arms, prompts, seed)
+        _ = self.length_unit  # measured before any arm's clock starts
         prefix = self.reference.prefix(prompts.ids)
         sample_nll_BN = nll_per_token(self.reference, prefix, samples.responses)
         for arm in arms:
@@ -80,6 +87,8 @@ class Experiment:
                 message = f"arm {arm.name!r}, prompt {index} ({text!r}): {error}"
                 raise NonFiniteError(message, group=index, step=error.step) from error
             seconds = time.perf_counter() - started + samples.seconds_by_count[arm.num_particles]
+            if arm.is_plain_base:  # one sample, nothing scored: its share of the batch's sampling
+                seconds = samples.seconds_by_count[arm.num_particles] / arm.num_particles
             if arm.transport.is_none:  # nothing was written that has not been measured
                 nll_BN = sample_nll_BN[:, : arm.num_particles]
                 nll_BM = torch.cat([nll_BN, nll_BN.gather(1, outcome.selected_index_B.unsqueeze(1))], 1)
@@ -112,6 +121,7 @@ class Experiment:
             arm.transport,
             select=arm.select,
             gradient=directions[arm.direction],
+            length_unit=self.length_unit,
         )
 
     def _rows(
@@ -123,7 +133,7 @@ class Experiment:
         texts = cloud.texts(self.tokenizer)
         rows = []
         for b, index in enumerate(prompts.indices):
-            gold = self.gold([prompts.texts[b]] * (n + 1), texts[b])
+            gold = call_function(self.gold, [prompts.texts[b]] * (n + 1), texts[b])
             tokens = cloud.lengths_BN[b].tolist()
             flops = arm_flops(arm, self.sizes, len(prompts.ids[b]), sum(tokens[:n]) / n)
             rows.append(
@@ -133,7 +143,7 @@ class Experiment:
                     "prompt_index": index,
                     "prompt": prompts.texts[b],
                     "proxy": rounded(outcome.transported_values_BN[b]),
-                    "gold": [round(float(g), 5) for g in gold[:n]],
+                    "gold": [round(g, 5) for g in gold[:n]],
                     "nll": rounded(nll_BM[b, :n]),
                     "nats": None if outcome.nats_BN[b].isnan().any() else rounded(outcome.nats_BN[b]),
                     "displacement": rounded(outcome.displacement_BN[b]),
@@ -144,7 +154,7 @@ class Experiment:
                     "non_ascii": [round(share, 5) for share in non_ascii(texts[b][:n])],
                     "selected_index": int(outcome.selected_index_B[b]),
                     "selected_proxy": round(float(outcome.selected_values_B[b]), 5),
-                    "selected_gold": round(float(gold[n]), 5),
+                    "selected_gold": round(gold[n], 5),
                     "selected_nll": round(float(nll_BM[b, n]), 5),
                     "selected": texts[b][n],
                     "texts": texts[b][:n],

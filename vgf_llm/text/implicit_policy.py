@@ -8,12 +8,12 @@ selected from, so the selected value is never below best-of-N's: a property of t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from vgf_llm.errors import NonFiniteError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.sampling.protocol import Sampler
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
@@ -62,6 +62,7 @@ class ImplicitPolicy:
         budget: Transport budget; :meth:`TransportBudget.none` is best-of-N.
         select: ``max`` by value, ``softmax`` of value / ``budget.temperature``, or ``random`` in the pool.
         gradient: Where the flow's direction comes from; the value's exact gradient by default.
+        length_unit: Unit of displacement; the median nearest-token distance of the value's table when not given.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ImplicitPolicy:
         *,
         select: Selection = "max",
         gradient: GradientSource = exact_gradient,
+        length_unit: float | None = None,
     ) -> None:
         if select not in ("max", "softmax", "random"):
             raise ValueError(f"select must be max, softmax or random, got {select!r}")
@@ -82,11 +84,7 @@ class ImplicitPolicy:
         self.budget = budget
         self.selection = select
         self.gradient = gradient
-
-    @cached_property
-    def length_unit(self) -> float:
-        """Median nearest-token distance of the value's table."""
-        return token_spacing(self.value.embedding_table_VD)
+        self.length_unit = length_unit or token_spacing(value.embedding_table_VD)
 
     def __call__(self, prompts: list[list[int]], seeds_BN: Tensor) -> Outcome:
         """Answer B prompts with N particles each.
@@ -168,4 +166,13 @@ class ImplicitPolicy:
 
     @torch.no_grad()
     def _score(self, value_prefix: object, responses: Responses) -> Tensor:
-        return self.value.score(value_prefix, responses.tokens_BNT, responses.mask_BNT)
+        values_BN = self.value.score(value_prefix, responses.tokens_BNT, responses.mask_BNT)
+        if not bool(values_BN.isfinite().all()):
+            group, particle = (int(i) for i in (~values_BN.isfinite()).nonzero()[0])
+            raise NonFiniteError(
+                f"the value of prompt {group}, response {particle} is {float(values_BN[group, particle])}; check the "
+                "reward model's weights and dtype",
+                group=group,
+                step=0,
+            )
+        return values_BN

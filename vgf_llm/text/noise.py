@@ -51,10 +51,10 @@ def row_seeds(seed: int, prompt_keys: list[int], num_particles: int) -> Tensor:
 
 
 def gumbel_noise(seeds_R: Tensor, position: int, ids_RK: Tensor) -> Tensor:
-    """Return standard Gumbel noise, float32 [R, K], for tokens ``ids_RK`` at ``position`` of rows ``seeds_R``."""
+    """Return standard Gumbel noise, float64 [R, K], for tokens ``ids_RK`` at ``position`` of rows ``seeds_R``."""
     bits_RK = combine_seeds(combine_seeds(seeds_R, position).unsqueeze(-1), ids_RK)
     uniform_RK = (_shift_right(bits_RK, 11).double() + 0.5) * 2.0**-53
-    return (-torch.log(-torch.log(uniform_RK))).float()
+    return -torch.log(-torch.log(uniform_RK))
 
 
 def posterior_gumbel_noise(logps_RK: Tensor, winner_R: Tensor, noise_RK: Tensor, maximum_noise_R: Tensor) -> Tensor:
@@ -67,18 +67,21 @@ def posterior_gumbel_noise(logps_RK: Tensor, winner_R: Tensor, noise_RK: Tensor,
         maximum_noise_R: Fresh standard Gumbel noise for the maximum.
 
     Returns:
-        Float [R, K]; adding it to ``logps_RK`` makes ``winner_R`` the argmax. Columns at ``-inf`` keep fresh noise.
+        Float [R, K]; adding it to ``logps_RK`` makes ``winner_R`` the argmax. Columns at ``-inf`` keep
+        fresh noise; a row that is ``-inf`` everywhere has no winner and keeps all of it.
     """
     logps_RK, noise_RK = logps_RK.double(), noise_RK.double()
     maximum_R1 = (torch.logsumexp(logps_RK, -1) + maximum_noise_R.double()).unsqueeze(-1)
     perturbed_RK = -torch.logaddexp(-maximum_R1, -(logps_RK + noise_RK))
     posterior_RK = torch.where(torch.isinf(logps_RK), noise_RK, perturbed_RK - logps_RK)
     winner_R1 = winner_R.unsqueeze(-1)
-    return posterior_RK.scatter(-1, winner_R1, maximum_R1 - logps_RK.gather(-1, winner_R1)).float()
+    of_winner_R1 = maximum_R1 - logps_RK.gather(-1, winner_R1)
+    of_winner_R1 = torch.where(torch.isinf(maximum_R1), noise_RK.gather(-1, winner_R1), of_winner_R1)
+    return posterior_RK.scatter(-1, winner_R1, of_winner_R1)
 
 
 def maximum_noise(seeds_R: Tensor, position: int) -> Tensor:
-    """Return the standard Gumbel noise of the maximum, float32 [R], from a stream of its own."""
+    """Return the standard Gumbel noise of the maximum, float64 [R], from a stream of its own."""
     return gumbel_noise(combine_seeds(seeds_R, _MAXIMUM_STREAM), position, torch.zeros_like(seeds_R).unsqueeze(-1))[
         :, 0
     ]

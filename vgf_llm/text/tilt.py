@@ -41,20 +41,20 @@ def kl_divergence(logq: Tensor, logp: Tensor) -> Tensor:
 
 
 def capped_multiplier(
-    logps: Tensor, bonus: Tensor, multiplier: Tensor, is_eos: Tensor, max_token_nats: float
+    logps: Tensor, bonus: Tensor, multiplier: Tensor, is_eos: Tensor, max_nats: Tensor | float
 ) -> Tensor:
-    """Return the largest multiplier, at most ``multiplier``, whose KL at a position is within the cap; [...]."""
+    """Return the largest multiplier, at most ``multiplier``, whose KL at a position is within its cap; [...]."""
 
     def nats(s: Tensor) -> Tensor:
         return kl_divergence(tilt(logps, bonus, s, is_eos), logps)
 
     low, high = torch.zeros_like(multiplier), multiplier
-    over = nats(multiplier) > max_token_nats
+    over = nats(multiplier) > max_nats
     if not bool(over.any()):
         return multiplier
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        too_far = nats(middle) > max_token_nats
+        too_far = nats(middle) > max_nats
         low, high = torch.where(too_far, low, middle), torch.where(too_far, middle, high)
     return torch.where(over, low, multiplier)
 
