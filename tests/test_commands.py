@@ -50,7 +50,11 @@ def test_generate_with_no_steps_is_best_of_n(models, capsys):
     generate.main([*models, "--prompt", "the sea", "--budget.steps", "0"])
     (row,) = lines(capsys.readouterr())
     assert row["response"] == row["original"] and row["value"] == row["original_value"]
-    assert not row["transported"] and row["distance"] == {"nats": 0.0, "changed_tokens": 0, "displacement": 0.0}
+    assert (
+        row["rounds"] == 0
+        and row["source"] == row["original"]
+        and row["distance"] == {"nats": 0.0, "changed_tokens": 0, "displacement": 0.0}
+    )
 
 
 def test_an_answer_does_not_depend_on_the_batch(models, prompts, capsys):
@@ -127,6 +131,33 @@ def test_evaluate_refuses_to_mix_two_configurations(models, prompts, tmp_path):
         evaluate.main(arguments(models, prompts, tmp_path, "--resume", "true", "--temperature", "0.5"))
 
 
+def test_resume_refuses_a_reward_model_or_prompts_that_changed(models, prompts, tmp_path):
+    evaluate.main(arguments(models, prompts, tmp_path))
+    prompts.write_text(prompts.read_text().replace("sea", "tea"))
+    with pytest.raises(ConfigError, match="contents"):
+        evaluate.main(arguments(models, prompts, tmp_path, "--resume", "true"))
+
+
+def test_a_gold_function_that_misbehaves_is_named(models, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "reward_models.functions.length_words", lambda prompts, responses: [float("nan")] * len(responses)
+    )
+    with pytest.raises(ModelError, match="finite"):
+        evaluate.main(arguments(models, prompts, tmp_path))
+
+
+def test_bfloat16_runs(models, capsys):
+    assert generate.main([*models, "--dtype", "bfloat16", "--prompt", "the sea"]) == 0
+    assert len(lines(capsys.readouterr())) == 1
+
+
+def test_summary_is_strict_json(models, prompts, tmp_path):
+    arms = "[{name: base}, {name: nearest, decoder: nearest, budget: {step: normalised}}]"
+    evaluate.main([*models, "--prompts", str(prompts), "--arms", arms, "--output_dir", str(tmp_path / "run")])
+    text = (tmp_path / "run" / "summary.json").read_text()
+    assert "NaN" not in text and json.loads(text)["arms"]["nearest"]["nats"] is None
+
+
 def test_resume_may_add_prompts_and_arms(models, prompts, tmp_path):
     evaluate.main(arguments(models, prompts, tmp_path, "--num_prompts", "1"))
     evaluate.main(arguments(models, prompts, tmp_path, "--resume", "true"))
@@ -140,6 +171,10 @@ def test_bad_input_is_told_what_to_do(models, prompts, tmp_path, tiny_tokenizer)
         generate.main(["--model_name_or_path", base, "--prompt", "x"])
     with pytest.raises(ModelError, match="is not a folder"):
         generate.main([*models, "--reward_model", str(tmp_path / "absent"), "--prompt", "x"])
+    with pytest.raises(ConfigError, match="torch sees"):
+        generate.main([*models, "--device", "cuda:99", "--prompt", "x"])
+    with pytest.raises(ConfigError, match="num_prompts must be null or at least 1, got 0"):
+        generate.main([*models, "--prompt", "x", "--num_prompts", "0"])
     with pytest.raises(ConfigError, match="give one of them"):
         generate.main([*models, "--prompt", "x", "--prompts", str(prompts)])
     with pytest.raises(ConfigError, match="num_particles must be at least 1, got 0"):
@@ -186,5 +221,7 @@ def test_a_value_that_is_not_finite_stops_with_the_prompt(models, prompts, tmp_p
     reward.save_pretrained(models[3])
     with pytest.raises(NonFiniteError, match="prompt 0"):
         generate.main([*models, "--prompts", str(prompts)])
+    with pytest.raises(NonFiniteError, match="prompt 0"):
+        generate.main([*models, "--prompts", str(prompts), "--budget.steps", "0"])
     with pytest.raises(NonFiniteError, match="prompt 0 .*sea"):
         evaluate.main(arguments(models, prompts, tmp_path))

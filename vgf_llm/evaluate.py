@@ -25,6 +25,8 @@ from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atom
 from vgf_llm.progress import track
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
+_RECORDS = Path("docs/results")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
@@ -49,6 +51,8 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
         ConfigError: If ``resume`` is on and the configuration is another one.
     """
     output_dir = check_writable(settings.output_dir)
+    if settings.record:
+        check_writable(_RECORDS)
     rows_path = output_dir / "rows.jsonl"
     _claim(output_dir, rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report
@@ -62,10 +66,9 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     summary = finish(settings, models, sampling, rows)
     write_json_atomic(output_dir / "summary.json", summary)
     if settings.record:
-        folder = check_writable("docs/results")
-        write_json_atomic(folder / f"{settings.record}.json", summary)
-        write_text_atomic(folder / f"{settings.record}.md", markdown_report(summary, rows))
-        print(f"recorded in {folder / settings.record}.json and .md", file=sys.stderr)
+        write_json_atomic(_RECORDS / f"{settings.record}.json", summary)
+        write_text_atomic(_RECORDS / f"{settings.record}.md", markdown_report(summary, rows))
+        print(f"recorded in {_RECORDS / settings.record}.json and .md", file=sys.stderr)
     print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
     return summary
 

@@ -3,8 +3,9 @@
     vgf-llm generate --reward_model outputs/reward --prompt "Write one sentence about the sea." --budget.nats 4
     cat prompts.txt | vgf-llm generate --reward_model outputs/reward --output answers.jsonl
 
-``--budget.steps 0`` is best-of-N. A line holds the prompt, the response, its value, the best original with its value,
-and the distance spent: nats while decoding, tokens changed, displacement in nearest-token distances.
+``--budget.steps 0`` is best-of-N. A line holds the prompt, the response, its value, the best original with its value
+(what best-of-N would have answered), the sample that the response was moved from, and the distance between the two:
+nats while decoding, tokens changed, displacement in nearest-token distances.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ from typing import Any, Literal
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, NonFiniteError, OutputError
-from vgf_llm.evaluation.arms import DecoderName
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.io import append_jsonl, check_writable
 from vgf_llm.progress import track
-from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings import DecoderName, ModelSettings, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class GenerateSettings:
         """
         if self.num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
+        if self.num_prompts is not None and self.num_prompts < 1:
+            raise ValueError(f"num_prompts must be null or at least 1, got {self.num_prompts}")
         if self.batch_prompts < 1:
             raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
 
@@ -120,20 +122,21 @@ def run(
 
 def _rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Return one JSON object a prompt."""
-    from vgf_llm.evaluation.measures import changed_tokens
+    from vgf_llm.text.responses import changed_tokens
 
     n = outcome.originals.tokens_BNT.shape[1]
     best_B = outcome.original_values_BN.argmax(1)
     originals, selected = outcome.originals.texts(tokenizer), outcome.selected.texts(tokenizer)
     # The pool holds the originals first, then every round; an entry's particle is its index modulo N.
     particle_B = outcome.selected_index_B % n
+    round_B = outcome.selected_index_B // n  # 0: an original
     source = outcome.originals.take(particle_B.unsqueeze(1))
-    changed_B = changed_tokens(source, outcome.selected)[:, 0]
+    sources, changed_B = source.texts(tokenizer), changed_tokens(source, outcome.selected)[:, 0]
     rows = []
     for b, prompt in enumerate(prompts):
         best, particle = int(best_B[b]), int(particle_B[b])
-        moved = int(outcome.selected_index_B[b]) >= n
-        nats = float(outcome.nats_BN[b, particle]) if moved else 0.0
+        rounds = int(round_B[b])
+        nats = float(outcome.nats_RBN[:rounds, b, particle].sum())
         rows.append(
             {
                 "prompt": prompt,
@@ -141,11 +144,12 @@ def _rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[dict[str, An
                 "value": round(float(outcome.selected_values_B[b]), 4),
                 "original": originals[b][best],
                 "original_value": round(float(outcome.original_values_BN[b, best]), 4),
-                "transported": moved,
+                "source": sources[b][0],
+                "rounds": rounds,
                 "distance": {
                     "nats": None if nats != nats else round(nats, 4),
                     "changed_tokens": int(changed_B[b]),
-                    "displacement": round(float(outcome.displacement_BN[b, particle]), 4) if moved else 0.0,
+                    "displacement": round(float(outcome.displacement_RBN[:rounds, b, particle].sum()), 4),
                 },
             }
         )

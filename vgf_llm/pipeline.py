@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from vgf_llm.errors import ConfigError, DataError, ModelError
-from vgf_llm.evaluation.arms import DecoderName
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
-from vgf_llm.settings import ModelSettings, SamplingSettings, resolve_device
+from vgf_llm.settings import DecoderName, ModelSettings, SamplingSettings, resolve_device
 from vgf_llm.text.decoders import NearestDecoder, PriorDecoder
 from vgf_llm.text.protocols import Decoder, Value
 from vgf_llm.text.reference import Reference
@@ -33,8 +32,8 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings) -> Pipeline
 
     Raises:
         ConfigError: If no reward model is named.
-        ModelError: If one cannot be loaded, or the reward model's tokenizer, template or embedding table differs from
-            the base's.
+        ModelError: If one cannot be loaded, the reward model's tokenizer or template differs from the base's, or its
+            embedding table is smaller than the vocabulary.
     """
     if models.reward_model is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")

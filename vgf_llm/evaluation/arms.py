@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.settings import DecoderName
 
-DecoderName = Literal["prior", "nearest"]
 Direction = Literal["value", "random", "flipped"]
 
 

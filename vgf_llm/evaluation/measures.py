@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vgf_llm.text.reference import Reference, ReferencePrefix
@@ -15,20 +14,6 @@ def nll_per_token(reference: Reference, prefix: ReferencePrefix, responses: Resp
     """Return -log p(y | x) / T under the untruncated base at temperature 1, in nats a token, [B, N]."""
     total_BN = -reference.logps(prefix, responses).sum(-1)
     return total_BN / responses.lengths_BN.clamp(min=1)
-
-
-def changed_tokens(before: Responses, after: Responses) -> Tensor:
-    """Return how many positions of each response hold another token than before, int64 [B, N].
-
-    A position that only one of the two has counts as changed.
-    """
-    length = max(before.tokens_BNT.shape[-1], after.tokens_BNT.shape[-1])
-
-    def padded(responses: Responses) -> Tensor:
-        tokens_BNT = responses.tokens_BNT.masked_fill(~responses.mask_BNT, -1)
-        return torch.nn.functional.pad(tokens_BNT, (0, length - tokens_BNT.shape[-1]), value=-1)
-
-    return (padded(before) != padded(after)).sum(-1)
 
 
 def repetition(text: str) -> float:

@@ -21,7 +21,7 @@ from vgf_llm.errors import NonFiniteError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.controls import flipped_gradient, random_gradient
 from vgf_llm.evaluation.flops import Sizes, arm_flops
-from vgf_llm.evaluation.measures import changed_tokens, nll_per_token, non_ascii, repetition
+from vgf_llm.evaluation.measures import nll_per_token, non_ascii, repetition
 from vgf_llm.pipeline import make_decoder
 from vgf_llm.sampling.transformers_sampler import TransformersSampler
 from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
@@ -29,7 +29,7 @@ from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.particles import GradientSource, exact_gradient, token_spacing
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.reference import Reference
-from vgf_llm.text.responses import Responses, concatenate
+from vgf_llm.text.responses import Responses, changed_tokens, concatenate
 
 Row = dict[str, Any]
 

@@ -47,6 +47,8 @@ class EvaluateSettings:
         Raises:
             ValueError: Naming the key and the value seen.
         """
+        if self.num_prompts is not None and self.num_prompts < 1:
+            raise ValueError(f"num_prompts must be null or at least 1, got {self.num_prompts}")
         if self.batch_prompts < 1:
             raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
         names = [arm.name for arm in self.all_arms()]

@@ -29,7 +29,7 @@ MEASURES: dict[str, Measure] = {
     "selected_proxy": lambda row: row["selected_proxy"],
     "selected_gold": lambda row: row["selected_gold"],
     "selected_nll": lambda row: row["selected_nll"],
-    "nats": lambda row: float("nan") if row["nats"] is None else sum(row["nats"]) / len(row["nats"]),
+    "nats": _mean("nats"),
     "changed_tokens": _mean("changed"),
     "displacement": _mean("displacement"),
     "tokens": _mean("tokens"),
@@ -46,7 +46,7 @@ def summarise(rows: list[Row], arm_names: list[str]) -> dict[str, Any]:
     """Return ``{arm: {prompts, seeds, <measure>: {mean, low, high}}}`` in the given order.
 
     A prompt's number is the mean over its seeds; intervals are 95% bootstrap intervals over prompts. Arms without rows
-    are left out.
+    are left out; a measure that an arm does not have is None.
     """
     summary: dict[str, Any] = {}
     for name in arm_names:
@@ -58,7 +58,8 @@ def summarise(rows: list[Row], arm_names: list[str]) -> dict[str, Any]:
             "seeds": len({row["seed"] for row in arm_rows}),
         }
         for measure, function in MEASURES.items():
-            entry[measure] = asdict(bootstrap_mean(list(_by_prompt(arm_rows, function).values())))
+            lacking = any(row.get(measure, 0) is None for row in arm_rows)  # no law, no nats
+            entry[measure] = None if lacking else asdict(bootstrap_mean(list(_by_prompt(arm_rows, function).values())))
         summary[name] = entry
     return summary
 

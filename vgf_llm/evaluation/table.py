@@ -24,8 +24,8 @@ LEGEND = (
 )
 
 
-def _cell(estimate: dict[str, float], digits: int, interval: bool) -> str:
-    if estimate["mean"] != estimate["mean"]:
+def _cell(estimate: dict[str, float] | None, digits: int, interval: bool) -> str:
+    if estimate is None:
         return "-"
     text = f"{estimate['mean']:.{digits}f}"
     if interval and estimate["low"] != estimate["high"]:

@@ -35,9 +35,9 @@ class TransportBudget:
     rounds: int = 1
     """Rounds of transport -> decode -> re-embed that share the budget in nats; integer >= 1."""
     nats: float = 4.0
-    """KL budget of one response over all rounds, in nats >= 0; split evenly over the rounds."""
+    """Most KL that decoding may spend on one response over all rounds, in nats >= 0; split evenly over the rounds."""
     max_token_nats: float = 1.0
-    """Largest KL at one token, in nats > 0 (inf: no cap)."""
+    """Largest KL at one token, in nats > 0; at or above ``nats`` it never binds."""
     bandwidth: float | None = None
     """Fixed bandwidth sigma > 0 of the rbf kernel, in units of its features; null: median heuristic at every step."""
 

@@ -34,8 +34,8 @@ class Outcome:
         transported: The same N after the last round; ``originals`` itself for the empty budget.
         original_values_BN: Value of the originals.
         transported_values_BN: Value of the transported.
-        nats_BN: KL spent while decoding, summed over the rounds; NaN for decoders without a law.
-        displacement_BN: Mean displacement of a moved token in nearest-token distances, summed over the rounds.
+        nats_RBN: KL spent while decoding in each of R rounds; NaN for decoders without a law.
+        displacement_RBN: Mean displacement of a moved token in each round, in nearest-token distances.
         selected: One response a prompt, [B, 1, T].
         selected_values_B: Its value.
         selected_index_B: Its index in the pool; below N it is an original, then follow the rounds in order.
@@ -45,11 +45,21 @@ class Outcome:
     transported: Responses
     original_values_BN: Tensor
     transported_values_BN: Tensor
-    nats_BN: Tensor
-    displacement_BN: Tensor
+    nats_RBN: Tensor
+    displacement_RBN: Tensor
     selected: Responses
     selected_values_B: Tensor
     selected_index_B: Tensor
+
+    @property
+    def nats_BN(self) -> Tensor:
+        """KL spent while decoding, summed over the rounds."""
+        return self.nats_RBN.sum(0)
+
+    @property
+    def displacement_BN(self) -> Tensor:
+        """Displacement summed over the rounds."""
+        return self.displacement_RBN.sum(0)
 
 
 class ImplicitPolicy:
@@ -105,8 +115,8 @@ class ImplicitPolicy:
         original_values_BN = self._score(value_prefix, originals)
         context = None if self.budget.is_none else self.decoder.prepare(originals.prompts)
         current, pool, values = originals, [originals], [original_values_BN]
-        nats_BN = torch.zeros_like(original_values_BN)
-        displacement_BN = torch.zeros_like(original_values_BN)
+        nats: list[Tensor] = []
+        displacements: list[Tensor] = []
         for index in range(0 if self.budget.is_none else self.budget.rounds):
             delta_BNTD, moved_by_BN = self.transport(value_prefix, current)
             decoded = self.decoder.decode(
@@ -122,16 +132,17 @@ class ImplicitPolicy:
             current = decoded.responses
             pool.append(current)
             values.append(self._score(value_prefix, current))
-            nats_BN = nats_BN + decoded.nats_BN
-            displacement_BN = displacement_BN + moved_by_BN
+            nats.append(decoded.nats_BN)
+            displacements.append(moved_by_BN)
+        nothing_RBN = original_values_BN.new_zeros((0, *original_values_BN.shape))
         selected, selected_values_B, index_B = self.select(concatenate(pool), torch.cat(values, 1), seeds_BN)
         return Outcome(
             originals=originals,
             transported=current,
             original_values_BN=original_values_BN,
             transported_values_BN=values[-1],
-            nats_BN=nats_BN,
-            displacement_BN=displacement_BN,
+            nats_RBN=torch.stack(nats) if nats else nothing_RBN,
+            displacement_RBN=torch.stack(displacements) if nats else nothing_RBN,
             selected=selected,
             selected_values_B=selected_values_B,
             selected_index_B=index_B,

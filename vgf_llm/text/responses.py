@@ -86,6 +86,20 @@ def concatenate(parts: Sequence[Responses]) -> Responses:
     return Responses(first.prompts, torch.cat(tokens, 1), torch.cat(masks, 1), first.eos_ids, first.pad_id)
 
 
+def changed_tokens(before: Responses, after: Responses) -> Tensor:
+    """Return how many positions of each response hold another token than before, int64 [B, N].
+
+    A position that only one of the two has counts as changed.
+    """
+    length = max(before.tokens_BNT.shape[-1], after.tokens_BNT.shape[-1])
+
+    def padded(responses: Responses) -> Tensor:
+        tokens_BNT = responses.tokens_BNT.masked_fill(~responses.mask_BNT, -1)
+        return torch.nn.functional.pad(tokens_BNT, (0, length - tokens_BNT.shape[-1]), value=-1)
+
+    return (padded(before) != padded(after)).sum(-1)
+
+
 def is_any_of(ids: Tensor, members: Sequence[int]) -> Tensor:
     """Return where ``ids`` holds one of ``members``; a bool tensor of the same shape."""
     return torch.isin(ids, torch.as_tensor(members, dtype=ids.dtype, device=ids.device))

@@ -5,12 +5,12 @@ At position t of response y, over the reference's shortlist (plus y_t while noth
     b_t(v) = <Delta_t, e_v - e_{y_t}>,        q_t(v) ∝ p_t(v) exp(s b_t(v)),
 
 with one multiplier s a response calibrated on the original contexts to the budget in nats, a cap a token, and no
-more than what is left of the budget on the path (:mod:`vgf_llm.text.tilt`). The token is argmax_v(log q_t(v) + g_t(v)) with
-the Gumbel noise of y's own sampling, drawn from its posterior given y (:mod:`vgf_llm.text.noise`), so that a zero
-displacement gives y back token for token. Over y ~ p the noise is exactly Gumbel, so y' ~ q for a displacement that does
-not depend on y's noise; a gradient taken at y does, a little, and from the second round on y itself is no draw from p.
-The KL reported is that of the laws along the path that is written. It says nothing of the selection that follows (best
-of N adds at most log N - (N-1)/N).
+more than what is left of the budget on the path (:mod:`vgf_llm.text.tilt`). The token is argmax_v(log q_t(v) + g_t(v))
+with the Gumbel noise of y's own sampling, drawn from its posterior given y (:mod:`vgf_llm.text.noise`), so that a zero
+displacement gives y back token for token. Over y ~ p the noise is exactly Gumbel, so y' ~ q for a displacement that
+does not depend on y's noise; a gradient taken at y does, a little, and from the second round on y itself is no draw
+from p. The KL reported is that of the laws along the path that is written. It says nothing of the selection that
+follows (best of N adds at most log N - (N-1)/N).
 
 Whether a response ends is decided first and by the reference alone: an original that still stands keeps its EOS and
 gets no other, a changed one ends with the reference's probability.
