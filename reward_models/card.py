@@ -13,10 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vgf_llm.errors import ModelError
 from vgf_llm.io import write_json_atomic, write_text_atomic
+
+if TYPE_CHECKING:
+    from vgf_llm.models import Fingerprint
 
 CARD_NAME = "reward_card.json"
 
@@ -59,6 +62,8 @@ class RewardCard:
     """Standard deviation of their scores."""
     fidelity: dict[str, float] | None = None
     """Gradient fidelity, see `reward_models.fidelity.Fidelity`."""
+    max_response_length: int | None = None
+    """Longest response in training, in tokens; None: what max_length leaves."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Training rows left out or cut, by reason."""
     data_files: dict[str, str] = field(default_factory=dict)
@@ -86,7 +91,7 @@ def read_card(folder: str | Path) -> RewardCard:
         return RewardCard(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ModelError(f"'{folder}' has no {CARD_NAME}; training writes it beside the weights") from error
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"'{path}' is not a reward card of this version ({error}); train the model again") from error
 
 
@@ -96,17 +101,28 @@ def check_fingerprint(card: RewardCard, tokenizer: Any) -> None:
     Raises:
         ModelError: naming which of the two differs.
     """
+    from vgf_llm.models import Fingerprint
+
+    compare_fingerprints(Fingerprint(card.tokenizer_sha256, card.template_sha256), tokenizer, "card", card.base_model)
+
+
+def compare_fingerprints(wanted: Fingerprint, tokenizer: Any, place: str, base_model: str) -> None:
+    """Refuse a tokenizer whose fingerprint is not the wanted one, found in `place`.
+
+    Raises:
+        ModelError: naming which of tokenizer and chat template differs.
+    """
     from vgf_llm.models import fingerprint
 
     seen = fingerprint(tokenizer)
-    for what, wanted, got in (
-        ("tokenizer", card.tokenizer_sha256, seen.tokenizer),
-        ("chat template", card.template_sha256, seen.template),
+    for what, expected, got in (
+        ("tokenizer", wanted.tokenizer, seen.tokenizer),
+        ("chat template", wanted.template, seen.template),
     ):
-        if wanted != got:
+        if expected != got:
             raise ModelError(
-                f"the {what} differs from the one this reward model was trained with (fingerprint {got[:12]}, card "
-                f"{wanted[:12]}); use the tokenizer saved beside the model, or a model trained for {card.base_model!r}"
+                f"the {what} differs from the one this reward model was trained with (fingerprint {got[:12]}, {place} "
+                f"{expected[:12]}); use the tokenizer saved beside the model, or a model trained for {base_model!r}"
             )
 
 

@@ -23,7 +23,7 @@ class RewardScript:
     eval_share: float = 0.05
     """Share of training prompts held back where eval_dataset is null, in (0, 0.5]."""
     prompt_column: str = "prompt"
-    """Column of prompts; where no row has it, the prompt is what chosen and rejected share."""
+    """Column of prompts; where no row has it, the prompt is what chosen and rejected share (all or none)."""
     chosen_column: str = "chosen"
     """Column of better responses."""
     rejected_column: str = "rejected"
@@ -31,13 +31,13 @@ class RewardScript:
     margin_column: str = "margin"
     """Column of how much better, a number; optional."""
     max_dropped_share: float = 0.2
-    """Largest share of rows that may be unusable before it is an error, in [0, 1]."""
+    """Largest share of rows that may be unusable, and of pairs over length or equal once encoded, in [0, 1]."""
     limit: int | None = None
     """Training rows read, from the first; null reads all."""
     eval_limit: int | None = None
     """Held-out rows read, from the first; null reads all."""
     max_length: int = 1024
-    """Longest prompt and response together, in tokens."""
+    """Longest prompt and response together, in tokens; at most the base model's positions."""
     max_response_length: int | None = None
     """Longest response in tokens, EOS included; one that fills it gets no EOS, as in sampling. Null: max_length."""
     over_length: Literal["drop", "truncate"] = "drop"

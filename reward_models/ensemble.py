@@ -31,21 +31,6 @@ class EnsemblePrefix:
 
     members: tuple[PromptPrefix, ...]
 
-    @property
-    def num_prompts(self) -> int:
-        """Number of rows."""
-        return self.members[0].num_prompts
-
-    @property
-    def lengths_B(self) -> Tensor:
-        """Prompt lengths in tokens, int64."""
-        return self.members[0].lengths_B
-
-    @property
-    def mask_BP(self) -> Tensor:
-        """Bool, True where a prompt token stands."""
-        return self.members[0].mask_BP
-
     def expand(self, n: int) -> EnsemblePrefix:
         """Repeat every prompt n times; row b * n + i continues prompt b."""
         return EnsemblePrefix(tuple(prefix.expand(n) for prefix in self.members))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.errors import ConfigError, ModelError, VGFError
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -69,10 +69,18 @@ def call_function(function: RewardFunction, prompts: list[str], responses: list[
     """Call a reward function and check what it returns.
 
     Raises:
-        ModelError: the number of rewards differs from that of the responses, or one is not a finite number.
+        ModelError: it raises, the number of rewards differs from that of the responses, or one is not a finite number.
     """
     name = getattr(function, "__name__", repr(function))
-    rewards = list(function(prompts, responses))
+    try:
+        rewards = list(function(prompts, responses))
+    except VGFError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise ModelError(
+            f"reward function {name} raised {type(error).__name__} on {len(responses)} responses: {error}; mend it, or "
+            "name another one"
+        ) from error
     if len(rewards) != len(responses):
         raise ModelError(f"reward function {name} returned {len(rewards)} rewards for {len(responses)} responses")
     for index, reward in enumerate(rewards):

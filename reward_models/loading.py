@@ -7,17 +7,21 @@ the body from. `load_reward_model` reads either. PEFT is imported only when an a
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.card import CARD_NAME, check_fingerprint, read_card
+from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
 from reward_models.modelling import RewardModel, RewardModelConfig, body_linear_names
 from vgf_llm.errors import ModelError
+from vgf_llm.models import fingerprint, load_tokenizer
 
 ADAPTER_NAME = "adapter_config.json"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def add_lora(
@@ -82,7 +86,8 @@ def load_reward_model(
 
     Args:
         path: folder written by training or `save_reward_model`.
-        tokenizer: if given, its fingerprint must be the one on the card (where there is a card).
+        tokenizer: if given, its fingerprint must be the one on the card, or where there is no card (a checkpoint), that
+            of the tokenizer saved beside the weights; a warning goes to standard error where there is neither.
         base: for a LoRA, the causal LM to cut the body from; None: the one named in config.json.
         dtype: of the body; the head is float32.
         device: where it goes.
@@ -93,29 +98,56 @@ def load_reward_model(
         ModelError: the folder is not a reward model, weights are missing, or the tokenizer is another one.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"'{folder}' is no reward model: it has no config.json; give the output_dir of its training")
-    config = RewardModelConfig.from_pretrained(folder)
-    if config.body_config is None:
-        raise ModelError(
-            f"'{folder}/config.json' is not of a reward model (no body_config); train one with "
-            "`python -m reward_models.train`"
-        )
-    if tokenizer is not None and (folder / CARD_NAME).is_file():
-        check_fingerprint(read_card(folder), tokenizer)
+    config = _read_config(folder)
+    if tokenizer is not None:
+        _check_tokenizer(folder, tokenizer, config.base_name)
     if (folder / ADAPTER_NAME).is_file():
         model = _load_lora(folder, config, base, dtype, merge)
     else:
-        try:
-            model, report = RewardModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        except OSError as error:
-            raise ModelError(f"'{folder}' holds no weights of a reward model: {error}") from error
-        if report["missing_keys"]:
-            raise ModelError(
-                f"'{folder}' lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}; train it again"
-            )
+        model = _load_full(folder, dtype)
     model = model.to(device)
     return model.freeze() if freeze else model
+
+
+def _read_config(folder: Path) -> RewardModelConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"'{folder}' is no reward model: it has no config.json; give the output_dir of its training")
+    try:
+        config = RewardModelConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:  # torn, not JSON, or fields of another version
+        raise ModelError(f"'{path}' cannot be read ({error}); train the model again") from error
+    if not config.body_config:
+        raise ModelError(
+            f"'{path}' is not of a reward model (no body_config); train one with `python -m reward_models.train`"
+        )
+    return config
+
+
+def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_name: str) -> None:
+    if (folder / CARD_NAME).is_file():
+        check_fingerprint(read_card(folder), tokenizer)
+    elif any((folder / name).is_file() for name in TOKENIZER_NAMES):
+        saved = fingerprint(load_tokenizer(str(folder)))
+        compare_fingerprints(saved, tokenizer, "tokenizer beside the weights", base_name)
+    else:
+        print(
+            f"warning: '{folder}' has neither {CARD_NAME} nor a tokenizer, so nothing shows that the tokenizer in use "
+            "is the one it was trained with",
+            file=sys.stderr,
+        )
+
+
+def _load_full(folder: Path, dtype: torch.dtype) -> RewardModel:
+    try:
+        model, report = RewardModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"'{folder}' holds no weights of a reward model: {error}") from error
+    if report["missing_keys"]:
+        raise ModelError(
+            f"'{folder}' lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}; train it again"
+        )
+    return model
 
 
 def _load_lora(
@@ -132,5 +164,8 @@ def _load_lora(
         input_skip=config.input_skip,
     )
     model.config.base_name = config.base_name
-    adapted = PeftModel.from_pretrained(model, str(folder))
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"'{folder}' holds no adapter that fits this base ({error}); train it again") from error
     return adapted.merge_and_unload(safe_merge=True) if merge else adapted.get_base_model()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from vgf_llm.data import PreferencePair, encode_prompt, encode_response
-from vgf_llm.errors import DataError
+from vgf_llm.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def encode_pairs(
     max_length: int,
     max_response_length: int | None = None,
     truncate: bool = False,
+    max_dropped_share: float = 1.0,
 ) -> tuple[list[EncodedPair], dict[str, int]]:
     """Encode pairs; a response ends in EOS unless it fills its room, as a sampled one does.
 
@@ -42,12 +43,13 @@ def encode_pairs(
         max_length: longest prompt and response together, in tokens.
         max_response_length: longest response, EOS included; None: what max_length leaves.
         truncate: cut longer responses at the right instead of dropping their pair.
+        max_dropped_share: largest share of pairs that may be over length or equal once encoded, in [0, 1].
 
     Returns:
         The encoded pairs, and the count of dropped or cut pairs by reason.
 
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or more is dropped than allowed.
     """
     encoded, counts = [], {"over length, dropped": 0, "over length, cut": 0, "equal once encoded": 0}
     for pair in pairs:
@@ -64,12 +66,37 @@ def encode_pairs(
             counts["equal once encoded"] += 1
             continue
         encoded.append(EncodedPair(prompt, chosen, rejected, pair.margin))
+    counts = {reason: count for reason, count in counts.items() if count}
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    limits = f"max_length {max_length} and max_response_length {max_response_length} (tokens)"
     if not encoded:
+        raise DataError(f"no pair of {len(pairs)} is left at {limits}: {reasons}; raise the limits")
+    dropped = len(pairs) - len(encoded)
+    if dropped > max_dropped_share * len(pairs):
         raise DataError(
-            f"no pair of {len(pairs)} is left at max_length {max_length} and max_response_length {max_response_length} "
-            f"(tokens): {', '.join(f'{count} {reason}' for reason, count in counts.items() if count)}; raise the limits"
+            f"{dropped} of {len(pairs)} pairs would be dropped at {limits}, more than the allowed share of "
+            f"{max_dropped_share:g}: {reasons}; raise the limits, set over_length to truncate, or raise "
+            "max_dropped_share"
         )
-    return encoded, {reason: count for reason, count in counts.items() if count}
+    return encoded, counts
+
+
+def check_max_length(max_length: int, model_config: PreTrainedConfig) -> None:
+    """Refuse inputs longer than the model has positions for.
+
+    Args:
+        max_length: longest prompt and response together, in tokens.
+        model_config: of the base model; one without max_position_embeddings has no limit.
+
+    Raises:
+        ConfigError: naming max_length and the limit.
+    """
+    limit = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"max_length is {max_length} tokens, but the base model has {limit} positions (max_position_embeddings); "
+            f"set max_length to at most {limit}"
+        )
 
 
 def hold_out(

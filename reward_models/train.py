@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
+from vgf_llm.errors import DataError
 from vgf_llm.io import check_writable
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(script: RewardScript, settings: RewardModelSettings, training: RewardTraining) -> RewardCard | None:
     """Train, save, measure and report; returns the card on the main process, None on others.
 
+    What an earlier run left in output_dir is cleared away once every input has been read and found good.
+
     Raises:
         VGFError: data, model, configuration or output folder are unusable; checked before any training.
     """
@@ -52,42 +55,24 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     import torch
     from transformers import set_seed
 
-    from reward_models.loading import add_lora
-    from reward_models.modelling import RewardModel
-    from reward_models.pairs import PairCollator
+    from reward_models.folder import check_is_ours, clear_earlier_run
+    from reward_models.pairs import PairCollator, check_max_length
     from reward_models.trainer import RewardTrainer, add_embedding_noise, checkpoint_to_resume, training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
 
+    check_is_ours(output_dir)
     arguments = training_arguments(training, output_dir)
-    checkpoint = checkpoint_to_resume(training, output_dir)
-    tokenizer = load_tokenizer(
-        settings.model_name_or_path, pad_token=settings.pad_token, trust_remote_code=settings.trust_remote_code
-    )
+    checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
+    remote = settings.trust_remote_code
+    tokenizer = load_tokenizer(settings.model_name_or_path, pad_token=settings.pad_token, trust_remote_code=remote)
     train_pairs, held_out, dropped = load_pairs(script, tokenizer, training.seed)
 
     set_seed(training.seed)
-    lm = load_causal_lm(
-        settings.model_name_or_path,
-        dtype=getattr(torch, settings.dtype),
-        trust_remote_code=settings.trust_remote_code,
-    )
-    model: Any = RewardModel.from_base(
-        lm,
-        settings.num_layers,
-        dtype=getattr(torch, settings.dtype),
-        pooling=settings.pooling,
-        train_embeddings=settings.train_embeddings,
-        input_skip=settings.input_skip,
-        seed=training.seed,
-    )
-    model.config.base_name = settings.model_name_or_path
-    torch.nn.init.zeros_(model.head.weight)  # all responses start equal; a random head costs steps to unlearn
-    if settings.lora_r:
-        model = add_lora(
-            model, settings.lora_r, settings.lora_alpha, settings.lora_target_modules, settings.lora_dropout
-        )
+    dtype = getattr(torch, settings.dtype)
+    lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
+    check_max_length(script.max_length, lm.config)
     trainer = RewardTrainer(
-        model=model,
+        model=untrained_model(lm, settings, training.seed),
         args=arguments,
         settings=training,
         train_dataset=train_pairs,
@@ -95,7 +80,11 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         data_collator=PairCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    noise = add_embedding_noise(model, training.embedding_noise, training.seed) if training.embedding_noise else None
+    if trainer.is_world_process_zero():
+        clear_earlier_run(output_dir, keep_checkpoints=checkpoint is not None)
+    trainer.accelerator.wait_for_everyone()
+    scale = training.embedding_noise
+    noise = add_embedding_noise(trainer.model, scale, training.seed) if scale else None
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     train_sec = time.monotonic() - start
@@ -107,13 +96,36 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         return None
     facts = {
         "max_length": script.max_length,
+        "max_response_length": script.max_response_length,
         "train_pairs": len(train_pairs),
         "dropped": dropped,
         "seed": training.seed,
         "training": training_facts(training, trainer.state.global_step, train_sec),
     }
-    device = trainer.accelerator.device
-    return finish(script, settings, tokenizer, held_out, lm.to(device), facts)
+    return finish(script, settings, tokenizer, held_out, lm.to(trainer.accelerator.device), facts)
+
+
+def untrained_model(lm: Any, settings: RewardModelSettings, seed: int) -> Any:
+    """Cut the reward model from the base, head at zero, with a LoRA around it where one is set."""
+    import torch
+
+    from reward_models.loading import add_lora
+    from reward_models.modelling import RewardModel
+
+    model = RewardModel.from_base(
+        lm,
+        settings.num_layers,
+        dtype=getattr(torch, settings.dtype),
+        pooling=settings.pooling,
+        train_embeddings=settings.train_embeddings,
+        input_skip=settings.input_skip,
+        seed=seed,
+    )
+    model.config.base_name = settings.model_name_or_path
+    torch.nn.init.zeros_(model.head.weight)  # all responses start equal; a random head costs steps to unlearn
+    if not settings.lora_r:
+        return model
+    return add_lora(model, settings.lora_r, settings.lora_alpha, settings.lora_target_modules, settings.lora_dropout)
 
 
 def load_pairs(
@@ -128,13 +140,24 @@ def load_pairs(
         held_texts = _preferences(script, script.eval_dataset, script.eval_split, script.eval_limit).pairs
     else:
         train_texts, held_texts = hold_out(train.pairs, script.eval_share, seed)
-    limits = (script.max_length, script.max_response_length, script.over_length == "truncate")
-    encoded, counts = encode_pairs(tokenizer, train_texts, *limits)
-    held_out, held_counts = encode_pairs(tokenizer, held_texts, *limits)
-    for name, kept, dropped in (("training", encoded, counts), ("held out", held_out, held_counts)):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-        print(f"{name}: {len(kept)} pairs encoded; over length or equal: {reasons}", file=sys.stderr)
-    return encoded, held_out, {reason: count for reason, count in (train.dropped | counts).items() if count}
+    limits = (
+        script.max_length,
+        script.max_response_length,
+        script.over_length == "truncate",
+        script.max_dropped_share,
+    )
+    kept, counted = [], []
+    for name, texts in (("training", train_texts), ("held out", held_texts)):
+        try:
+            encoded, counts = encode_pairs(tokenizer, texts, *limits)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
+        print(f"{name}: {len(encoded)} pairs encoded; over length or equal: {reasons}", file=sys.stderr)
+        kept.append(encoded)
+        counted.append(counts)
+    dropped = train.dropped | counted[0]
+    return kept[0], kept[1], {reason: count for reason, count in dropped.items() if count}
 
 
 def _preferences(script: RewardScript, source: str, split: str, limit: int | None) -> Preferences:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from reward_models.config import RewardTraining
-from reward_models.loading import reward_model
+from reward_models.loading import ADAPTER_NAME, reward_model
 from reward_models.losses import bradley_terry
 from vgf_llm.errors import ConfigError
 
@@ -148,11 +149,11 @@ def training_arguments(training: RewardTraining, output_dir: str | Path) -> Trai
         raise ConfigError(f"trainer_arguments {training.trainer_arguments}: {error}") from error
 
 
-def checkpoint_to_resume(training: RewardTraining, output_dir: str | Path) -> str | None:
+def checkpoint_to_resume(training: RewardTraining, output_dir: str | Path, adapter: bool = False) -> str | None:
     """Return the checkpoint folder that training goes on from, None for a new run.
 
     Raises:
-        ConfigError: there is no such checkpoint.
+        ConfigError: there is no such checkpoint, or it is a LoRA where `adapter` is false, or the other way round.
     """
     wanted = training.resume_from_checkpoint
     if wanted is None:
@@ -161,6 +162,11 @@ def checkpoint_to_resume(training: RewardTraining, output_dir: str | Path) -> st
     if found is None or not Path(found).is_dir():
         place = f"'{output_dir}' holds no checkpoint" if wanted == "last" else f"'{wanted}' is no folder"
         raise ConfigError(f"resume_from_checkpoint: {place}; set save_steps in the first run, or null to start anew")
+    if not (Path(found) / TRAINER_STATE_NAME).is_file():
+        raise ConfigError(f"resume_from_checkpoint: '{found}' is no checkpoint: it has no {TRAINER_STATE_NAME}")
+    if (Path(found) / ADAPTER_NAME).is_file() != adapter:
+        kinds = ("a LoRA", "lora_r is 0") if not adapter else ("no LoRA", "lora_r is above 0")
+        raise ConfigError(f"resume_from_checkpoint: '{found}' holds {kinds[0]}, but {kinds[1]}; set lora_r as it was")
     return found
 
 

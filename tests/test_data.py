@@ -125,8 +125,23 @@ def test_hub_names_and_their_failure(monkeypatch):
 
 def test_a_limit_below_one(tmp_path):
     source = write(tmp_path / "rows.jsonl", [GOOD])
-    with pytest.raises(DataError, match="limit must be > 0, got 0"):
-        read_rows(source, limit=0)
+    for limit in (0, -1):
+        with pytest.raises(DataError, match=f"limit must be > 0, got {limit}; num_prompts"):
+            read_rows(source, limit=limit)
+        with pytest.raises(DataError, match="num_prompts"):
+            load_prompts(source, limit=limit)
+
+
+def test_row_numbers_are_lines_of_the_file_blank_ones_counted(tmp_path):
+    good = json.dumps(GOOD) + "\n"
+    (tmp_path / "rows.jsonl").write_text(good + "\n\n" + good + '{"prompt": ""}\n')
+    assert [number for number, _ in read_rows(str(tmp_path / "rows.jsonl"))] == [1, 4, 5]
+    with pytest.raises(DataError, match="row 5, column 'prompt': empty"):
+        load_prompts(str(tmp_path / "rows.jsonl"))
+    with pytest.raises(DataError, match="row 5: no column 'chosen'"):
+        load_preferences(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "prompts.txt").write_text("\na dog\n\ntea\n")
+    assert [number for number, _ in read_rows(str(tmp_path / "prompts.txt"))] == [2, 4]
 
 
 # Prompts -----------------------------------------------------------------------------------------------------------
@@ -231,6 +246,39 @@ def test_pairs_that_diverge_before_the_last_turn_are_counted(tmp_path, row):
     same = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
     preferences = load_preferences(write(tmp_path / "pairs.jsonl", [same] * 9 + [row]))
     assert len(preferences.pairs) == 9 and preferences.dropped["that diverge before the last turn"] == 1
+
+
+TALK = [user("a"), assistant("b"), user("c")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shared", "joined"),
+    [
+        ("a", TALK, TALK),
+        ([user("a")], TALK, TALK),
+        ("c", TALK, TALK),
+        (TALK, TALK, TALK),
+        ("a", [{"role": "system", "content": "s"}, user("a")], [{"role": "system", "content": "s"}, user("a")]),
+        ("a", TALK[1:], TALK),
+        ("a ", [user("a")], "a "),
+    ],
+)
+def test_shared_turns_beyond_the_stated_prompt_are_kept(tmp_path, prompt, shared, joined):
+    row = {"prompt": prompt, "chosen": [*shared, assistant("d")], "rejected": [*shared, assistant("e")]}
+    assert load_preferences(write(tmp_path / "pairs.jsonl", [row])).pairs == [PreferencePair(joined, "d", "e")]
+
+
+def test_a_stated_prompt_that_the_shared_turns_contradict_is_refused(tmp_path):
+    row = {"prompt": "z", "chosen": [*TALK, assistant("d")], "rejected": [*TALK, assistant("e")]}
+    with pytest.raises(DataError, match="row 1: the prompt 'z' is no part of the 3 turns"):
+        load_preferences(write(tmp_path / "pairs.jsonl", [row]))
+
+
+def test_a_prompt_column_that_some_rows_have_must_be_in_all(tmp_path):
+    whole = {"chosen": HH_PROMPT + " Yes.", "rejected": HH_PROMPT + " No."}
+    for rows, missing in (([whole, GOOD], 1), ([GOOD, whole], 2)):
+        with pytest.raises(DataError, match=f"row {missing}: no column 'prompt'"):
+            load_preferences(write(tmp_path / "pairs.jsonl", rows))
 
 
 def test_identical_dialogues_are_identical_responses(tmp_path):

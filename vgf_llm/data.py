@@ -2,25 +2,21 @@
 
 Three shapes of preference data are read as they are: explicit prompt/chosen/rejected strings, conversational message
 lists (with the prompt apart or inside both), and whole dialogues with an implicit prompt (Anthropic HH: what both
-dialogues share up to the last "Assistant:"). Every fault names the file, the row (1 is the first) and the column.
+dialogues share up to the last "Assistant:"). Every fault names the file, the row (a line of the file where rows are
+lines, from 1) and the column.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
+from vgf_llm.dialogue import ASSISTANT, HUMAN, Message, Prompt, as_messages, as_text, split_pair
 from vgf_llm.errors import DataError, ModelError
-from vgf_llm.rows import Row, read_rows, shorten
-
-Message: TypeAlias = dict[str, str]
-Prompt: TypeAlias = str | list[Message]
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+from vgf_llm.io import shorten
+from vgf_llm.rows import Row, read_rows
 
 
 @dataclass(frozen=True)
@@ -68,10 +64,10 @@ def load_prompts(source: str, column: str = "prompt", split: str = "train", limi
         Prompts in file order.
 
     Raises:
-        DataError: the source cannot be read, or a row has no such column or an empty one.
+        DataError: limit is below 1, the source cannot be read, or a row has no such column or an empty one.
     """
     rows = read_rows(source, split, limit)
-    return [_prompt(_cell(row, column, source, number), source, number, column) for number, row in enumerate(rows, 1)]
+    return [_prompt(_cell(row, column, source, number), source, number, column) for number, row in rows]
 
 
 def load_preferences(
@@ -90,7 +86,8 @@ def load_preferences(
         source: as for ``load_prompts``.
         split: split of a hub dataset whose name does not state one; a file has none.
         limit: only the first so many rows (count, > 0).
-        prompt_column: column of prompts; where no row has it, the prompt is what chosen and rejected share.
+        prompt_column: column of prompts; where no row has it, the prompt is what chosen and rejected share; where
+            one has it, all must.
         chosen_column: column of the better response, a string or messages.
         rejected_column: column of the worse response, a string or messages.
         margin_column: column of how much better, a number; optional.
@@ -103,15 +100,15 @@ def load_preferences(
         DataError: the source cannot be read, a column is missing or malformed, or too many rows are unusable.
     """
     rows = read_rows(source, split, limit)
-    explicit = prompt_column in rows[0]
+    explicit = any(prompt_column in row for _, row in rows)
     dropped = {"with chosen == rejected": 0, "with an empty response": 0, "that diverge before the last turn": 0}
     first_dropped: dict[str, int] = {}
     pairs = []
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         better = _cell(row, chosen_column, source, number, empty_ok=True)
         worse = _cell(row, rejected_column, source, number, empty_ok=True)
         given = _cell(row, prompt_column, source, number) if explicit else None
-        prompt, chosen, rejected = _split(given, better, worse, source, number)
+        prompt, chosen, rejected = split_pair(given, better, worse, f"{source}, row {number}")
         reason = _unusable(chosen, rejected)
         if reason is not None:
             dropped[reason] += 1
@@ -169,38 +166,6 @@ def _prompt(value: Prompt, source: str, number: int, column: str) -> Prompt:
     return messages
 
 
-def _split(given: Prompt | None, chosen: Any, rejected: Any, source: str, number: int) -> tuple[Prompt, Any, Any]:
-    """Prompt and the two responses; a response of several turns comes back as None."""
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise DataError(f"{source}, row {number}: one of chosen and rejected is text and the other a message list")
-    if isinstance(chosen, str):
-        return (given, chosen, rejected) if given is not None else _split_text(chosen, rejected, source, number)
-    same = (left == right for left, right in zip(chosen, rejected, strict=False))
-    shared = sum(1 for _ in itertools.takewhile(bool, same))
-    inside = min(shared, len(chosen) - 1, len(rejected) - 1) if chosen and rejected else 0
-    prompt = given if given is not None else chosen[:inside]
-    if not prompt:
-        raise DataError(f"{source}, row {number}: no column 'prompt', and chosen and rejected share no first message")
-    responses = []
-    for messages in (chosen, rejected):
-        rest = messages[inside:]
-        responses.append("" if not rest else rest[0]["content"] if len(rest) == 1 else None)
-    return prompt, responses[0], responses[1]
-
-
-def _split_text(chosen: str, rejected: str, source: str, number: int) -> tuple[str, Any, Any]:
-    shared = os.path.commonprefix([chosen, rejected])
-    end = shared.rfind(ASSISTANT)
-    if end < 0:
-        raise DataError(
-            f"{source}, row {number}: no column 'prompt', and chosen and rejected share no text up to an "
-            f"{ASSISTANT!r}; chosen starts {shorten(repr(chosen))}"
-        )
-    end += len(ASSISTANT)
-    responses = [None if HUMAN in text[end:] or ASSISTANT in text[end:] else text[end:] for text in (chosen, rejected)]
-    return chosen[:end], responses[0], responses[1]
-
-
 def _unusable(chosen: str | None, rejected: str | None) -> str | None:
     if chosen is None or rejected is None:
         return "that diverge before the last turn"
@@ -241,7 +206,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         DataError: the template refuses the messages, or nothing is left to encode.
     """
     if getattr(tokenizer, "chat_template", None):
-        messages = _as_messages(prompt)
+        messages = as_messages(prompt)
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         except Exception as error:  # jinja2 and its sandbox raise several types; all mean a refused conversation
@@ -249,7 +214,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
                 f"the chat template refuses the messages {shorten(repr(messages), 200)}: {error}"
             ) from error
     else:
-        ids = tokenizer(_as_text(prompt))["input_ids"]
+        ids = tokenizer(as_text(prompt))["input_ids"]
         if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]  # some tokenizers close every text; a prompt goes on
     if not ids:
@@ -300,24 +265,3 @@ def check_prompt_fits(ids: Sequence[int], max_positions: int | None, new_tokens:
             f"prompt {index}: {len(ids)} tokens and up to {new_tokens} new ones exceed the model's {max_positions} "
             f"positions; shorten it to {max(max_positions - new_tokens, 0)} tokens or lower max_new_tokens"
         )
-
-
-def _as_messages(prompt: Prompt) -> list[Message]:
-    if not isinstance(prompt, str):
-        return prompt
-    if not (prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT.strip())):
-        return [{"role": "user", "content": prompt}]
-    messages = []
-    for turn in prompt.split(HUMAN)[1:]:
-        question, *answers = turn.split(ASSISTANT)
-        messages.append({"role": "user", "content": question.strip()})
-        messages.extend({"role": "assistant", "content": answer.strip()} for answer in answers if answer.strip())
-    return messages
-
-
-def _as_text(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    names = {"user": HUMAN, "assistant": ASSISTANT}
-    turns = [f"{names.get(turn['role'], '')} {turn['content']}".lstrip(" ") for turn in prompt]
-    return "".join(turns) + ASSISTANT

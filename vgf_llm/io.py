@@ -156,13 +156,22 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):  # no newline after it: the write was cut
                 print(f"{path}: dropped a torn last line (row {number}, {len(line)} bytes)", file=sys.stderr)
                 continue
-            raise DataError(f"{path}, row {number}: not JSON ({error}): {_shorten(line)}") from error
+            raise DataError(f"{path}, row {number}: not JSON ({error}): {shorten(line)}") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}: {_shorten(line)}")
+            raise DataError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}: {shorten(line)}")
         rows.append(row)
     return rows
 
 
-def _shorten(line: bytes, limit: int = 80) -> str:
-    text = line.decode("utf-8", errors="replace")
+def shorten(text: str | bytes, limit: int = 80) -> str:
+    """Cut a text for a message.
+
+    Args:
+        text: anything; bytes are read as UTF-8.
+        limit: longest result (characters, > 3).
+
+    Returns:
+        The text, or its start and three dots.
+    """
+    text = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
     return text if len(text) <= limit else text[: limit - 3] + "..."

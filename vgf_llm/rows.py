@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vgf_llm.errors import DataError
+from vgf_llm.io import shorten
 
 Row: TypeAlias = Mapping[str, Any]
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
-def read_rows(source: str, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Read the rows of a local file or a hub dataset as dictionaries.
+def read_rows(source: str, split: str = "train", limit: int | None = None) -> list[tuple[int, Row]]:
+    """Read the rows of a local file or a hub dataset as dictionaries, each with its number.
 
     Args:
         source: a .jsonl, .json, .csv or .txt file (one prompt a line), each also as .gz, a .parquet file, or a hub
@@ -27,13 +28,14 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
         limit: only the first so many rows (count, > 0).
 
     Returns:
-        At least one row.
+        (number, row), at least one; the number is the line of a .jsonl or .txt file, blank lines counted, and otherwise
+        the place among the rows, from 1.
 
     Raises:
         DataError: the source is missing, malformed or empty; a malformed row is named.
     """
     if limit is not None and limit <= 0:
-        raise DataError(f"limit must be > 0, got {limit}")
+        raise DataError(f"'{source}': limit must be > 0, got {limit}; num_prompts of a command is such a limit")
     path = Path(source)
     kind = Path(source.removesuffix(".gz")).suffix.lower()
     if path.is_file():
@@ -44,14 +46,14 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
         what = "is a folder, name a file in it" if path.is_dir() else "does not exist"
         raise DataError(f"'{source}' {what} (current folder: {Path.cwd()})")
     else:
-        rows = _read_hub(source, split, limit)
+        rows = list(enumerate(_read_hub(source, split, limit), 1))
     if not rows:
         raise DataError(f"'{source}' holds no rows")
     return rows[:limit]
 
 
-def _read_file(path: Path, kind: str) -> list[Row]:
-    readers: dict[str, Callable[[Any, Path], list[Row]]] = {
+def _read_file(path: Path, kind: str) -> list[tuple[int, Row]]:
+    readers: dict[str, Callable[[Any, Path], list[tuple[int, Row]]]] = {
         ".jsonl": _jsonl,
         ".json": _json,
         ".csv": _csv,
@@ -61,7 +63,7 @@ def _read_file(path: Path, kind: str) -> list[Row]:
         if kind == ".parquet":
             import pyarrow.parquet
 
-            return list(pyarrow.parquet.read_table(path).to_pylist())
+            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as handle:
             return readers[kind](handle, path)
@@ -69,12 +71,9 @@ def _read_file(path: Path, kind: str) -> list[Row]:
         raise DataError(f"'{path}' cannot be read ({error})") from error
 
 
-def _jsonl(handle: Any, path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(handle, 1):
-        if line.strip():
-            rows.append(_object(line, f"{path}, row {number}"))
-    return rows
+def _jsonl(handle: Any, path: Path) -> list[tuple[int, Row]]:
+    lines = enumerate(handle, 1)
+    return [(number, _object(line, f"{path}, row {number}")) for number, line in lines if line.strip()]
 
 
 def _object(line: str, where: str) -> Row:
@@ -87,22 +86,22 @@ def _object(line: str, where: str) -> Row:
     return row
 
 
-def _json(handle: Any, path: Path) -> list[Row]:
+def _json(handle: Any, path: Path) -> list[tuple[int, Row]]:
     try:
         rows = json.load(handle)
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); a file of one object a line is named .jsonl") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects, got {type(rows).__name__}")
-    return rows
+    return list(enumerate(rows, 1))
 
 
-def _csv(handle: Any, path: Path) -> list[Row]:
-    return list(csv.DictReader(handle))
+def _csv(handle: Any, path: Path) -> list[tuple[int, Row]]:
+    return list(enumerate(csv.DictReader(handle), 1))
 
 
-def _txt(handle: Any, path: Path) -> list[Row]:
-    return [{"prompt": line.rstrip("\r\n")} for line in handle if line.strip()]
+def _txt(handle: Any, path: Path) -> list[tuple[int, Row]]:
+    return [(number, {"prompt": line.rstrip("\r\n")}) for number, line in enumerate(handle, 1) if line.strip()]
 
 
 def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
@@ -123,16 +122,3 @@ def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
             f"({type(error).__name__}: {shorten(str(error), 300)})"
         ) from error
     return list(data if limit is None else data.select(range(min(limit, len(data)))))
-
-
-def shorten(text: str, limit: int = 80) -> str:
-    """Cut a text for a message.
-
-    Args:
-        text: anything.
-        limit: longest result (characters, > 3).
-
-    Returns:
-        The text, or its start and three dots.
-    """
-    return text if len(text) <= limit else text[: limit - 3] + "..."

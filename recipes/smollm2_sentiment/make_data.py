@@ -5,7 +5,7 @@
 Topics are shuffled once and cut into disjoint train, validation and test prompts. The embedded base model writes a few
 responses to every train and validation prompt; the VADER lexicon labels them; pairs whose labels differ by at least
 ``MIN_MARGIN`` become preferences. Test prompts are never sampled here. Samples are appended prompt by prompt, so a
-killed run goes on where it stopped; the finished files replace the old ones at the end.
+killed run goes on where it stopped; once all is made, each finished file replaces its old one whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from reward_models.functions import vader_compound
 from vgf_llm.data import encode_prompt
-from vgf_llm.io import append_jsonl, read_jsonl
+from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_text_atomic
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
 from vgf_llm.progress import track
 from vgf_llm.sampling import TransformersSampler
@@ -75,27 +75,31 @@ def make_pairs(prompt: str, responses: list[str], rng: random.Random) -> list[di
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write one JSON object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write one JSON object a line, atomically."""
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{path.name}: {len(rows)} rows")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write prompts_*.jsonl and preferences_*.jsonl into ``--output`` (default: this recipe's data folder)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=HERE / "data", help="folder for the data files")
     parser.add_argument("--work", type=Path, default=Path("outputs/smollm2_sentiment_data"), help="folder for samples")
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments = parser.parse_args(argv)
+    check_writable(arguments.output)
+    check_writable(arguments.work)
     splits = make_prompts()
-    for split, prompts in splits.items():
-        write_rows(arguments.output / f"prompts_{split}.jsonl", [{"prompt": prompt} for prompt in prompts])
+    files: dict[str, list[dict[str, object]]] = {
+        f"prompts_{split}.jsonl": [{"prompt": prompt} for prompt in prompts] for split, prompts in splits.items()
+    }
     for split in ("validation", "train"):
         samples = sample_responses(splits[split], arguments.work / f"samples_{split}.jsonl")
         rng = random.Random(SEED)
-        pairs = [pair for prompt in splits[split] for pair in make_pairs(prompt, samples[prompt], rng)]
-        write_rows(arguments.output / f"preferences_{split}.jsonl", pairs)
+        files[f"preferences_{split}.jsonl"] = [
+            pair for prompt in splits[split] for pair in make_pairs(prompt, samples[prompt], rng)
+        ]
+    for name, rows in files.items():
+        write_rows(arguments.output / name, rows)
 
 
 if __name__ == "__main__":

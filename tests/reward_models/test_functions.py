@@ -36,6 +36,16 @@ def test_unknown_names_are_refused(name, message):
         load_function(name)
 
 
+def test_a_function_that_raises_is_named_with_what_it_raised():
+    def broken(prompts, responses):
+        raise KeyError("tone")
+
+    with pytest.raises(ModelError, match="reward function broken raised KeyError on 1 responses: 'tone'"):
+        call_function(broken, ["p"], ["r"])
+    with pytest.raises(ModelError, match="raised TypeError"):
+        call_function(lambda p, r: None, ["p"], ["r"])
+
+
 def test_wrong_counts_and_non_finite_rewards_are_refused():
     assert call_function(lambda p, r: [1] * len(r), ["p"], ["r"]) == [1.0]
     with pytest.raises(ModelError, match="returned 1 rewards for 2 responses"):

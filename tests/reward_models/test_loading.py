@@ -88,3 +88,35 @@ def test_the_cards_fingerprint_is_checked_when_a_tokenizer_is_given(
     write_card(dataclasses.replace(card, tokenizer_sha256="0" * 64), tmp_path)
     with pytest.raises(ModelError, match="the tokenizer differs"):
         load_reward_model(tmp_path, tokenizer=tiny_tokenizer)
+
+
+def test_without_a_card_the_tokenizer_beside_the_weights_is_compared(
+    tiny_lm, tiny_tokenizer, tiny_plain_tokenizer, tmp_path, capsys
+):
+    save_reward_model(RewardModel.from_base(tiny_lm, num_layers=1), tmp_path)
+    load_reward_model(tmp_path, tokenizer=tiny_plain_tokenizer)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert str(tmp_path) in warning and "neither reward_card.json nor a tokenizer" in warning
+    tiny_tokenizer.save_pretrained(tmp_path)
+    load_reward_model(tmp_path, tokenizer=tiny_tokenizer)
+    assert "warning" not in capsys.readouterr().err
+    with pytest.raises(ModelError, match="the chat template differs .* tokenizer beside the weights"):
+        load_reward_model(tmp_path, tokenizer=tiny_plain_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("config.json", '{"model_type": "vgf_rew'), ("config.json", "[]"), ("config.json", "")]
+)
+def test_a_torn_config_is_named(tiny_lm, tmp_path, name, content):
+    save_reward_model(RewardModel.from_base(tiny_lm, num_layers=1), tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=name):
+        load_reward_model(tmp_path)
+
+
+def test_torn_weights_are_named(tiny_lm, tmp_path):
+    save_reward_model(RewardModel.from_base(tiny_lm, num_layers=1), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="holds no weights"):
+        load_reward_model(tmp_path)

@@ -192,6 +192,8 @@ def test_long_pairs_are_dropped_or_cut_and_counted(tiny_tokenizer):
     assert len(kept[0].chosen) == 4 and tiny_tokenizer.eos_token_id not in kept[0].chosen
     with pytest.raises(DataError, match="no pair of 3 is left at max_length"):
         encode_pairs(tiny_tokenizer, pairs, prompt_tokens)
+    with pytest.raises(DataError, match="2 of 3 pairs would be dropped .* 1 over length, dropped, 1 equal once"):
+        encode_pairs(tiny_tokenizer, pairs, 64, max_response_length=4, max_dropped_share=0.5)
 
 
 def test_held_out_prompts_are_not_trained_on():
@@ -222,12 +224,24 @@ def test_the_collator_puts_chosen_first_and_masks_padding():
         (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
         (["--learning_rate", "0"], "learning_rate must be above 0"),
         (["--poling", "mean"], "nearest: '--pooling'"),
-        (["--max_length", "3"], "no pair of 200 is left"),
+        (["--max_length", "3"], "training: no pair of 200 is left"),
+        (["--max_length", "129"], "max_length is 129 tokens, but the base model has 128 positions"),
     ],
 )
 def test_bad_inputs_end_with_code_2_and_a_message(workplace, capsys, extra, message):
     assert run_main(main, [*workplace(), *extra]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_pairs_over_length_count_against_the_allowed_share(workplace, tmp_path, capsys):
+    rows = toy_rows(40)
+    for row in rows[:10]:
+        row["chosen"] += " dog" * 9
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = workplace(train_dataset=tmp_path / "long.jsonl", max_response_length=8, max_steps=1, fidelity_responses=0)
+    assert run_main(main, flags) == 2
+    assert "training: 10 of 40 pairs would be dropped" in capsys.readouterr().err
+    assert run_main(main, [*flags, "--max_dropped_share", "0.25"]) == 0
 
 
 def test_an_output_folder_that_is_a_file_is_refused_first(workplace, tmp_path, capsys):

@@ -1,0 +1,63 @@
+"""The output folder of a training: what an earlier run left in it goes before weights of a new run come.
+
+A folder is read by what lies in it (an adapter_config.json makes it a LoRA, the card speaks for the weights), so that
+remains of two runs would be taken for one model. config.json goes too: until the new one stands the folder does not
+load.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from reward_models.card import CARD_NAME
+from reward_models.modelling import RewardModelConfig
+from vgf_llm.errors import OutputError
+
+_WEIGHTS = ("adapter_*", "model*.safetensors", "model.safetensors.index.json")
+_BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", CARD_NAME)
+_SET_ASIDE = "earlier_"
+
+
+def check_is_ours(folder: str | Path) -> None:
+    """Refuse an output folder that holds another kind of model, whose files a training would take away.
+
+    Raises:
+        OutputError: its config.json is not of a reward model.
+    """
+    try:
+        model_type = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or torn: nothing that could be loaded
+        return
+    if model_type != RewardModelConfig.model_type:
+        raise OutputError(f"output_dir '{folder}' holds a model of type {model_type!r}; name another folder")
+
+
+def clear_earlier_run(folder: str | Path, keep_checkpoints: bool) -> None:
+    """Remove weights, tokenizer and card of an earlier run.
+
+    Args:
+        folder: output folder of a training.
+        keep_checkpoints: leave checkpoints where they are; otherwise checkpoint-N becomes earlier_checkpoint-N, so that
+            no later run resumes from it by mistake.
+
+    Raises:
+        OutputError: a file cannot be removed.
+    """
+    folder = Path(folder)
+    names = [*_WEIGHTS, *_BESIDE]
+    if (folder / CARD_NAME).is_file():
+        names.insert(0, "README.md")  # the card's other half; any other README.md is not ours to remove
+    try:
+        for name in names:
+            for path in folder.glob(name):
+                path.unlink()
+        for path in [] if keep_checkpoints else sorted(folder.glob("checkpoint-[0-9]*")):
+            aside = path.with_name(_SET_ASIDE + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"{path}: of an earlier run, now {aside.name}", file=sys.stderr)
+    except OSError as error:
+        raise OutputError(f"output_dir '{folder}': an earlier run cannot be cleared away ({error})") from error

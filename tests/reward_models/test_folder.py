@@ -1,0 +1,102 @@
+"""Training into a folder that an earlier run has used: no remains are read, and a bad input takes nothing away."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from reward_models import train
+from reward_models.card import read_card
+from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
+from reward_models.loading import load_reward_model
+from reward_models.trainer import RewardTrainer
+from vgf_llm.errors import ConfigError, DataError, ModelError, OutputError
+
+
+@pytest.fixture
+def workplace(tmp_path, tiny_lm, tiny_tokenizer):
+    """A base model and pairs; returns a function that trains on them."""
+    tiny_lm.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    pairs = [{"prompt": noun, "chosen": "good " + noun, "rejected": "bad"} for noun in ("dog", "cat", "sea", "tea")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def run(lora_r=0, data="pairs.jsonl", output="out", **training):
+        source = str(tmp_path / data)
+        script = RewardScript(source, str(tmp_path / output), source, max_length=64, fidelity_responses=0)
+        settings = RewardModelSettings(str(tmp_path / "base"), num_layers=1, lora_r=lora_r)
+        return train.run(script, settings, RewardTraining(**({"max_steps": 2} | training)))
+
+    return run
+
+
+@pytest.mark.parametrize("ranks", [(4, 0), (0, 4)])
+def test_a_second_training_of_another_kind_is_what_is_loaded(workplace, tmp_path, ranks):
+    for rank in ranks:
+        card = workplace(lora_r=rank)
+    out = tmp_path / "out"
+    assert card.adapter == read_card(out).adapter == bool(ranks[1])
+    assert bool(list(out.glob("adapter_*"))) == bool(ranks[1]) != bool(list(out.glob("model*.safetensors")))
+    load_reward_model(out)
+
+
+def test_a_kill_before_the_card_leaves_no_old_card_beside_new_weights(workplace, tmp_path, monkeypatch, tiny_tokenizer):
+    workplace()
+
+    def kill(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "finish", kill)
+    with pytest.raises(KeyboardInterrupt):
+        workplace(lora_r=4)
+    out = tmp_path / "out"
+    assert not (out / "reward_card.json").exists()
+    assert not any(path.read_text().startswith("# Reward model") for path in out.glob("README.md"))
+    load_reward_model(out, tokenizer=tiny_tokenizer)
+
+
+def test_a_kill_in_training_leaves_nothing_to_load(workplace, tmp_path, monkeypatch):
+    workplace()
+
+    def kill(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RewardTrainer, "train", kill)
+    with pytest.raises(KeyboardInterrupt):
+        workplace()
+    with pytest.raises(ModelError, match="has no config.json"):
+        load_reward_model(tmp_path / "out")
+
+
+def test_a_bad_input_takes_nothing_away(workplace, tmp_path):
+    workplace(save_steps=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(DataError):
+        workplace(data="missing.jsonl")
+    with pytest.raises(ConfigError, match="holds no LoRA, but lora_r is above 0"):
+        workplace(lora_r=4, resume_from_checkpoint="last")
+    with pytest.raises(ConfigError, match="is no checkpoint"):
+        workplace(resume_from_checkpoint=str(tmp_path / "out"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_checkpoints_of_an_earlier_run_are_set_aside_unless_resumed(workplace, tmp_path, tiny_tokenizer):
+    workplace(save_steps=1)
+    out = tmp_path / "out"
+    workplace(save_steps=1, max_steps=3, resume_from_checkpoint="last")
+    assert {path.name for path in out.glob("*checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    load_reward_model(out / "checkpoint-3", tokenizer=tiny_tokenizer)
+    tiny_tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="the chat template differs"):
+        load_reward_model(out / "checkpoint-3", tokenizer=tiny_tokenizer)
+    for _ in range(2):
+        workplace(save_steps=1, max_steps=1)
+        assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+        assert (out / "earlier_checkpoint-3").is_dir()
+
+
+def test_a_folder_of_another_model_is_refused(workplace, tmp_path):
+    with pytest.raises(OutputError, match="holds a model of type 'llama'; name another folder"):
+        workplace(output="base")
+    assert (tmp_path / "base" / "model.safetensors").is_file()
