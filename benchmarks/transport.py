@@ -262,7 +262,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--response-tokens", type=int, default=48, help="response length T")
     parser.add_argument("--repetitions", type=int, default=9, help="measured rounds, each of all arms")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--record", action="store_true", help="write docs/results/transport.json too")
+    parser.add_argument("--record", action="store_true", help="write docs/results/transport[_<shape>].json too")
     arguments = parser.parse_args(argv)
     arguments.layers = arguments.layers or SHAPES[arguments.shape]["layers"]
     arguments.dtype = arguments.dtype or SHAPES[arguments.shape]["dtype"]
@@ -272,10 +272,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measures, records if asked, and prints the JSON line."""
     arguments = parse(argv)
+    folder = check_writable("docs/results") if arguments.record else Path()
     torch.set_num_threads(arguments.threads)
     result = measure(arguments)
     if arguments.record:
-        write_json_atomic(check_writable("docs/results") / "transport.json", result)
+        name = "transport" if arguments.shape == "smollm2" else f"transport_{arguments.shape}"
+        write_json_atomic(folder / f"{name}.json", result)
     print(json.dumps(result))
 
 

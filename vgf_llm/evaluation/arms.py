@@ -57,7 +57,7 @@ def budget_arms(num_particles: int, best_of: list[int], budgets: list[TransportB
     arms = [Arm(name="base", num_particles=num_particles, select="random")]
     arms += [Arm(name=f"best-of-{n}", num_particles=n) for n in best_of]
     for budget in budgets:
-        name = "zero budget" if budget.is_none else f"{budget.nats:g} nats"
+        name = "zero budget" if budget.is_none else f"{budget.nats:g} nat{'' if budget.nats == 1 else 's'}"
         name += f" x{budget.rounds} rounds" if budget.rounds > 1 else ""
         if any(arm.name == name for arm in arms):
             name += f" ({budget.steps} {budget.step} steps)"

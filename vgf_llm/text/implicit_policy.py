@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.flow.distances import displacement_in_token_units
 from vgf_llm.sampling.protocol import Sampler
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.particles import GradientSource, exact_gradient, move_particles, token_spacing
@@ -159,7 +160,7 @@ class ImplicitPolicy:
             gradient=self.gradient,
         )
         delta_BNTD = trajectory.delta
-        lengths_BNT = delta_BNTD.float().norm(dim=-1) / self.length_unit
+        lengths_BNT = displacement_in_token_units(delta_BNTD.float(), self.length_unit)
         return delta_BNTD, lengths_BNT.sum(-1) / responses.movable_BNT.sum(-1).clamp(min=1)
 
     def select(self, pool: Responses, values_BM: Tensor, seeds_BN: Tensor) -> tuple[Responses, Tensor, Tensor]:
