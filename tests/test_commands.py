@@ -127,14 +127,14 @@ def test_evaluate_stopped_by_ctrl_c_goes_on_where_it_was(models, prompts, tmp_pa
 
 def test_evaluate_refuses_to_mix_two_configurations(models, prompts, tmp_path):
     evaluate.main(arguments(models, prompts, tmp_path))
-    with pytest.raises(ConfigError, match="another temperature"):
+    with pytest.raises(ConfigError, match="other settings .temperature"):
         evaluate.main(arguments(models, prompts, tmp_path, "--resume", "true", "--temperature", "0.5"))
 
 
 def test_resume_refuses_a_reward_model_or_prompts_that_changed(models, prompts, tmp_path):
     evaluate.main(arguments(models, prompts, tmp_path))
     prompts.write_text(prompts.read_text().replace("sea", "tea"))
-    with pytest.raises(ConfigError, match="contents"):
+    with pytest.raises(ConfigError, match="other settings .contents"):
         evaluate.main(arguments(models, prompts, tmp_path, "--resume", "true"))
 
 

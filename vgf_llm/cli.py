@@ -66,8 +66,8 @@ def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str
         return 2
     except KeyboardInterrupt:
         print(
-            "stopped with Ctrl-C; rows and checkpoints written so far are whole and stay in the output folder"
-            " (evaluate goes on with --resume)",
+            "stopped with Ctrl-C; whatever rows and checkpoints were written so far are whole and stay in the output"
+            " folder (evaluate goes on with --resume)",
             file=sys.stderr,
         )
         return 130

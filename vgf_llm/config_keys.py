@@ -242,7 +242,7 @@ def flag_hint(key: str, hints: Hints) -> Any:
     Raises:
         ConfigError: no field answers to it.
     """
-    if key in OWN_FLAGS:
+    if key in OWN_FLAGS or (key.endswith(".help") and key.removesuffix(".help") in hints):
         return None
     prefix, hint = "", None
     for part in key.split("."):

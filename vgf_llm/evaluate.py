@@ -101,8 +101,8 @@ def _claim(output_dir: Path, rows_path: Path, *instances: Any) -> None:
         changed += [f"arms: {name}" for name in _changed_arms(before.get("arms", []), config["arms"])]
         if changed:
             raise ConfigError(
-                f"{output_dir} was started with another {', '.join(changed)}; resume with the same, or name another "
-                "output_dir"
+                f"{output_dir} was started with other settings ({', '.join(changed)}; the old ones are in its "
+                "config.json); resume with those, or name another output_dir"
             )
     write_json_atomic(config_path, config)
 

@@ -45,7 +45,7 @@ class GenerateSettings:
     num_particles: int = 8
     """Responses a prompt that are sampled and moved, at least 1."""
     select: Literal["max", "softmax", "random"] = "max"
-    """The response returned: best by value, drawn by softmax of value / temperature, or any of the pool."""
+    """The response returned: best by value, drawn by softmax of value / budget.temperature, or any of the pool."""
     seed: int = 0
     """Seed; a prompt's answer depends on it and on the prompt's position, not on the batch."""
     batch_prompts: int = 4
@@ -109,6 +109,7 @@ def run(
         settings.budget,
         select=settings.select,
     )
+    print(f"answering {len(encoded)} prompts, {settings.num_particles} particles each", file=sys.stderr)
     starts = range(0, len(encoded), settings.batch_prompts)
     for start in track(starts, "generating"):
         indices = list(range(start, min(start + settings.batch_prompts, len(encoded))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,8 @@ def work(
     ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
     sizes = Sizes.of(pipeline.reference.model, pipeline.value)
     experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes)
+    arms_left = sum(len(arms) for _, _, arms in todo)
+    print(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go", file=sys.stderr)
     for seed, indices, arms in track(todo, "evaluating"):
         batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
         for rows in experiment.rows(arms, batch, seed):
