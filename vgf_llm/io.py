@@ -36,7 +36,7 @@ def check_writable(folder: str | Path) -> Path:
         raise OutputError(f"output folder '{folder}' is a file; name another folder") from error
     except OSError as error:
         raise OutputError(
-            f"output folder '{folder}' cannot be written ({error.strerror or error}); name another folder, or make this "
+            f"output folder '{folder}' cannot be written ({error.strerror or error}); name another folder or make this "
             "one writable"
         ) from error
     return folder
