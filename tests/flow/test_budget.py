@@ -64,7 +64,8 @@ def test_yaml_text_number_gets_a_hint():
 
 
 def test_limits_are_allowed():
-    TransportBudget(steps=0, nats=0.0, max_token_nats=math.inf, bandwidth=0.1, step_size=1, temperature=1)
+    budget = TransportBudget(steps=0, nats=0.0, max_token_nats=math.inf, bandwidth=0.1, step_size=1, temperature=1)
+    assert budget.is_none
 
 
 def test_the_budget_needs_no_torch():
