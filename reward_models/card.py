@@ -204,7 +204,8 @@ def card_rows(card: RewardCard) -> list[tuple[str, str]]:
         interval = f"95% {f['low']:.2f} to {f['high']:.2f}, {f['n']} responses"
         rows.append(("gradient fidelity (Spearman)", f"{f['spearman']:.2f} ({interval})"))
         gains = f"{f['top8_gain']:.2f} / {f['best8_gain']:.2f} / {f['random8_gain']:.2f}"
-        rows.append(("gain of 8: by gradient / best / random", gains))
+        share = f" ({f['top8_gain'] / f['best8_gain']:.0%} of the best)" if f["best8_gain"] > 0 else ""
+        rows.append(("gain of 8: by gradient / best / random", gains + share))
     rows += [(f"dropped: {reason}", str(count)) for reason, count in card.dropped.items()]
     return rows
 

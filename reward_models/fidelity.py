@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vgf_llm.flow.trajectory import ValueGradient, autograd_value
+from vgf_llm.progress import track
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.reference import Reference
 from vgf_llm.text.responses import Responses
@@ -85,26 +86,97 @@ def gradient_fidelity(
     Raises:
         ValueError: no response has enough candidates.
     """
-    prefix = value.prefix(prompts)
     if value_gradient is None:
-        value_gradient = score_gradient(value, prefix, mask_BNT)
-    u_BNTD = value.embed(tokens_BNT).detach()
-    base_BN, gradient_BNTD = value_gradient(u_BNTD)
+        value_gradient = score_gradient(value, value.prefix(prompts), mask_BNT)
+    changes = exact_changes(
+        value,
+        prompts,
+        tokens_BNT,
+        mask_BNT,
+        shortlist_BNTK,
+        substitutions=substitutions,
+        seed=seed,
+        eos_token_id=eos_token_id,
+    )
+    return compare_changes(value, tokens_BNT, changes, value_gradient(value.embed(tokens_BNT).detach())[1])
+
+
+@dataclass(frozen=True)
+class ExactChanges:
+    """Substitutions in one response and what each does to the value.
+
+    Attributes:
+        b: index of the prompt.
+        n: index of the response.
+        t_S: position of each substitution, int64.
+        v_S: its new token.
+        exact_S: R(y with y_t := v) - R(y), float32.
+    """
+
+    b: int
+    n: int
+    t_S: Tensor
+    v_S: Tensor
+    exact_S: Tensor
+
+
+@torch.no_grad()
+def exact_changes(
+    value: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens_BNT: Tensor,
+    mask_BNT: Tensor,
+    shortlist_BNTK: Tensor,
+    *,
+    substitutions: int,
+    seed: int = 0,
+    eos_token_id: int | None = None,
+    description: str | None = None,
+) -> list[ExactChanges]:
+    """Score sampled one-token substitutions; the arguments are those of `gradient_fidelity`.
+
+    Costs `substitutions` forward passes a response. `description` shows progress under that name.
+
+    Returns:
+        One item a response that has a candidate, in order.
+    """
+    prefix = value.prefix(prompts)
+    base_BN = value.score(prefix, tokens_BNT, mask_BNT)
     generator = torch.Generator().manual_seed(seed)
-    rows: list[tuple[float, float, float, float]] = []
-    for b in range(tokens_BNT.shape[0]):
+    found = []
+    prompts_seen = range(tokens_BNT.shape[0])
+    for b in track(prompts_seen, description) if description else prompts_seen:
         one = prefix.select(torch.tensor([b], device=tokens_BNT.device))
         for n in range(tokens_BNT.shape[1]):
             tokens_T, mask_T = tokens_BNT[b, n], mask_BNT[b, n].bool()
             t_S, v_S = sample_substitutions(
                 tokens_T, mask_T, shortlist_BNTK[b, n], substitutions, generator, eos_token_id
             )
-            if len(t_S) <= _TOP:
-                continue
-            exact_S = _substituted_scores(value, one, tokens_T, mask_T, t_S, v_S) - base_BN[b, n]
-            step_SD = value.embed(v_S) - u_BNTD[b, n, t_S]
-            predicted_S = (gradient_BNTD[b, n, t_S].float() * step_SD.float()).sum(-1)
-            rows.append(_compare(predicted_S.cpu(), exact_S.detach().cpu()))
+            if len(t_S):
+                scores_S = _substituted_scores(value, one, tokens_T, mask_T, t_S, v_S)
+                found.append(ExactChanges(b, n, t_S, v_S, scores_S - base_BN[b, n]))
+    return found
+
+
+def compare_changes(value: Any, tokens_BNT: Tensor, changes: Sequence[ExactChanges], gradient_BNTD: Tensor) -> Fidelity:
+    """Compare the linear prediction of a gradient with exact changes.
+
+    Args:
+        value: what was scored (`embed`).
+        tokens_BNT: response token ids.
+        changes: of `exact_changes`.
+        gradient_BNTD: any gradient at the responses' embeddings.
+
+    Raises:
+        ValueError: no response has enough candidates.
+    """
+    rows = []
+    for change in changes:
+        if len(change.t_S) > _TOP:
+            old_S = tokens_BNT[change.b, change.n, change.t_S]
+            step_SD = (value.embed(change.v_S) - value.embed(old_S)).detach().float()
+            predicted_S = (gradient_BNTD[change.b, change.n, change.t_S].float() * step_SD).sum(-1)
+            rows.append(_compare(predicted_S.cpu(), change.exact_S.cpu()))
     table = torch.tensor([row for row in rows if row[0] == row[0]], dtype=torch.float64)
     if len(table) == 0:
         raise ValueError(

@@ -228,7 +228,7 @@ class RewardModel(PreTrainedModel):
         pools_response = self.config.pooling == "mean"
         if response_mask is None and (pools_response or self.config.input_skip):
             raise ModelError("this reward model pools over the response: pass response_mask to forward")
-        rewards_R = self._pool(hidden_RSD, response_mask if pools_response else attention_mask)
+        rewards_R = self._read(self._pool(hidden_RSD, response_mask if pools_response else attention_mask))
         return rewards_R if self.skip_head is None else rewards_R + self._skip(inputs_embeds, response_mask)
 
     def prefix(self, prompts: Sequence[Sequence[int]]) -> PromptPrefix:
@@ -249,20 +249,47 @@ class RewardModel(PreTrainedModel):
         Raises:
             ModelError: a response is empty.
         """
+        if responses.is_floating_point():
+            return self.score_with_hidden(prefix, responses, mask_BNT)[0]
+        with torch.no_grad():
+            return self.score_with_hidden(prefix, self.embed(responses), mask_BNT)[0]
+
+    def score_with_hidden(
+        self, prefix: PromptPrefix, u_BNTD: Tensor, mask_BNT: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score embeddings and return what the heads read, all of one forward pass.
+
+        Args:
+            prefix: of the B prompts, from `prefix`.
+            u_BNTD: response embeddings (differentiable).
+            mask_BNT: bool, right padded; at least one token a response.
+
+        Returns:
+            values_BN, float32; hidden_BNTD after the final norm (of no meaning at padding); and pooled_BND, float32,
+            what `head` reads.
+
+        Raises:
+            ModelError: a response is empty.
+        """
         B, N, T = mask_BNT.shape
-        mask_RT = mask_BNT.reshape(B * N, T)
-        is_tokens = not responses.is_floating_point()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_tokens):
-            u_BNTD = self.embed(responses) if is_tokens else responses
-            u_RTD = u_BNTD.reshape(B * N, T, -1)
-            hidden_RTD = forward_with_prefix(self.body, prefix.expand(N), u_RTD, mask_RT)
-            rewards_R = self._pool(hidden_RTD, mask_RT)
-            if self.skip_head is not None:
-                rewards_R = rewards_R + self._skip(u_RTD, mask_RT)
-            return rewards_R.reshape(B, N)
+        mask_RT, u_RTD = mask_BNT.reshape(B * N, T), u_BNTD.reshape(B * N, T, -1)
+        hidden_RTD = forward_with_prefix(self.body, prefix.expand(N), u_RTD, mask_RT)
+        pooled_RD = self._pool(hidden_RTD, mask_RT)
+        values_R = self._read(pooled_RD)
+        if self.skip_head is not None:
+            values_R = values_R + self._skip(u_RTD, mask_RT)
+        return values_R.reshape(B, N), hidden_RTD.reshape(B, N, T, -1), pooled_RD.reshape(B, N, -1)
+
+    def skip_gradient(self, mask_BNT: Tensor) -> Tensor:
+        """Return the gradient of the input skip, v / (T rms), at every response token: [B, N, T, D], 0 without one."""
+        mask_BNT1 = mask_BNT.bool().unsqueeze(-1).float()
+        if self.skip_head is None:
+            return mask_BNT1 * torch.zeros(self.head.in_features, device=mask_BNT.device)
+        direction_D = self.skip_head.weight[0].detach() / self.table_scale
+        return direction_D * mask_BNT1 / mask_BNT1.sum(dim=2, keepdim=True).clamp(min=1)
 
     def _pool(self, hidden_RTD: Tensor, mask_RT: Tensor) -> Tensor:
-        """Pool by mask and apply the head, in float32 whatever the autocast around it."""
+        """Pool by mask, in float32 whatever the autocast around it."""
         mask_RT = mask_RT.bool()
         empty = (~mask_RT.any(dim=-1)).nonzero()
         if len(empty):
@@ -270,10 +297,12 @@ class RewardModel(PreTrainedModel):
         if self.config.pooling == "last":
             order_T = torch.arange(1, mask_RT.shape[1] + 1, device=mask_RT.device)
             last_R = (mask_RT * order_T).argmax(dim=-1)
-            pooled_RD = hidden_RTD[torch.arange(len(last_R), device=last_R.device), last_R].float()
-        else:
-            kept_RTD = hidden_RTD.float().masked_fill(~mask_RT[..., None], 0.0)
-            pooled_RD = kept_RTD.sum(dim=1) / mask_RT.sum(dim=1, keepdim=True)
+            return hidden_RTD[torch.arange(len(last_R), device=last_R.device), last_R].float()
+        kept_RTD = hidden_RTD.float().masked_fill(~mask_RT[..., None], 0.0)
+        return kept_RTD.sum(dim=1) / mask_RT.sum(dim=1, keepdim=True)
+
+    def _read(self, pooled_RD: Tensor) -> Tensor:
+        """Apply the head in float32."""
         with torch.autocast(pooled_RD.device.type, enabled=False):
             return self.head(pooled_RD.to(self.head.weight.dtype)).squeeze(-1).float()
 
@@ -282,10 +311,10 @@ class RewardModel(PreTrainedModel):
         mask_RT1 = mask_RT.bool().unsqueeze(-1)
         mean_RD = u_RTD.float().masked_fill(~mask_RT1, 0.0).sum(dim=1) / mask_RT1.sum(dim=1)
         with torch.autocast(mean_RD.device.type, enabled=False):
-            return self.skip_head(mean_RD / self._table_scale).squeeze(-1).float()
+            return self.skip_head(mean_RD / self.table_scale).squeeze(-1).float()
 
     @property
-    def _table_scale(self) -> float:
+    def table_scale(self) -> float:
         """Root mean square of the input table, read once: the table is frozen where a skip is of use."""
         if self._scale is None:
             self._scale = float(self.embedding_table_VD.float().square().mean().sqrt())

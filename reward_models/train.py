@@ -239,6 +239,8 @@ def finish(
     figures = {
         "accuracy": card.accuracy,
         "fidelity": fidelity.get("spearman"),
+        "fidelity_interval": [fidelity["low"], fidelity["high"]] if fidelity else None,
+        "top8_share": fidelity["top8_gain"] / fidelity["best8_gain"] if fidelity.get("best8_gain") else None,
         "length_correlation": card.length_correlation,
     }
     print(json.dumps(figures | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))

@@ -12,6 +12,7 @@ from vgf_llm import config
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "reward": "reward_models.train",
+    "secant": "reward_models.train_secant",
     "generate": "vgf_llm.generate",
     "evaluate": "vgf_llm.evaluate",
     "results": "vgf_llm.evaluate",

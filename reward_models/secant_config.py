@@ -1,0 +1,90 @@
+"""Settings of the secant head's fit. Imports nothing heavy, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class SecantScript:
+    """Reward model, prompts and output."""
+
+    reward_model: str
+    """Folder of the trained reward model (or adapter) whose changes are fitted."""
+    prompts: str
+    """Prompts that responses are sampled to for the fit: .jsonl, .json, .csv, .parquet, .txt, or a hub data set."""
+    validation_prompts: str
+    """Other prompts, on which fidelity is measured before and after; they are never fitted to."""
+    prompt_column: str = "prompt"
+    """Column of both prompt files."""
+    num_prompts: int | None = None
+    """Prompts fitted to, from the first; null takes all."""
+    num_validation_prompts: int | None = 30
+    """Prompts measured on, from the first; null takes all."""
+    output: str | None = None
+    """Folder for secant.safetensors and secant.json; null: the reward model's own."""
+    model_name_or_path: str = "default"
+    """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
+    pad_token: str | None = None
+    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    trust_remote_code: bool = False
+    """Whether code in a model's repository may run."""
+    device: str = "auto"
+    """Torch device, or "auto": cuda where there is one, else cpu."""
+    responses: int = 2
+    """Responses sampled from the base to each prompt, for the fit and for the measurement, at least 1."""
+    validation_substitutions: int = 120
+    """Substitutions a response that fidelity is measured on, at least 9."""
+    shortlist: int = 30
+    """Length of the base model's shortlist that substitutions come from, at least 2."""
+    seed: int = 0
+    """Of the sampled responses and substitutions."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises ValueError naming the key and the value."""
+        _require(self.responses >= 1, "responses", self.responses, "at least 1")
+        found = self.validation_substitutions
+        _require(found >= 9, "validation_substitutions", found, "at least 9")
+        _require(self.shortlist >= 2, "shortlist", self.shortlist, "at least 2")
+        for key in ("num_prompts", "num_validation_prompts"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, key, value, "null or at least 1")
+
+
+@dataclass(frozen=True)
+class SecantTraining:
+    """How the head is fitted."""
+
+    base: Literal["skip", "gradient", "none"] = "skip"
+    """What the head adds to: the input skip's direction, the value's own gradient (a backward pass), or nothing."""
+    substitutions: int = 32
+    """Substitutions scored in each response, at least 1: this is what the fit costs."""
+    steps: int = 600
+    """Optimiser steps, at least 1."""
+    batch_size: int = 512
+    """Substitutions a step, at least 1."""
+    learning_rate: float = 1.0e-3
+    """Peak learning rate of AdamW (cosine to 0), above 0."""
+    weight_decay: float = 0.01
+    """AdamW weight decay, at least 0."""
+    dropout: float = 0.1
+    """Share of the head's inputs that is dropped while fitting, in [0, 1)."""
+    hidden: int = 256
+    """Units between the two layers, at least 1."""
+    fit_seed: int = 0
+    """Of the first layer and the batches."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises ValueError naming the key and the value."""
+        _require(self.base in ("skip", "gradient", "none"), "base", self.base, '"skip", "gradient" or "none"')
+        for key in ("substitutions", "steps", "batch_size", "hidden"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+
+
+def _require(holds: bool, key: str, value: Any, valid: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} must be {valid}, got {value}")

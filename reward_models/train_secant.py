@@ -1,0 +1,155 @@
+"""Fit a secant head to a trained reward model, and say what it brings on prompts that it has not seen.
+
+    vgf-llm secant --config recipes/<task>/secant.yaml
+    python -m reward_models.train_secant --config recipes/<task>/secant.yaml
+
+Samples responses of the base model, scores one-token substitutions in them exactly, and regresses the head on the
+changes (`secant_fit`). Writes secant.safetensors and secant.json beside the reward model's weights, prints gradient
+fidelity before and after, and ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from reward_models.secant_config import SecantScript, SecantTraining
+from vgf_llm.cli import run_main
+from vgf_llm.config import parse
+from vgf_llm.errors import DataError, ModelError
+from vgf_llm.io import check_writable
+from vgf_llm.settings import SamplingSettings, resolve_device
+
+if TYPE_CHECKING:
+    from reward_models.fidelity import Fidelity
+    from reward_models.secant_fit import Sampled
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return 0; errors that are the user's to mend are VGFErrors."""
+    script, training, sampling = parse(
+        SecantScript,
+        SecantTraining,
+        SamplingSettings,
+        argv=argv,
+        prog="vgf-llm secant",
+        description="Fit a secant head to a reward model: a direction that predicts what token changes do.",
+    )
+    print(json.dumps(run(script, training, sampling)))
+    return 0
+
+
+def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettings) -> dict[str, Any]:
+    """Sample, score, fit, measure and save; returns the figures of secant.json.
+
+    Raises:
+        VGFError: reward model, prompts or output folder are unusable, or a prompt is in both files.
+    """
+    folder = check_writable(script.output or script.reward_model)
+    fit_prompts, unseen_prompts = _prompts(script)
+    from reward_models.loading import load_reward_model
+    from reward_models.secant import save_secant_head
+    from reward_models.secant_fit import compare_with_gradient, fit_secant_head, score_substitutions, secant_targets
+    from vgf_llm.models import load_tokenizer
+
+    tokenizer = load_tokenizer(
+        script.model_name_or_path, pad_token=script.pad_token, trust_remote_code=script.trust_remote_code
+    )
+    value = load_reward_model(script.reward_model, tokenizer=tokenizer, device=resolve_device(script.device))
+    if training.base == "skip" and value.skip_head is None:
+        raise ModelError(f"base is 'skip', but '{script.reward_model}' has no input skip; set base to gradient or none")
+    start = time.monotonic()
+    fitted_on, unseen = _sample(script, sampling, tokenizer, [fit_prompts, unseen_prompts])
+    sampled_sec, start = time.monotonic() - start, time.monotonic()
+    changes = score_substitutions(value, fitted_on, training.substitutions, script.seed, "scoring substitutions")
+    scored_sec, start = time.monotonic() - start, time.monotonic()
+    targets = secant_targets(value, fitted_on.responses, changes, training.base)
+    head, losses = fit_secant_head(targets, training, training.base)
+    fit_sec = time.monotonic() - start
+    held_out = score_substitutions(value, unseen, script.validation_substitutions, script.seed + 1, "measuring")
+    before, after = compare_with_gradient(value, head, unseen.responses, held_out)
+    last = losses[-max(1, len(losses) // 10) :]
+    figures = {
+        "spearman_before": before.spearman,
+        "spearman_after": after.spearman,
+        "top8_share_before": before.top8_gain / before.best8_gain,
+        "top8_share_after": after.top8_gain / after.best8_gain,
+        "responses": len({(c.b, c.n) for c in changes}),
+        "pairs": len(targets.target_X),
+        "seconds": {"sample": round(sampled_sec, 1), "score": round(scored_sec, 1), "fit": round(fit_sec, 1)},
+        "loss": sum(last) / len(last),
+    }
+    details = {"fidelity": {"before": before.to_dict(), "after": after.to_dict()}}
+    settings = {"training": dataclasses.asdict(training), "sampling": dataclasses.asdict(sampling), "seed": script.seed}
+    save_secant_head(head, value, folder, **figures, **details, **settings)
+    _print_table(script, before, after)
+    return figures
+
+
+def _prompts(script: SecantScript) -> tuple[list[Any], list[Any]]:
+    """Read both prompt files and refuse a prompt that is in both."""
+    from vgf_llm.data import load_prompts
+
+    fitted = load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)
+    unseen = load_prompts(script.validation_prompts, script.prompt_column, limit=script.num_validation_prompts)
+    known = {json.dumps(prompt) for prompt in fitted}
+    for row, prompt in enumerate(unseen):
+        if json.dumps(prompt) in known:
+            raise DataError(
+                f"{script.validation_prompts}, prompt {row} is in {script.prompts} too, so fidelity would be measured "
+                "on what was fitted; give other prompts"
+            )
+    return fitted, unseen
+
+
+def _sample(
+    script: SecantScript, sampling: SamplingSettings, tokenizer: Any, prompts: list[list[Any]]
+) -> list[Sampled]:
+    """Sample the base model on each list of prompts."""
+    from reward_models.secant_fit import sample_reference
+    from vgf_llm.data import encode_prompt
+    from vgf_llm.models import eos_token_ids, load_causal_lm
+    from vgf_llm.text.reference import Reference
+
+    lm = load_causal_lm(
+        script.model_name_or_path,
+        device=resolve_device(script.device),
+        trust_remote_code=script.trust_remote_code,
+    )
+    reference = Reference(lm, sampling, eos_token_ids(lm, tokenizer), tokenizer.pad_token_id)
+    return [
+        sample_reference(
+            reference,
+            [encode_prompt(tokenizer, prompt) for prompt in group],
+            script.responses,
+            script.shortlist,
+            script.seed + index,
+        )
+        for index, group in enumerate(prompts)
+    ]
+
+
+def _print_table(script: SecantScript, before: Fidelity, after: Fidelity) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Gradient fidelity of {script.reward_model}, {before.n} responses to unseen prompts")
+    for column in ("direction", "Spearman (95%)", "gain of its top 8", "of the best 8", "share"):
+        table.add_column(column)
+    for name, found in (("input gradient", before), ("secant head", after)):
+        table.add_row(
+            name,
+            f"{found.spearman:.2f} ({found.low:.2f} to {found.high:.2f})",
+            f"{found.top8_gain:.2f}",
+            f"{found.best8_gain:.2f}",
+            f"{found.top8_gain / found.best8_gain:.0%}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
