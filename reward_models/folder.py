@@ -17,7 +17,15 @@ from reward_models.modelling import RewardModelConfig
 from vgf_llm.errors import OutputError
 
 _WEIGHTS = ("adapter_*", "model*.safetensors", "model.safetensors.index.json")
-_BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", CARD_NAME)
+_BESIDE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    CARD_NAME,
+    "secant.json",
+    "secant.safetensors",
+)
 _SET_ASIDE = "earlier_"
 
 

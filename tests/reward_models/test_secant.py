@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reward_models.fidelity import compare_changes, exact_changes
+from reward_models.folder import clear_earlier_run
 from reward_models.loading import load_reward_model, save_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import (
@@ -277,3 +278,11 @@ def test_the_command_says_what_is_wrong(command, tmp_path, capsys, tiny_lm, tiny
     assert "has no input skip" in capsys.readouterr().err
     assert run_main(main, command(steps=0)) == 2
     assert "steps" in capsys.readouterr().err
+
+
+def test_training_again_takes_the_old_head_away(tiny_lm, tmp_path):
+    value = value_model(tiny_lm)
+    save_reward_model(value, tmp_path)
+    save_secant_head(SecantHead(32), value, tmp_path)
+    clear_earlier_run(tmp_path, keep_checkpoints=False)
+    assert not list(tmp_path.glob("secant*"))
