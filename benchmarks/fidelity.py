@@ -9,7 +9,8 @@ says so, what is fitted to exact changes in responses to the training prompts: o
 regression, the control), and secant heads. Seconds are processor time, one thread. Variants and costs:
 `benchmarks.fidelity_variants`.
 
-A variant is one file in the work folder; what is there is not run again. The last line of standard output is JSON.
+A variant is one file in the work folder; what is there is not run again, and a model in its folder `models` is measured
+without training (its seconds are then unknown). The last line of standard output is JSON.
 
     python -m benchmarks.fidelity [--only "two layers, skip"] [--record] [--threads 1]
 """
@@ -33,7 +34,7 @@ from reward_models.assess import score_pairs
 from reward_models.card import wilson_interval
 from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
 from reward_models.fidelity import compare_changes, score_gradient
-from reward_models.loading import reward_model
+from reward_models.loading import load_reward_model, reward_model, save_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator
 from reward_models.secant import direction_scale, secant_gradient
@@ -130,7 +131,14 @@ def train_variant(bench: Bench, variant: Variant, folder: Path) -> tuple[RewardM
     trainer.train()
     seconds = time.process_time() - start
     model = model.merge_and_unload() if variant.lora_r else model
-    return reward_model(model).freeze(), seconds
+    model = reward_model(model).freeze()
+    save_reward_model(model, folder.parent / "models" / slug(variant))
+    return model, seconds
+
+
+def slug(variant: Variant) -> str:
+    """Return the variant's name as a file name."""
+    return variant.name.replace(", ", "-").replace(" ", "_")
 
 
 def noisy_gradient(plain: ValueGradient, scale: float, count: int, seed: int = 0) -> ValueGradient:
@@ -144,6 +152,19 @@ def noisy_gradient(plain: ValueGradient, scale: float, count: int, seed: int = 0
         return values_BN, total / count
 
     return value_gradient
+
+
+def mean_gradient(model: RewardModel, sampled: Sampled) -> Tensor:
+    """Return the mean over text tokens of the input gradient, in the head's units 1 / (rms T): one direction [D]."""
+    total_D, count, responses = torch.zeros(model.head.in_features), 0, sampled.responses
+    for start in range(0, len(responses.prompts), 16):
+        batch = slice(start, start + 16)
+        prefix, mask_BNT = model.prefix(responses.prompts[batch]), responses.mask_BNT[batch]
+        u_BNTD = model.embed(responses.tokens_BNT[batch]).detach()
+        gradient_BNTD = score_gradient(model, prefix, mask_BNT)(u_BNTD)[1] / direction_scale(model, mask_BNT)
+        found_XD = gradient_BNTD[responses.movable_BNT[batch]]
+        total_D, count = total_D + found_XD.sum(0), count + len(found_XD)
+    return total_D / count
 
 
 def measure_variant(bench: Bench, variant: Variant, model: RewardModel) -> dict[str, Any]:
@@ -167,15 +188,23 @@ def measure_variant(bench: Bench, variant: Variant, model: RewardModel) -> dict[
         directions[f"{NOISY_GRADIENTS} gradients, noise {scale}"] = figures(
             noisy_gradient(plain, scale * model.table_scale, NOISY_GRADIENTS)
         )
+    if variant.input_skip:
+        skip_BNTD = model.skip_gradient(responses.mask_BNT)
+        directions["one direction, the skip's"] = figures(lambda _: (None, skip_BNTD))
     if variant.secant:
         start = time.process_time()
         training = SecantTraining()
         fitted_changes = score_substitutions(model, bench.fitted_on, training.substitutions, 0, "exact changes, fit")
         scored_sec = time.process_time() - start
         whole = secant_targets(model, bench.fitted_on.responses, fitted_changes, "none")
+        constants = {
+            "one direction, ridge": constant_direction(whole),
+            "one direction, mean gradient": mean_gradient(model, bench.fitted_on),
+        }
         scale_BN11 = direction_scale(model, responses.mask_BNT)
-        one_D = constant_direction(whole) / model.table_scale
-        directions["one direction"] = figures(lambda u_BNTD: (None, one_D * scale_BN11 * torch.ones_like(u_BNTD)))
+        for name, one_D in constants.items():
+            field_BNTD = one_D * scale_BN11 * torch.ones_like(u_BNTD)
+            directions[name] = figures(lambda _, field_BNTD=field_BNTD: (None, field_BNTD))
     for base in variant.secant:
         start = time.process_time()
         targets = secant_targets(model, bench.fitted_on.responses, fitted_changes, base)
@@ -217,9 +246,10 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():
+        train = "-" if found["train_sec"] is None else f"{found['train_sec']:.0f}"
         for direction, f in found["directions"].items():
             lines.append(
-                f"| {name} | {found['steps']} | {found['train_sec']:.0f} | {found['accuracy']:.2f} | {direction} | "
+                f"| {name} | {found['steps']} | {train} | {found['accuracy']:.2f} | {direction} | "
                 f"{f['spearman']:.2f} ({f['low']:.2f} to {f['high']:.2f}) | {f['top8_gain']:.2f} / "
                 f"{f['best8_gain']:.2f} / {f['random8_gain']:.2f} | {f['share_of_best']:.0%} | "
                 f"{f['cost_in_forwards']:.1f} |"
@@ -241,11 +271,15 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [v for v in variants(arguments.learning_rate) if arguments.only is None or v.name in arguments.only]
     results = {}
     for variant in chosen:
-        path = work / f"{variant.name.replace(', ', '-').replace(' ', '_')}.json"
+        path = work / f"{slug(variant)}.json"
         if not path.exists():
             bench = bench or load_bench(work)
             print(f"{variant.name}: {variant.num_steps} steps", flush=True)
-            model, train_sec = train_variant(bench, variant, work / "trainer")
+            kept = work / "models" / slug(variant)
+            if (kept / "config.json").exists():
+                model, train_sec = load_reward_model(kept), None
+            else:
+                model, train_sec = train_variant(bench, variant, work / "trainer")
             found = {"steps": variant.num_steps, "train_sec": train_sec, **measure_variant(bench, variant, model)}
             write_json_atomic(path, rounded({"settings": dataclasses.asdict(variant), **found}))
         results[variant.name] = json.loads(path.read_text())

@@ -1,8 +1,9 @@
 """Reward models: what a response is worth, as a differentiable function of its token embeddings.
 
 `modelling` (the model), `loading`, `ensemble`, `functions` (Python rewards), `losses`, `fidelity` (does the input
-gradient predict a token change), `card` (what is known about a trained model), `train` (the entry point). Names load
-on first use, so that `losses` imports torch only and `--help` answers at once.
+gradient predict a token change), `secant` (a fitted direction in its place), `card` (what is known about a trained
+model), `train` and `train_secant` (the entry points). Names load on first use, so that `losses` imports torch only and
+`--help` answers at once.
 """
 
 from __future__ import annotations
