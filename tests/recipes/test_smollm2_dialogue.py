@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes import held_out
 from recipes.smollm2_dialogue import gold, make_data
-from tests.conftest import build_tokenizer
+from reward_models.train import main as reward
+from tests.conftest import build_llama, build_tokenizer
 from vgf_llm.data import PreferencePair, load_preferences, load_prompts
 from vgf_llm.dialogue import HUMAN
 from vgf_llm.errors import DataError, ModelError
+from vgf_llm.evaluate import main as evaluate
+from vgf_llm.generate import main as generate
 from vgf_llm.io import read_jsonl
 from vgf_llm.pipeline import prompt_text
 
@@ -152,3 +156,35 @@ def test_the_room_of_a_response_is_the_same_in_every_recipe():
     held_out = recipes["reward_held_out"]
     assert held_out["output_dir"] == str(gold.FOLDER) and held_out["max_response_length"] == gold.MAX_NEW_TOKENS
     assert recipes["reward"]["train_dataset"] != held_out["train_dataset"]
+
+
+@pytest.mark.slow
+def test_two_steps_of_every_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the recipes' own output folders, but here
+    monkeypatch.setattr(make_data, "load_tokenizer", build_tokenizer)
+    held_out._load.cache_clear()
+    gold._scale.cache_clear()
+    good, bad = "a good day and a blue sea", "a bad night and the old rain"
+    rows = [{"chosen": dialogue(f"the {n}", good, 2), "rejected": dialogue(f"the {n}", bad, 2)} for n in range(130)]
+    assert make_data.main(["--source", write(tmp_path / "hh.jsonl.gz", rows)]) == 0
+    build_llama().save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    model = {"model_name_or_path": tmp_path / "base"}
+    small = {"max_steps": 2, "gradient_accumulation_steps": 1, "bf16": "false", "max_length": 96}
+    fidelity = {"fidelity_responses": 2, "fidelity_substitutions": 9, "fidelity_shortlist": 4}
+    assert reward(flags("reward", **model, **small, **fidelity, num_layers=1)) == 0
+    assert reward(flags("reward_held_out", **model, **small, num_layers=2)) == 0
+
+    sizes = {"num_prompts": 2, "max_new_tokens": 6, "num_particles": 2, "dtype": "float32"}
+    capsys.readouterr()
+    arms = {"best_of": "[2, 4]", "baselines": "[base, best-of-2]"}
+    assert evaluate(flags("evaluate", **model, **sizes, **arms)) == 0
+    assert {"base", "best-of-2", "best-of-4"} < set(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
+    assert generate(flags("generate", **model, **sizes)) == 0
+    answers = read_jsonl(tmp_path / "outputs" / "smollm2_dialogue" / "responses.jsonl")
+    assert len(answers) == 2 and all(answer["prompt"].count(HUMAN) == 2 for answer in answers)
+
+
+def flags(recipe: str, **values: object) -> list[str]:
+    path = Path(gold.__file__).parent / f"{recipe}.yaml"
+    return ["--config", str(path), *(token for key, value in values.items() for token in (f"--{key}", str(value)))]
