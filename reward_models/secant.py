@@ -150,7 +150,7 @@ def secant_gradient(head: SecantHead) -> GradientSource:
 
         return value_gradient
 
-    return source
+    return GradientSource(source, passes=2 if head.base == "gradient" else 1)
 
 
 def weights_digest(value: RewardModel) -> str:

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from reward_models.modelling import RewardModel
+from tests.text.moves import make_move
 from vgf_llm.data import encode_prompt
 from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models import eos_token_ids, fingerprint, load_causal_lm, load_tokenizer
 from vgf_llm.sampling import TransformersSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import ImplicitPolicy, Move, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import ImplicitPolicy, PriorDecoder, Reference, row_seeds
 
 pytestmark = pytest.mark.slow
 TEXTS = ["Write one sentence about the sea.", "Describe a wooden chair in one sentence, please."]
@@ -66,7 +67,9 @@ def test_a_zero_displacement_is_decoded_to_the_samples_token_for_token(parts):
     samples = TransformersSampler(reference).sample(prompts, row_seeds(5, [0, 1], 8))
     still = torch.zeros(*samples.tokens_BNT.shape, value.embedding_table_VD.shape[1])
     decoder = PriorDecoder(reference, value.embedding_table_VD)
-    decoded = decoder.decode(decoder.prepare(prompts), Move(samples, still, 4.0, 1.0, row_seeds(6, [0, 1], 8)))
+    decoded = decoder.decode(
+        decoder.prepare(prompts), make_move(value, samples, still, nats=4.0, seeds_BN=row_seeds(6, [0, 1], 8))
+    )
     assert torch.equal(decoded.responses.tokens_BNT, samples.tokens_BNT)
     assert decoded.nats_BN.abs().max().item() < 1e-4
 
@@ -86,6 +89,6 @@ def test_flow_raises_a_value_and_its_negative_lowers_it(parts):
     parts = (parts[0], reference, value.freeze(), prompts)
     seeds = row_seeds(2, [0, 1], 8)
     up = policy(parts, TransportBudget(nats=4.0))(prompts, seeds)
-    down = policy(parts, TransportBudget(nats=4.0), gradient=flipped_gradient)(prompts, seeds)
+    down = policy(parts, TransportBudget(nats=4.0), gradient=flipped_gradient())(prompts, seeds)
     base = up.original_values_BN.mean()
     assert down.transported_values_BN.mean() < base < up.transported_values_BN.mean()

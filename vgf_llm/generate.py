@@ -108,6 +108,7 @@ def run(
         make_decoder(settings.decoder, pipeline.reference, pipeline.value),
         settings.budget,
         select=settings.select,
+        gradient=pipeline.gradient,
     )
     print(f"answering {len(encoded)} prompts, {settings.num_particles} particles each", file=sys.stderr)
     starts = range(0, len(encoded), settings.batch_prompts)
@@ -123,21 +124,25 @@ def run(
 
 def _rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Return one JSON object a prompt."""
+    import torch
+
     from vgf_llm.text.responses import changed_tokens
 
     n = outcome.originals.tokens_BNT.shape[1]
     best_B = outcome.original_values_BN.argmax(1)
     originals, selected = outcome.originals.texts(tokenizer), outcome.selected.texts(tokenizer)
-    # The pool holds the originals first, then every round; an entry's particle is its index modulo N.
-    particle_B = outcome.selected_index_B % n
-    round_B = outcome.selected_index_B // n  # 0: an original
+    # The pool holds the N originals first, then M = N * draws texts of every round, those of a particle side by side.
+    m = outcome.transported.tokens_BNT.shape[1]
+    after_B = outcome.selected_index_B - n  # below 0: an original
+    particle_B = torch.where(after_B < 0, outcome.selected_index_B, after_B % m // (m // n))
+    round_B, text_B = torch.where(after_B < 0, 0, after_B // m + 1), (after_B % m).clamp(min=0)
     source = outcome.originals.take(particle_B.unsqueeze(1))
     sources, changed_B = source.texts(tokenizer), changed_tokens(source, outcome.selected)[:, 0]
     rows = []
     for b, prompt in enumerate(prompts):
-        best, particle = int(best_B[b]), int(particle_B[b])
+        best, text = int(best_B[b]), int(text_B[b])
         rounds = int(round_B[b])
-        nats = float(outcome.nats_RBN[:rounds, b, particle].sum())
+        nats = float(outcome.nats_RBN[:rounds, b, text].sum())
         rows.append(
             {
                 "prompt": prompt,
@@ -150,7 +155,7 @@ def _rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[dict[str, An
                 "distance": {
                     "nats": None if nats != nats else round(nats, 4),
                     "changed_tokens": int(changed_B[b]),
-                    "displacement": round(float(outcome.displacement_RBN[:rounds, b, particle].sum()), 4),
+                    "displacement": round(float(outcome.displacement_RBN[:rounds, b, text].sum()), 4),
                 },
             }
         )

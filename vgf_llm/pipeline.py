@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
+from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
 from vgf_llm.settings import DecoderName, ModelSettings, SamplingSettings, resolve_device
-from vgf_llm.text.decoders import NearestDecoder, PriorDecoder
+from vgf_llm.text.decoders import EditDecoder, EditGreedyDecoder, NearestDecoder, PivotDecoder, PriorDecoder
+from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Decoder, Value
 from vgf_llm.text.reference import Reference
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A reference, a value in the same token space, and their tokenizer."""
+    """A reference, a value in the same token space with its gradient, and their tokenizer.
+
+    The gradient is the reward model's secant head where its folder has one, else the exact one.
+    """
 
     reference: Reference
     value: RewardModel
     tokenizer: PreTrainedTokenizerBase
+    gradient: GradientSource
 
 
 def load_pipeline(models: ModelSettings, sampling: SamplingSettings) -> Pipeline:
@@ -56,14 +66,52 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings) -> Pipeline
             "train the reward model on this base model"
         )
     reference = Reference(base, sampling, eos_token_ids(base, tokenizer), tokenizer.pad_token_id)
-    return Pipeline(reference, value, tokenizer)
+    return Pipeline(reference, value, tokenizer, load_gradient(models.reward_model, value))
 
 
-def make_decoder(name: DecoderName, reference: Reference, value: Value) -> Decoder:
-    """Return the decoder of that name."""
+def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
+    """Return the secant head of a reward model's folder as a source of directions, or the exact gradient without one.
+
+    Raises:
+        ModelError: If there is a head, but not of this model.
+    """
+    if not (Path(folder) / FACTS_NAME).is_file():
+        return exact_gradient
+    head = load_secant_head(folder, value)
+    source = secant_gradient(head)
+    body = sum(parameter.numel() for parameter in value.body.layers.parameters())
+    return replace(source, passes=source.passes + sum(p.numel() for p in head.parameters()) / body)
+
+
+def make_decoder(
+    name: DecoderName, reference: Reference, value: Value, options: dict[str, Any] | None = None
+) -> Decoder:
+    """Return the decoder of that name.
+
+    Raises:
+        ConfigError: If it has no such option, or the option no such value.
+    """
+    options = options or {}
+    makers: dict[str, Callable[..., Decoder]] = {
+        "prior": PriorDecoder,
+        "edit": EditDecoder,
+        "edit_greedy": EditGreedyDecoder,
+        "pivot": PivotDecoder,
+    }
     if name == "nearest":
-        return NearestDecoder(value.embedding_table_VD, (*reference.eos_ids, reference.pad_id))
-    return PriorDecoder(reference, value.embedding_table_VD)
+        maker = partial(NearestDecoder, value.embedding_table_VD, (*reference.eos_ids, reference.pad_id))
+    else:
+        maker = partial(makers[name], reference, value.embedding_table_VD)
+    known = [key for key, one in signature(maker).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"decoder_options: the decoder {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
+        )
+    try:
+        return maker(**options)
+    except ValueError as error:
+        raise ConfigError(f"decoder_options: {error}") from error
 
 
 def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:

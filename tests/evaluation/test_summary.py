@@ -5,7 +5,7 @@ import torch
 
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.evaluation.bootstrap import bootstrap_mean
-from vgf_llm.evaluation.flops import Sizes, arm_flops
+from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.evaluation.measures import non_ascii, repetition
 from vgf_llm.evaluation.summary import differences, summarise
 from vgf_llm.evaluation.table import difference_table, markdown_table, print_table
@@ -69,13 +69,13 @@ def test_tables_hold_every_arm_and_a_dash_where_there_is_no_law(capsys):
 def test_flops_by_hand():
     """P_ref 100, P_val 10, V*D 40, N 2, S 3, T 5: sampling 2*100*(10+3) = 2600, value 2*10*(10+3) = 260."""
     sizes = Sizes(reference=100, value=10, table=40)
-    assert arm_flops(Arm(num_particles=2), sizes, 3, 5) == 2860
+    assert arm_flops(Arm(num_particles=2), sizes, 3, 10, PromptWork(reference=0, value=10, table=0)) == 2860
     prior = Arm(num_particles=2, budget=TransportBudget(steps=2))
-    # flow 4*10*10*2 = 800, decode 4*100*10 = 4000, new scores 2*10*10 = 200, prompt of the decoder 600
-    assert arm_flops(prior, sizes, 3, 5) == 2860 + 800 + 4000 + 200 + 600
-    nearest = Arm(num_particles=2, decoder="nearest", budget=TransportBudget(steps=2, rounds=2))
-    assert arm_flops(nearest, sizes, 3, 5) == 2860 + 2 * (800 + 2 * 40 * 10 + 200)
-    assert arm_flops(Arm(num_particles=2, select="random"), sizes, 3, 5) == 2 * 100 * 8
+    # flow 4*10*10*2 = 800, decode 2*100*10 = 2000, new scores 2*10*10 = 200, prompt 2*(100+10)*3 = 660
+    assert arm_flops(prior, sizes, 3, 10, PromptWork(reference=10, value=40 + 10, table=0)) == 2000 + 3000 + 660
+    nearest = Arm(num_particles=2, decoder="nearest", budget=TransportBudget())
+    assert arm_flops(nearest, sizes, 3, 10, PromptWork(0, 30, 10)) == 2000 + 600 + 2 * 40 * 10 + 660
+    assert arm_flops(Arm(num_particles=2, select="random"), sizes, 3, 10, PromptWork(0, 10, 0)) == 2 * 100 * 8
 
 
 def test_sizes_count_a_tied_table_once_and_an_untied_lookup_not_at_all(tiny_lm, tiny_lm_untied):

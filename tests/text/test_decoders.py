@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from reward_models.modelling import RewardModel
+from tests.text.moves import make_move
 from vgf_llm.evaluation.controls import flipped_gradient, random_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.sampling import TransformersSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import ImplicitPolicy, Move, NearestDecoder, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import ImplicitPolicy, NearestDecoder, PriorDecoder, Reference, row_seeds
 from vgf_llm.text.tilt import kl_divergence, tilt
 
 PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
@@ -98,7 +99,7 @@ def test_zero_displacement_gives_every_token_back(reference, value, decoder):
     still = torch.zeros(*samples.tokens_BNT.shape, table.shape[1])
     decoded = decoder.decode(
         decoder.prepare(PROMPTS),
-        Move(samples, still, nats=3.0, max_token_nats=1.0, seeds_BN=row_seeds(9, [0, 1, 2], 16)),
+        make_move(value, samples, still, nats=3.0, seeds_BN=row_seeds(9, [0, 1, 2], 16)),
     )
     assert torch.equal(decoded.responses.tokens_BNT, samples.tokens_BNT)
     assert torch.equal(decoded.responses.mask_BNT, samples.mask_BNT)
@@ -119,7 +120,7 @@ def test_prior_follows_its_tilted_law(reference, value):
     direction = torch.randn(table.shape[1])
     delta = direction.expand(1, 20_000, 1, -1) * samples.movable_BNT.unsqueeze(-1)
     decoder = PriorDecoder(one_token, table)
-    move = Move(samples, delta, nats=0.4, max_token_nats=10.0, seeds_BN=row_seeds(5, [0], 20_000))
+    move = make_move(value, samples, delta, nats=0.4, max_token_nats=10.0, seeds_BN=row_seeds(5, [0], 20_000))
     decoded = decoder.decode(decoder.prepare(PROMPTS[:1]), move)
     assert 0.3 < decoded.nats_BN[samples.movable_BNT[..., 0]].mean().item() < 0.41
     law = one_token.shortlists(decoder.prepare(PROMPTS[:1]), samples)
@@ -156,7 +157,7 @@ def test_the_gradient_raises_the_value_and_its_negative_lowers_it(reference, val
     seeds = row_seeds(0, list(range(3)), 64)
     budget = TransportBudget(nats=2.0)
     up = policy(reference, value, budget)(PROMPTS, seeds)
-    down = policy(reference, value, budget, gradient=flipped_gradient)(PROMPTS, seeds)
+    down = policy(reference, value, budget, gradient=flipped_gradient())(PROMPTS, seeds)
     noise = policy(reference, value, budget, gradient=random_gradient(0))(PROMPTS, seeds)
     base = up.original_values_BN.mean().item()
     means = [outcome.transported_values_BN.mean().item() for outcome in (down, noise, up)]
@@ -195,7 +196,9 @@ def test_nearest_projects_to_the_closest_row(value):
     delta = torch.zeros(1, 1, 4, table.shape[1])
     delta[0, 0, 1] = (table[40] - table[11]) * 0.9
     delta[0, 0, 2] = table[2] - table[12]  # onto EOS itself: excluded, so another token
-    decoded = NearestDecoder(table, (0, 2)).decode(None, Move(responses, delta, 0.0, 1.0, torch.zeros(1, 1)))
+    decoded = NearestDecoder(table, (0, 2)).decode(
+        None, make_move(None, responses, delta, nats=0.0, seeds_BN=torch.zeros(1, 1))
+    )
     result = decoded.responses.tokens_BNT[0, 0].tolist()
     assert result[0] == 10 and result[1] == 40 and result[3] == 2
     assert result[2] not in (0, 2)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import DecoderName
 
-Direction = Literal["value", "random", "flipped"]
+Direction = Literal["value", "random", "flipped", "none"]
+Gradient = Literal["auto", "exact"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,14 @@ class Arm:
     """Transport budget; null (or steps 0) moves nothing, which is best-of-N."""
     decoder: DecoderName = "prior"
     """How moved particles become tokens."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the decoder, by name; its class lists them."""
+    draws: int = 1
+    """Texts decoded from each moved particle, at least 1."""
     direction: Direction = "value"
-    """The value's gradient, its negative, or random vectors with the gradient's norm at every token."""
+    """The value's gradient, its negative, random vectors with the gradient's norm at every token, or no direction."""
+    gradient: Gradient = "auto"
+    """The secant head's gradient where the reward model has one (auto), or the exact one by a backward pass."""
     select: Literal["max", "random"] = "max"
     """The response that is returned: the best by value, or any (the plain base model)."""
     num_seeds: int = 1
@@ -38,6 +45,8 @@ class Arm:
         """
         if self.num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
 

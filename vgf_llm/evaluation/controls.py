@@ -1,7 +1,7 @@
-"""Directions that a transport is held against: the gradient turned round, and noise of the same size.
+"""Directions that a transport is held against: the gradient turned round, noise of the same size, and none at all.
 
-Both take the exact gradient's place (:data:`vgf_llm.text.particles.GradientSource`), so that everything else of an arm,
-the KL that its decoder spends among it, stays the same.
+Each takes the place of another source of directions (:class:`vgf_llm.text.particles.GradientSource`), so that
+everything else of an arm, the KL that its decoder spends and its cost among it, stays the same.
 """
 
 from __future__ import annotations
@@ -17,25 +17,29 @@ from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
 
 
-def flipped_gradient(value: Value, prefix: Any, responses: Responses) -> ValueGradient:
-    """Return the value's gradient times -1."""
-    climb = exact_gradient(value, prefix, responses)
+def flipped_gradient(of: GradientSource = exact_gradient) -> GradientSource:
+    """Return a source times -1."""
 
-    def fall(u_BNTD: Tensor) -> tuple[Tensor, Tensor]:
-        values_BN, gradients_BNTD = climb(u_BNTD)
-        return values_BN, -gradients_BNTD
+    def source(value: Value, prefix: Any, responses: Responses) -> ValueGradient:
+        climb = of(value, prefix, responses)
 
-    return fall
+        def fall(u_BNTD: Tensor) -> tuple[Tensor, Tensor]:
+            values_BN, gradients_BNTD = climb(u_BNTD)
+            return values_BN, -gradients_BNTD
+
+        return fall
+
+    return GradientSource(source, of.passes)
 
 
-def random_gradient(seed: int) -> GradientSource:
-    """Return a source of Gaussian directions with the exact gradient's norm at every token.
+def random_gradient(seed: int, of: GradientSource = exact_gradient) -> GradientSource:
+    """Return a source of Gaussian directions with another source's norm at every token.
 
     A prompt's noise depends on the seed and the prompt alone, not on the batch.
     """
 
     def source(value: Value, prefix: Any, responses: Responses) -> ValueGradient:
-        climb = exact_gradient(value, prefix, responses)
+        climb = of(value, prefix, responses)
 
         def wander(u_BNTD: Tensor) -> tuple[Tensor, Tensor]:
             values_BN, gradients_BNTD = climb(u_BNTD)
@@ -45,7 +49,22 @@ def random_gradient(seed: int) -> GradientSource:
 
         return wander
 
-    return source
+    return GradientSource(source, of.passes)
+
+
+def no_gradient(of: GradientSource = exact_gradient) -> GradientSource:
+    """Return a source whose values are right and whose directions are zero: decoding alone."""
+
+    def source(value: Value, prefix: Any, responses: Responses) -> ValueGradient:
+        climb = of(value, prefix, responses)
+
+        def stay(u_BNTD: Tensor) -> tuple[Tensor, Tensor]:
+            values_BN, gradients_BNTD = climb(u_BNTD)
+            return values_BN, torch.zeros_like(gradients_BNTD)
+
+        return stay
+
+    return GradientSource(source, of.passes)
 
 
 def _noise(seed: int, prompt: list[int], like_NTD: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ layers; T a response's tokens, S a prompt's.
 
     sample         2 P_ref T         prompt, once    2 P_ref S and 2 P_val S
     score          2 P_val T         flow step       4 P_val T
-    prior decode   4 P_ref T         nearest decode  2 V D T
+
+A decoder counts its own tokens (:class:`vgf_llm.text.protocols.Work`); its docstring has the formula. Attention over
+the context is left out: 4 D T a token and layer, under 2% of a parameter's share at the lengths here.
 """
 
 from __future__ import annotations
@@ -16,6 +18,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vgf_llm.evaluation.arms import Arm
+from vgf_llm.text.protocols import Work
+
+
+@dataclass(frozen=True)
+class PromptWork:
+    """Tokens through the reference, the value and the table for one prompt."""
+
+    reference: float
+    value: float
+    table: float
+
+    @classmethod
+    def of(cls, work: Work, b: int) -> PromptWork:
+        """Take prompt ``b`` out of a batch."""
+        return cls(float(work.reference_B[b]), float(work.value_B[b]), float(work.table_B[b]))
 
 
 @dataclass(frozen=True)
@@ -41,17 +58,17 @@ class Sizes:
         )
 
 
-def arm_flops(arm: Arm, sizes: Sizes, prompt_tokens: float, response_tokens: float) -> float:
-    """Return the FLOPs of an arm for one prompt: N responses of ``response_tokens`` tokens on average."""
-    moving = not arm.transport.is_none
-    tokens = arm.num_particles * response_tokens
-    total = 2 * sizes.reference * tokens + 2 * sizes.reference * prompt_tokens
-    if arm.is_plain_base:
-        return 2 * sizes.reference * (response_tokens + prompt_tokens)  # one sample is drawn, nothing is scored
-    total += 2 * sizes.value * (tokens + prompt_tokens)
-    if moving:
-        decode = 4 * sizes.reference * tokens if arm.decoder == "prior" else 2 * sizes.table * tokens
-        a_round = 4 * sizes.value * tokens * arm.transport.steps + decode + 2 * sizes.value * tokens
-        total += arm.transport.rounds * a_round
-        total += 2 * sizes.reference * prompt_tokens if arm.decoder == "prior" else 0
-    return total
+def arm_flops(arm: Arm, sizes: Sizes, prompt_tokens: float, sampled_tokens: float, work: PromptWork) -> float:
+    """Return the FLOPs of an arm for one prompt.
+
+    Args:
+        arm: What was done.
+        sizes: Parameters of the models and of the table.
+        prompt_tokens: S, run once through each model.
+        sampled_tokens: Tokens of all N originals.
+        work: Tokens that the policy ran through the models after sampling.
+    """
+    if arm.is_plain_base:  # one sample is drawn, nothing is scored
+        return 2 * sizes.reference * (sampled_tokens / arm.num_particles + prompt_tokens)
+    reference = sampled_tokens + prompt_tokens + work.reference
+    return 2 * (sizes.reference * reference + sizes.value * (prompt_tokens + work.value) + sizes.table * work.table)

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.functions import RewardFunction, call_function
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.evaluation.arms import Arm
-from vgf_llm.evaluation.controls import flipped_gradient, random_gradient
-from vgf_llm.evaluation.flops import Sizes, arm_flops
+from vgf_llm.evaluation.controls import flipped_gradient, no_gradient, random_gradient
+from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.evaluation.measures import nll_per_token, non_ascii, repetition
 from vgf_llm.pipeline import make_decoder
 from vgf_llm.sampling.transformers_sampler import TransformersSampler
@@ -61,6 +61,7 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     gold: RewardFunction
     sizes: Sizes
+    gradient: GradientSource = exact_gradient
 
     @cached_property
     def length_unit(self) -> float:
@@ -109,33 +110,40 @@ class Experiment:
         return Samples(concatenate(parts), seeds_BN, seconds_by_count)
 
     def _policy(self, arm: Arm, seed: int) -> ImplicitPolicy:
+        source = self.gradient if arm.gradient == "auto" else exact_gradient
         directions: dict[str, GradientSource] = {
-            "value": exact_gradient,
-            "flipped": flipped_gradient,
-            "random": random_gradient(seed),
+            "value": source,
+            "flipped": flipped_gradient(source),
+            "random": random_gradient(seed, source),
+            "none": no_gradient(source),
         }
         return ImplicitPolicy(
             TransformersSampler(self.reference),
             self.value,
-            make_decoder(arm.decoder, self.reference, self.value),
+            make_decoder(arm.decoder, self.reference, self.value, arm.decoder_options),
             arm.transport,
             select=arm.select,
             gradient=directions[arm.direction],
+            draws=arm.draws,
             length_unit=self.length_unit,
         )
 
     def _rows(
         self, arm: Arm, prompts: Prompts, seed: int, outcome: Outcome, nll_BM: Tensor, seconds: float
     ) -> list[Row]:
-        """Return one row a prompt; the last of the M = N + 1 columns is the selected response."""
-        cloud, n = cloud_and_selected(outcome), arm.num_particles
-        changed_BN = changed_tokens(outcome.originals, outcome.transported)
+        """Return one row a prompt; the cloud's n responses come first, the last column is the selected one."""
+        cloud, n = cloud_and_selected(outcome), outcome.transported.tokens_BNT.shape[1]
+        particles_BN = (torch.arange(n) // (n // arm.num_particles)).expand(len(prompts.ids), -1)
+        sources = outcome.originals.take(particles_BN.to(outcome.originals.tokens_BNT.device))
+        changed_BN = changed_tokens(sources, outcome.transported)
+        sampled_B = outcome.originals.lengths_BN.sum(-1)
         texts = cloud.texts(self.tokenizer)
         rows = []
         for b, index in enumerate(prompts.indices):
             gold = call_function(self.gold, [prompts.texts[b]] * (n + 1), texts[b])
             tokens = cloud.lengths_BN[b].tolist()
-            flops = arm_flops(arm, self.sizes, len(prompts.ids[b]), sum(tokens[:n]) / n)
+            work = PromptWork.of(outcome.work, b)
+            flops = arm_flops(arm, self.sizes, len(prompts.ids[b]), int(sampled_B[b]), work)
             rows.append(
                 {
                     "arm": arm.name,

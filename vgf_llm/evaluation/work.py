@@ -42,7 +42,7 @@ def work(
     pipeline = load_pipeline(models, sampling)
     ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
     sizes = Sizes.of(pipeline.reference.model, pipeline.value)
-    experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes)
+    experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
     arms_left = sum(len(arms) for _, _, arms in todo)
     print(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go", file=sys.stderr)
     for seed, indices, arms in track(todo, "evaluating"):

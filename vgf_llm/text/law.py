@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vgf_llm.settings import SamplingSettings
 
@@ -42,6 +43,16 @@ class Shortlist:
         own = scaled.gather(-1, token_1) - scaled.gather(-1, self.ids[..., :1]) + self.logps[..., :1]
         own = own.masked_fill(known | (token < 0).unsqueeze(-1), -torch.inf)
         return Shortlist(torch.cat([self.ids, token_1], -1), torch.cat([self.logps, own], -1).log_softmax(-1))
+
+    def take(self, index_BM: Tensor) -> Shortlist:
+        """Return the laws [B, M, T, K] of M rows of each prompt, of a shortlist [B, N, T, K], by index."""
+        batch_B1 = torch.arange(len(index_BM), device=index_BM.device).unsqueeze(1)
+        return Shortlist(self.ids[batch_B1, index_BM], self.logps[batch_B1, index_BM])
+
+    def padded(self, length: int) -> Shortlist:
+        """Return the laws [..., length, K] with positions added at the end; nothing can be drawn there."""
+        missing = length - self.ids.shape[-2]
+        return Shortlist(pad(self.ids, (0, 0, 0, missing)), pad(self.logps, (0, 0, 0, missing), value=-torch.inf))
 
     def column_of(self, token: Tensor) -> Tensor:
         """Return the column that holds ``token`` [...]; a token off the list gives its most probable column (0)."""

@@ -8,6 +8,7 @@ degenerates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +20,33 @@ from vgf_llm.flow.trajectory import Trajectory, ValueGradient, autograd_value, t
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
 
-GradientSource = Callable[[Value, Any, Responses], ValueGradient]
-"""(value, its prefix, responses) -> the values and gradients that move the responses' particles."""
-
 _SAMPLED_ROWS = 1024
 
 
-def exact_gradient(value: Value, prefix: Any, responses: Responses) -> ValueGradient:
-    """Return the value's own gradient in the embeddings, by one backward pass to the inputs."""
+@dataclass(frozen=True)
+class GradientSource:
+    """Where the flow takes values and directions from.
+
+    Attributes:
+        make: (value, its prefix, responses) -> the values and gradients that move the responses' particles.
+        passes: What a flow step costs, in forward passes of the value over the response; a backward to the inputs
+            counts as one.
+    """
+
+    make: Callable[[Value, Any, Responses], ValueGradient]
+    passes: float
+
+    def __call__(self, value: Value, prefix: Any, responses: Responses) -> ValueGradient:
+        """Return the value gradient for these responses."""
+        return self.make(value, prefix, responses)
+
+
+def _exact(value: Value, prefix: Any, responses: Responses) -> ValueGradient:
     return autograd_value(lambda u_BNTD: value.score(prefix, u_BNTD, responses.mask_BNT))
+
+
+exact_gradient = GradientSource(_exact, passes=2)
+"""The value's own gradient in the embeddings, by one backward pass to the inputs."""
 
 
 def move_particles(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.text.responses import Responses
 
 
@@ -32,22 +35,101 @@ class Value(Protocol):
 
 
 @dataclass(frozen=True)
+class Work:
+    """Tokens that were run through the models, a prompt: what a result cost, independent of the machine.
+
+    A token costs 2P FLOPs in a forward pass of a model with P parameters; a backward pass to the inputs counts as one
+    more forward.
+
+    Attributes:
+        reference_B: Tokens through the reference.
+        value_B: Tokens through the value.
+        table_B: Tokens compared with the whole embedding table (2VD FLOPs each).
+    """
+
+    reference_B: Tensor
+    value_B: Tensor
+    table_B: Tensor
+
+    @classmethod
+    def none(cls, num_prompts: int) -> Work:
+        """No work for any prompt."""
+        return cls.of(torch.zeros(num_prompts, 1))
+
+    @classmethod
+    def of(cls, like_BN: Tensor, *, reference: float = 0, value: float = 0, table: float = 0) -> Work:
+        """Count passes over responses of ``like_BN`` tokens each, summed over a prompt's responses."""
+        tokens_B = like_BN.double().sum(-1)
+        return cls(tokens_B * reference, tokens_B * value, tokens_B * table)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.reference_B + other.reference_B, self.value_B + other.value_B, self.table_B + other.table_B)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where the flow carries responses.
+
+    Attributes:
+        displacement_BNTD: How far each token's embedding was moved; 0 on EOS and padding.
+        values_BN: The value where the particles started.
+        distance_BN: Mean displacement of a movable token, in nearest-token distances.
+    """
+
+    displacement_BNTD: Tensor
+    values_BN: Tensor
+    distance_BN: Tensor
+
+    def take(self, index_BM: Tensor) -> Moved:
+        """Return M particles of each prompt by their index in N (int64, [B, M])."""
+        batch_B1 = torch.arange(len(index_BM), device=index_BM.device).unsqueeze(1)
+        return Moved(
+            self.displacement_BNTD[batch_B1, index_BM],
+            self.values_BN.gather(1, index_BM),
+            self.distance_BN.gather(1, index_BM),
+        )
+
+    def where(self, use_BN: Tensor, other: Moved) -> Moved:
+        """Return this, and ``other`` where ``use_BN``; both are padded to the same length."""
+        return Moved(
+            torch.where(use_BN[..., None, None], other.displacement_BNTD, self.displacement_BNTD),
+            torch.where(use_BN, other.values_BN, self.values_BN),
+            torch.where(use_BN, other.distance_BN, self.distance_BN),
+        )
+
+
+@dataclass(frozen=True)
 class Move:
     """What a decoder is asked to turn into text.
 
     Attributes:
         responses: Where the particles started: B x N responses.
-        displacement_BNTD: How far the flow moved each token's embedding; 0 on EOS and padding.
+        moved: Where the flow carried them.
+        budget: Nats, their cap a token, and the temperature of the target.
         nats: KL budget of each response for this decode, at least 0.
-        max_token_nats: Cap on the KL of one token.
         seeds_BN: int64, one seed a response, for the decoder's own noise.
+        coupled_BN: bool; where False a further, independent text is drawn from the same moved particle.
+        flow: Moves other responses to the same prompts, as ``responses`` were moved.
+        flow_passes: Forward passes of the value over a response that ``flow`` costs.
+        score: Scores other responses to the same prompts, [B, N].
+        state: What the decoder handed on in its last round; None in the first.
     """
 
     responses: Responses
-    displacement_BNTD: Tensor
+    moved: Moved
+    budget: TransportBudget
     nats: float
-    max_token_nats: float
     seeds_BN: Tensor
+    coupled_BN: Tensor
+    flow: Callable[[Responses], Moved]
+    flow_passes: float
+    score: Callable[[Responses], Tensor]
+    state: Any = None
+
+    @property
+    def displacement_BNTD(self) -> Tensor:
+        """How far the flow moved each token's embedding."""
+        return self.moved.displacement_BNTD
 
 
 @dataclass(frozen=True)
@@ -57,11 +139,19 @@ class Decoded:
     Attributes:
         responses: The new texts, N a prompt, in the same order.
         nats_BN: KL between the decoder's law and the reference's, summed along the path that was written; NaN where
-            the decoder has no law (``nearest``).
+            the decoder has no law (``nearest``) or its law is not written left to right (``edit``, ``pivot``).
+        work: Tokens that decoding ran through the models.
+        values_BN: The value of the new texts, where the decoder knows it.
+        moved: Where the flow carries the new texts, where the decoder knows it.
+        state: Handed back in the next round.
     """
 
     responses: Responses
     nats_BN: Tensor
+    work: Work
+    values_BN: Tensor | None = None
+    moved: Moved | None = None
+    state: Any = None
 
 
 class Decoder(Protocol):
@@ -72,5 +162,5 @@ class Decoder(Protocol):
         ...
 
     def decode(self, context: Any, move: Move) -> Decoded:
-        """Write the moved responses; a zero displacement gives them back token for token."""
+        """Write the moved responses; a zero displacement gives coupled ones back token for token."""
         ...

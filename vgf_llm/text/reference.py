@@ -22,6 +22,9 @@ from vgf_llm.text.responses import Responses, is_any_of, mask_after_eos
 ChooseToken = Callable[[Tensor, int], Tensor]
 """(logits_RV, position) -> token_R: picks the next token of every row."""
 
+ChooseNextToken = Callable[[Tensor, Tensor], Tensor]
+"""(logits_RV, position_R) -> token_R: picks the next token of rows that stand at different positions."""
+
 _ROWS_PER_FORWARD = 32
 
 
@@ -39,6 +42,11 @@ class ReferencePrefix:
     last_token_B: Tensor
     prompts: list[list[int]]
 
+    def select(self, rows_R: Tensor) -> ReferencePrefix:
+        """Pick prompts by index (int64); they may repeat."""
+        prompts = [self.prompts[row] for row in rows_R.tolist()]
+        return ReferencePrefix(self.prefix.select(rows_R), self.last_token_B[rows_R], prompts)
+
 
 class Reference:
     """A frozen base model under a sampling law.
@@ -55,6 +63,7 @@ class Reference:
         self.sampling = sampling
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
+        self._last_prefix: ReferencePrefix | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,10 +71,12 @@ class Reference:
         return self.model.device
 
     def prefix(self, prompts: list[list[int]]) -> ReferencePrefix:
-        """Run B prompts once."""
-        last_token_B = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
-        prefix = compute_prefix(self.model.base_model, prompts, self.pad_id)
-        return ReferencePrefix(prefix.without_last(), last_token_B, prompts)
+        """Run B prompts once; asked for the same prompts again, as sampler and decoder do, it gives the same prefix."""
+        if self._last_prefix is None or self._last_prefix.prompts != prompts:
+            last_token_B = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
+            prefix = compute_prefix(self.model.base_model, prompts, self.pad_id)
+            self._last_prefix = ReferencePrefix(prefix.without_last(), last_token_B, prompts)
+        return self._last_prefix
 
     def shortlists(
         self, prefix: ReferencePrefix, responses: Responses, sampling: SamplingSettings | None = None
@@ -156,6 +167,69 @@ class Reference:
         shape = (-1, num_particles, tokens_RT.shape[1])
         tokens_RT = tokens_RT.masked_fill(~mask_RT, self.pad_id)
         return Responses(prefix.prompts, tokens_RT.view(shape), mask_RT.view(shape), self.eos_ids, self.pad_id)
+
+    @torch.no_grad()
+    def rewrite(
+        self, prefix: ReferencePrefix, responses: Responses, keep_BN: Tensor, choose: ChooseNextToken
+    ) -> Responses:
+        """Keep the first tokens of each response and write the rest anew.
+
+        One parallel forward over what is kept, then one token at a time.
+
+        Args:
+            prefix: The prompts of ``responses``.
+            responses: B x N responses.
+            keep_BN: int64, tokens kept of each, from 0 to its length - 1.
+            choose: Maps (logits_RV, position_R) to the next token of every row, where ``position_R`` is the place in
+                the response that the token goes to.
+
+        Returns:
+            Responses of at most ``sampling.max_new_tokens`` tokens, ended by the first EOS.
+        """
+        n, longest = responses.tokens_BNT.shape[1], self.sampling.max_new_tokens
+        keep_R, tokens_RT = keep_BN.flatten(), responses.tokens_BNT.flatten(0, 1)
+        kept = int(keep_R.max())
+        rows = prefix.prefix.expand(n)
+        cache = rows.cache()
+        inputs_RT = torch.cat([prefix.last_token_B.repeat_interleave(n).unsqueeze(1), tokens_RT[:, :kept]], 1)
+        columns_T = torch.arange(kept + 1, device=keep_R.device)
+        mask_RS = torch.cat([rows.mask_BP, columns_T <= keep_R.unsqueeze(1)], 1).long()
+        logits_RTV = self.model(
+            input_ids=inputs_RT,
+            attention_mask=mask_RS,
+            position_ids=rows.lengths_B.unsqueeze(1) + columns_T,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=torch.arange(int(keep_R.min()), kept + 1, device=keep_R.device),
+        ).logits
+        logits_RV = logits_RTV[torch.arange(len(keep_R), device=keep_R.device), keep_R - keep_R.min()]
+        result_RT = torch.nn.functional.pad(tokens_RT[:, :kept], (0, longest - kept), value=self.pad_id)
+        result_RT = result_RT.masked_fill(
+            torch.arange(longest, device=keep_R.device) >= keep_R.unsqueeze(1), self.pad_id
+        )
+        position_R, done_R = keep_R.clone(), torch.zeros_like(keep_R, dtype=torch.bool)
+        while True:
+            token_R = choose(logits_RV, position_R).masked_fill(done_R, self.pad_id)
+            where_R = position_R.clamp(max=longest - 1).unsqueeze(1)
+            result_RT.scatter_(
+                1, where_R, torch.where(done_R.unsqueeze(1), result_RT.gather(1, where_R), token_R[:, None])
+            )
+            position_R = position_R + 1
+            done_R = done_R | is_any_of(token_R, self.eos_ids) | (position_R >= longest)
+            if bool(done_R.all()):
+                break
+            mask_RS = torch.cat([mask_RS, _column(token_R)], 1)
+            logits_RV = self.model(
+                input_ids=token_R.unsqueeze(1),
+                attention_mask=mask_RS,
+                position_ids=(rows.lengths_B + position_R).unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        mask_RT = mask_after_eos(result_RT, self.eos_ids)
+        shape = (-1, n, longest)
+        result_RT = result_RT.masked_fill(~mask_RT, self.pad_id)
+        return Responses(prefix.prompts, result_RT.view(shape), mask_RT.view(shape), self.eos_ids, self.pad_id)
 
 
 def _column(token_R: Tensor) -> Tensor:

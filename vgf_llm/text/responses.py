@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vgf_llm.text.law import Shortlist
+
 
 @dataclass(frozen=True)
 class Responses:
@@ -19,6 +21,7 @@ class Responses:
         mask_BNT: bool, true on every token of a response, its EOS included.
         eos_ids: Ids that end a response.
         pad_id: Id that fills the tail.
+        law: The shortlist [B, N, T, K] that each token was drawn from, where the sampler kept it.
     """
 
     prompts: list[list[int]]
@@ -26,6 +29,7 @@ class Responses:
     mask_BNT: Tensor
     eos_ids: tuple[int, ...]
     pad_id: int
+    law: Shortlist | None = None
 
     @property
     def lengths_BN(self) -> Tensor:
@@ -58,11 +62,13 @@ class Responses:
             self.mask_BNT.gather(1, index_BMT),
             self.eos_ids,
             self.pad_id,
+            None if self.law is None else self.law.take(index_BM),
         )
 
     def first(self, n: int) -> Responses:
         """Return the first ``n`` responses of each prompt."""
-        return Responses(self.prompts, self.tokens_BNT[:, :n], self.mask_BNT[:, :n], self.eos_ids, self.pad_id)
+        law = None if self.law is None else Shortlist(self.law.ids[:, :n], self.law.logps[:, :n])
+        return Responses(self.prompts, self.tokens_BNT[:, :n], self.mask_BNT[:, :n], self.eos_ids, self.pad_id, law)
 
     def texts(self, tokenizer) -> list[list[str]]:  # noqa: ANN001 - any HF tokenizer
         """Decode every response to text, special tokens dropped."""
@@ -76,14 +82,20 @@ class Responses:
 
 
 def concatenate(parts: Sequence[Responses]) -> Responses:
-    """Join responses to the same prompts along N, padded to the longest."""
+    """Join responses to the same prompts along N, padded to the longest; their laws too, where all have one."""
+    if len(parts) == 1:
+        return parts[0]
     first = parts[0]
     length = max(part.tokens_BNT.shape[-1] for part in parts)
     tokens = [
         torch.nn.functional.pad(p.tokens_BNT, (0, length - p.tokens_BNT.shape[-1]), value=p.pad_id) for p in parts
     ]
     masks = [torch.nn.functional.pad(p.mask_BNT, (0, length - p.mask_BNT.shape[-1]), value=False) for p in parts]
-    return Responses(first.prompts, torch.cat(tokens, 1), torch.cat(masks, 1), first.eos_ids, first.pad_id)
+    laws = [part.law.padded(length) for part in parts if part.law is not None]
+    law = None
+    if len(laws) == len(parts):
+        law = Shortlist(torch.cat([one.ids for one in laws], 1), torch.cat([one.logps for one in laws], 1))
+    return Responses(first.prompts, torch.cat(tokens, 1), torch.cat(masks, 1), first.eos_ids, first.pad_id, law)
 
 
 def changed_tokens(before: Responses, after: Responses) -> Tensor:

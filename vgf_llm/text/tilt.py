@@ -16,6 +16,28 @@ from torch import Tensor
 
 _DOUBLINGS = 20
 _BISECTIONS = 45
+_POSITIONS_PER_CHUNK = 512  # K * D numbers each
+
+
+def linear_bonus(table_VD: Tensor, displacement_XD: Tensor, token_X: Tensor, ids_XK: Tensor) -> Tensor:
+    """Return b_v = <Delta, e_v - e_y> over a shortlist, float [..., K], a few positions at a time.
+
+    Args:
+        table_VD: Input embeddings that the particles live in.
+        displacement_XD: Delta at each of X positions (any leading shape).
+        token_X: The token y that stands there.
+        ids_XK: Candidates v.
+    """
+    shape = ids_XK.shape
+    delta_XD = displacement_XD.reshape(-1, displacement_XD.shape[-1]).float()
+    ids_XK, token_X = ids_XK.reshape(-1, shape[-1]), token_X.reshape(-1)
+    pieces = []
+    for positions in torch.arange(len(ids_XK), device=ids_XK.device).split(_POSITIONS_PER_CHUNK):
+        delta_xD1 = delta_XD[positions].unsqueeze(-1)
+        of_list_xK = (table_VD[ids_XK[positions]].float() @ delta_xD1).squeeze(-1)
+        of_own_x = table_VD[token_X[positions]].float().unsqueeze(-2).matmul(delta_xD1).squeeze(-1)
+        pieces.append(of_list_xK - of_own_x)
+    return torch.cat(pieces).view(shape)
 
 
 def tilt(logps: Tensor, bonus: Tensor, multiplier: Tensor, is_eos: Tensor) -> Tensor:
@@ -44,19 +66,18 @@ def capped_multiplier(
     logps: Tensor, bonus: Tensor, multiplier: Tensor, is_eos: Tensor, max_nats: Tensor | float
 ) -> Tensor:
     """Return the largest multiplier, at most ``multiplier``, whose KL at a position is within its cap; [...]."""
-
-    def nats(s: Tensor) -> Tensor:
-        return kl_divergence(tilt(logps, bonus, s, is_eos), logps)
-
-    low, high = torch.zeros_like(multiplier), multiplier
-    over = nats(multiplier) > max_nats
+    max_nats = torch.as_tensor(max_nats, dtype=logps.dtype, device=logps.device).expand(multiplier.shape)
+    over = kl_divergence(tilt(logps, bonus, multiplier, is_eos), logps) > max_nats
     if not bool(over.any()):
         return multiplier
+    logps_XK, bonus_XK, is_eos_XK, max_nats_X = logps[over], bonus[over], is_eos[over], max_nats[over]
+    high_X = multiplier[over]
+    low_X = torch.zeros_like(high_X)
     for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        too_far = nats(middle) > max_nats
-        low, high = torch.where(too_far, low, middle), torch.where(too_far, middle, high)
-    return torch.where(over, low, multiplier)
+        middle_X = (low_X + high_X) / 2
+        too_far_X = kl_divergence(tilt(logps_XK, bonus_XK, middle_X, is_eos_XK), logps_XK) > max_nats_X
+        low_X, high_X = torch.where(too_far_X, low_X, middle_X), torch.where(too_far_X, middle_X, high_X)
+    return multiplier.masked_scatter(over, low_X)
 
 
 def calibrate_multiplier(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgf_llm.text.protocols import Decoded, Move
+from vgf_llm.text.protocols import Decoded, Move, Work
 
 _TOKENS_PER_CHUNK = 512
 
@@ -46,4 +46,5 @@ class NearestDecoder:
         result_BNT = tokens_BNT.clone()
         result_BNT[moved_BNT] = torch.cat(nearest) if nearest else tokens_BNT.new_empty(0)
         no_law_BN = torch.full(tokens_BNT.shape[:2], torch.nan, device=tokens_BNT.device)
-        return Decoded(move.responses.with_tokens(result_BNT), no_law_BN)
+        work = Work.of(moved_BNT.sum(-1), table=1)
+        return Decoded(move.responses.with_tokens(result_BNT), no_law_BN, work)

@@ -18,7 +18,11 @@ gets no other, a changed one ends with the reference's probability.
 Departure from a plain logits processor: while a row still equals its original, the law of the parallel forward is used
 in place of the sequential one, so that rounding cannot flip a token that nothing pushed.
 
-Cost a response: one parallel forward (2PT FLOPs) and one sequential decode (2PT), P parameters, T tokens.
+Of a response that is to be drawn afresh (``coupled_BN`` false) only the displacement and the multiplier are used:
+independent texts of one moved particle.
+
+Cost a response: one sequential decode (2PT FLOPs, P parameters, T tokens), and one parallel forward (2PT) where the
+sampler did not keep the laws of the original.
 """
 
 from __future__ import annotations
@@ -31,12 +35,11 @@ from torch.nn.functional import pad
 
 from vgf_llm.text.law import Shortlist, truncate
 from vgf_llm.text.noise import gumbel_noise, maximum_noise, posterior_gumbel_noise
-from vgf_llm.text.protocols import Decoded, Move
+from vgf_llm.text.protocols import Decoded, Move, Work
 from vgf_llm.text.reference import Reference, ReferencePrefix
 from vgf_llm.text.responses import is_any_of
-from vgf_llm.text.tilt import calibrate_multiplier, capped_multiplier, kl_divergence, tilt
+from vgf_llm.text.tilt import calibrate_multiplier, capped_multiplier, kl_divergence, linear_bonus, tilt
 
-_POSITIONS_PER_CHUNK = 512  # K * D numbers each
 _ENDS, _GOES_ON = -1, -2  # the noise of "does it end here", beside that of the tokens
 
 
@@ -60,24 +63,14 @@ class PriorDecoder:
     def decode(self, context: ReferencePrefix, move: Move) -> Decoded:
         """Write every response again under the tilted law."""
         n = move.responses.tokens_BNT.shape[1]
-        originals = self.reference.shortlists(context, move.responses)
-        path = _Path(self, move, originals)
+        originals, law = move.responses, move.responses.law
+        work = Work.none(len(originals.prompts))
+        if law is None:  # written by someone else: one parallel forward
+            law = self.reference.shortlists(context, originals)
+            work = Work.of(originals.lengths_BN, reference=1)
+        path = _Path(self, move, Shortlist(law.ids.flatten(0, -3), law.logps.flatten(0, -3)))
         written = self.reference.write(context, n, path.choose)
-        return Decoded(written, path.nats_R.view(-1, n))
-
-    def bonus(self, displacement_XD: Tensor, token_X: Tensor, ids_XK: Tensor) -> Tensor:
-        """Return b_v = <Delta, e_v - e_y> over a shortlist, float [..., K], a few positions at a time."""
-        shape = ids_XK.shape
-        delta_XD = displacement_XD.reshape(-1, displacement_XD.shape[-1]).float()
-        ids_XK, token_X = ids_XK.reshape(-1, shape[-1]), token_X.reshape(-1)
-        pieces = []
-        for positions in torch.arange(len(ids_XK), device=ids_XK.device).split(_POSITIONS_PER_CHUNK):
-            delta_xD1 = delta_XD[positions].unsqueeze(-1)
-            of_list_xK = (self.table_VD[ids_XK[positions]].float() @ delta_xD1).squeeze(-1)
-            pieces.append(
-                of_list_xK - self.table_VD[token_X[positions]].float().unsqueeze(-2).matmul(delta_xD1).squeeze(-1)
-            )
-        return torch.cat(pieces).view(shape)
+        return Decoded(written, path.nats_R.view(-1, n), work + Work.of(written.lengths_BN, reference=1))
 
 
 @dataclass
@@ -103,16 +96,17 @@ class _Path:
             pad(self.originals.ids, (0, 0, 0, missing)), pad(self.originals.logps, (0, 0, 0, missing), value=-torch.inf)
         )
         self.seeds_R = self.move.seeds_BN.flatten().to(self.tokens_RT.device)
-        self.unchanged_R = torch.ones_like(self.seeds_R, dtype=torch.bool)
-        self.done_R = torch.zeros_like(self.unchanged_R)
+        self.coupled_R = self.move.coupled_BN.flatten()
+        self.unchanged_R = self.coupled_R
+        self.done_R = torch.zeros_like(self.coupled_R)
         self.nats_R = torch.zeros(len(self.seeds_R), device=self.tokens_RT.device)
         self.multiplier_R = calibrate_multiplier(
             self.originals.logps,
-            self.decoder.bonus(self.displacement_RTD, self.tokens_RT, self.originals.ids),
+            linear_bonus(self.decoder.table_VD, self.displacement_RTD, self.tokens_RT, self.originals.ids),
             self._is_eos(self.originals.ids),
             self.movable_RT,
             self.move.nats,
-            self.move.max_token_nats,
+            self.move.budget.max_token_nats,
         )
 
     def choose(self, logits_RV: Tensor, position: int) -> Tensor:
@@ -137,17 +131,19 @@ class _Path:
     def _law(self, logits_RV: Tensor, as_original_R: Tensor, position: int) -> Shortlist:
         """The reference's law here; on rows that still equal their original, that of the parallel forward."""
         law = truncate(logits_RV, self.decoder.reference.sampling)
-        use_R1 = as_original_R.unsqueeze(-1)
+        use_R1, missing = as_original_R.unsqueeze(-1), self.originals.ids.shape[-1] - law.ids.shape[-1]
         return Shortlist(
-            torch.where(use_R1, self.originals.ids[:, position], pad(law.ids, (0, 1))),
-            torch.where(use_R1, self.originals.logps[:, position], pad(law.logps, (0, 1), value=-torch.inf)),
+            torch.where(use_R1, self.originals.ids[:, position], pad(law.ids, (0, missing))),
+            torch.where(use_R1, self.originals.logps[:, position], pad(law.logps, (0, missing), value=-torch.inf)),
         )
 
     def _tilted(self, law: Shortlist, is_eos_RK: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Return log q [R, K] and the KL spent at this position [R], within the cap and within what is left."""
-        bonus_RK = self.decoder.bonus(self.displacement_RTD[:, position], self.tokens_RT[:, position], law.ids)
+        bonus_RK = linear_bonus(
+            self.decoder.table_VD, self.displacement_RTD[:, position], self.tokens_RT[:, position], law.ids
+        )
         wanted_R = self.multiplier_R * self.movable_RT[:, position]
-        left_R = (self.move.nats - self.nats_R).clamp(min=0, max=self.move.max_token_nats)
+        left_R = (self.move.nats - self.nats_R).clamp(min=0, max=self.move.budget.max_token_nats)
         logq_RK = tilt(
             law.logps, bonus_RK, capped_multiplier(law.logps, bonus_RK, wanted_R, is_eos_RK, left_R), is_eos_RK
         )
@@ -173,6 +169,7 @@ class _Path:
             gumbel_noise(self.seeds_R, position, ids_RK),
             maximum_noise(self.seeds_R, position),
         )
-        same_RKJ = (law.ids.unsqueeze(-1) == ids_RK.unsqueeze(-2)) & ~torch.isinf(logps_RK).unsqueeze(-2)
+        known_RJ = ~torch.isinf(logps_RK) & self.coupled_R.unsqueeze(-1)
+        same_RKJ = (law.ids.unsqueeze(-1) == ids_RK.unsqueeze(-2)) & known_RJ.unsqueeze(-2)
         found_RK, where_RK = same_RKJ.any(-1), same_RKJ.long().argmax(-1)
         return torch.where(found_RK, known_RK.gather(-1, where_RK), gumbel_noise(self.seeds_R, position, law.ids))

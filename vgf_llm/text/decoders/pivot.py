@@ -1,0 +1,216 @@
+"""``pivot``: one token is replaced, the reference regrows what follows, and an exact test decides.
+
+A round draws a position i of each response y from rho(. | y), large where the reference is undecided and the
+displacement is long, then a token from the tilted law at i (multiplier 1 within the cap a token), a = y_i,
+
+    q_y(b) ∝ p(b | y_<i) exp(<Delta_i, e_b - e_a>),       EOS keeps its probability,
+
+lets the reference write the rest of y' after b, and keeps y' with probability
+
+    A = min{1, [p(b)/p(a)] [q_y'(a)/q_y(b)] [rho(i | y')/rho(i | y)] exp((R(y') - R(y)) / alpha)}.
+
+The suffixes are drawn from p and cancel, so the stationary law is p(y | x) exp(R(y) / alpha), p the sampling law: the
+KL-regularised optimum at temperature alpha, whatever the number of rounds. With ``tilted_tokens`` above 1 the tokens
+after the pivot are drawn from the tilted law too, and their ratios p(y'_t) q_y'(y_t) / (p(y_t) q_y(y'_t)) join A; Delta
+is that of y at the same place, 0 beyond its end.
+
+    rho(i | y) = (1 - u) H_i |Delta_i| / sum_j H_j |Delta_j| + u / |y|,      H_i the entropy of the law at i, u = 0.2.
+
+Source: suffix regrowth under Metropolis-Hastings is QUEST and QAlign (Faria et al. 2024, 2025), with a uniform position
+and no gradient; the tilt of the pivot by the value's gradient is ours.
+
+Cost a response and round, for P_ref and P_val parameters and T tokens: 2 P_ref T (what is kept is run in parallel, the
+rest token by token) and 4 P_val T FLOPs for the flow at y'; the first round 2 P_ref T more where the sampler did not
+keep the laws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vgf_llm.text.law import Shortlist, truncate
+from vgf_llm.text.noise import combine_seeds, gumbel_noise
+from vgf_llm.text.path import Path, chosen, own_logps, path_of
+from vgf_llm.text.protocols import Decoded, Move, Moved, Work
+from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.responses import Responses, is_any_of
+from vgf_llm.text.tilt import capped_multiplier, linear_bonus, tilt
+
+_UNIFORM_SHARE = 0.2
+_POSITION, _TEST, _TEXT = 0, 1, 2
+
+
+class PivotDecoder:
+    """Suffix regrowth from a tilted token, under Metropolis-Hastings.
+
+    Args:
+        reference: The frozen base model and its law.
+        table_VD: Input embeddings that the particles live in.
+        tilted_tokens: Tokens from the pivot on that are drawn from the tilted law, at least 1.
+    """
+
+    def __init__(self, reference: Reference, table_VD: Tensor, *, tilted_tokens: int = 1) -> None:
+        if tilted_tokens < 1:
+            raise ValueError(f"tilted_tokens must be at least 1, got {tilted_tokens}")
+        self.reference = reference
+        self.table_VD = table_VD
+        self.tilted_tokens = tilted_tokens
+
+    def prepare(self, prompts: list[list[int]]) -> ReferencePrefix:
+        """Run the prompts through the reference once."""
+        return self.reference.prefix(prompts)
+
+    @torch.no_grad()
+    def decode(self, context: ReferencePrefix, move: Move) -> Decoded:
+        """Regrow each response from a pivot, test it and keep it or not."""
+        length = self.reference.sampling.max_new_tokens
+        responses, path, work = _padded(move.responses, length), move.state, Work.none(len(move.responses.prompts))
+        if path is None:
+            path, work = path_of(self.reference, context, responses)
+            path = Path(path.law.padded(length), pad(path.own_BNT, (0, length - path.own_BNT.shape[-1])))
+        here = _padded_moved(move.moved, length)
+        seeds_BN = move.seeds_BN.to(responses.tokens_BNT.device)
+        rho_BNT = _position_law(path, responses, here.displacement_BNTD)
+        pivot_BN = _draw(rho_BNT, combine_seeds(seeds_BN, _POSITION))
+        regrowth = _Regrowth(self, move, responses, here.displacement_BNTD, path.law, pivot_BN, seeds_BN)
+        written = self.reference.rewrite(context, responses, pivot_BN, regrowth.choose)
+        new_path = Path(regrowth.law, own_logps(regrowth.law, written))
+        there = _padded_moved(move.flow(written), length)
+        work += Work.of(written.lengths_BN, reference=1, value=move.flow_passes)
+
+        forward_BN = self._tilted_logps(move, responses, here, new_path.law, written, pivot_BN)
+        backward_BN = self._tilted_logps(move, written, there, path.law, responses, pivot_BN)
+        tilted_BNT = self._is_tilted(pivot_BN, length)
+        log_a_BN = (
+            (new_path.own_BNT - path.own_BNT).masked_fill(~tilted_BNT, 0).sum(-1)
+            + (backward_BN - forward_BN)
+            + (
+                _log_at(_position_law(new_path, written, there.displacement_BNTD), pivot_BN)
+                - _log_at(rho_BNT, pivot_BN)
+            )
+            + (there.values_BN - here.values_BN) / move.budget.temperature
+        )
+        uniform_BN = torch.exp(-torch.exp(-_noise(combine_seeds(seeds_BN, _TEST), 1).squeeze(-1)))
+        kept_BN = uniform_BN.log() < log_a_BN
+        moved = here.where(kept_BN, there)
+        return Decoded(
+            responses=chosen(kept_BN, written, responses),
+            nats_BN=torch.full(kept_BN.shape, torch.nan, device=kept_BN.device),
+            work=work,
+            values_BN=moved.values_BN,
+            moved=moved,
+            state=path.where(kept_BN, new_path),
+        )
+
+    def _is_tilted(self, pivot_BN: Tensor, length: int) -> Tensor:
+        """Positions that are drawn from the tilted law, bool [B, N, T]."""
+        offset_BNT = torch.arange(length, device=pivot_BN.device) - pivot_BN.unsqueeze(-1)
+        return (offset_BNT >= 0) & (offset_BNT < self.tilted_tokens)
+
+    def _tilted_logps(
+        self, move: Move, start: Responses, moved: Moved, law: Shortlist, end: Responses, pivot_BN: Tensor
+    ) -> Tensor:
+        """Log-probability of the tilted tokens of ``end`` when regrown from ``start``; ``law`` is along ``end``."""
+        some_BNT = self._is_tilted(pivot_BN, end.tokens_BNT.shape[-1]) & end.mask_BNT
+        law_XK = Shortlist(law.ids[some_BNT], law.logps[some_BNT])
+        tilted_XK = self.tilted_law(move, law_XK, moved.displacement_BNTD[some_BNT], start.tokens_BNT[some_BNT])
+        same_XK = (law_XK.ids == end.tokens_BNT[some_BNT].unsqueeze(-1)) & ~torch.isinf(law_XK.logps)
+        own_X = tilted_XK.logps.masked_fill(~same_XK, -torch.inf).amax(-1)
+        return torch.zeros_like(law.logps[..., 0]).masked_scatter(some_BNT, own_X).sum(-1)
+
+    def tilted_law(self, move: Move, law: Shortlist, displacement: Tensor, token: Tensor) -> Shortlist:
+        """Return q at positions [...]: the law tilted by the displacement, within the cap a token."""
+        bonus = linear_bonus(self.table_VD, displacement, token, law.ids)
+        is_eos = is_any_of(law.ids, move.responses.eos_ids)
+        one = torch.ones(law.logps.shape[:-1], dtype=law.logps.dtype, device=law.logps.device)
+        multiplier = capped_multiplier(law.logps, bonus, one, is_eos, move.budget.max_token_nats)
+        return Shortlist(law.ids, tilt(law.logps, bonus, multiplier, is_eos))
+
+
+@dataclass
+class _Regrowth:
+    """The state of one rewrite: the laws that were met, and the noise that picks the tokens."""
+
+    decoder: PivotDecoder
+    move: Move
+    start: Responses
+    displacement_BNTD: Tensor
+    old_law: Shortlist
+    pivot_BN: Tensor
+    seeds_BN: Tensor
+    law: Shortlist = field(init=False)
+
+    def __post_init__(self) -> None:
+        # What is kept keeps its laws; the rest is filled in as it is written.
+        before_BNT1 = (
+            torch.arange(self.old_law.ids.shape[2], device=self.pivot_BN.device) < self.pivot_BN.unsqueeze(-1)
+        ).unsqueeze(-1)
+        self.law = Shortlist(self.old_law.ids.clone(), self.old_law.logps.masked_fill(~before_BNT1, -torch.inf))
+        self.text_seeds_R = combine_seeds(self.seeds_BN.flatten(), _TEXT)
+
+    def choose(self, logits_RV: Tensor, position_R: Tensor) -> Tensor:
+        """Draw the next token of every row: from the tilted law at the pivot, from the reference's after it."""
+        law = truncate(logits_RV, self.decoder.reference.sampling)
+        missing = self.old_law.ids.shape[-1] - law.ids.shape[-1]
+        law = Shortlist(pad(law.ids, (0, missing)), pad(law.logps, (0, missing), value=-torch.inf))
+        live_R = position_R < self.old_law.ids.shape[2]
+        position_R = position_R.clamp(max=self.old_law.ids.shape[2] - 1)
+        rows_R = torch.arange(len(position_R), device=position_R.device)
+        tilted = self.decoder.tilted_law(
+            self.move,
+            law,
+            self.displacement_BNTD.flatten(0, 1)[rows_R, position_R],
+            self.start.tokens_BNT.flatten(0, 1)[rows_R, position_R],
+        )
+        is_tilted_R1 = (position_R - self.pivot_BN.flatten() < self.decoder.tilted_tokens).unsqueeze(-1)
+        logps_RK = torch.where(is_tilted_R1, tilted.logps, law.logps)
+        self.law.ids.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = law.ids[live_R]
+        self.law.logps.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = law.logps[live_R]
+        noise_RK = gumbel_noise(combine_seeds(self.text_seeds_R, position_R), 0, law.ids)
+        return law.ids.gather(-1, (logps_RK + noise_RK).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _position_law(path: Path, responses: Responses, displacement_BNTD: Tensor) -> Tensor:
+    """Return rho(i | y), [B, N, T]; 0 beyond the response."""
+    logps = path.law.logps
+    entropy_BNT = -(logps.exp() * logps.masked_fill(torch.isinf(logps), 0)).sum(-1)
+    weight_BNT = (entropy_BNT * displacement_BNTD.float().norm(dim=-1)).masked_fill(~responses.mask_BNT, 0)
+    total_BN1 = weight_BNT.sum(-1, keepdim=True)
+    uniform_BNT = responses.mask_BNT / responses.mask_BNT.sum(-1, keepdim=True)
+    directed_BNT = torch.where(total_BN1 > 0, weight_BNT / total_BN1.clamp(min=1e-30), uniform_BNT)
+    return (1 - _UNIFORM_SHARE) * directed_BNT + _UNIFORM_SHARE * uniform_BNT
+
+
+def _noise(seeds_BN: Tensor, columns: int) -> Tensor:
+    """Standard Gumbel noise [B, N, columns]."""
+    columns_RX = torch.arange(columns, device=seeds_BN.device).expand(seeds_BN.numel(), -1)
+    return gumbel_noise(seeds_BN.flatten(), 0, columns_RX).view(*seeds_BN.shape, columns)
+
+
+def _draw(probability_BNT: Tensor, seeds_BN: Tensor) -> Tensor:
+    return (probability_BNT.log() + _noise(seeds_BN, probability_BNT.shape[-1])).argmax(-1)
+
+
+def _log_at(probability_BNT: Tensor, position_BN: Tensor) -> Tensor:
+    return probability_BNT.gather(-1, position_BN.unsqueeze(-1)).squeeze(-1).log()
+
+
+def _padded(responses: Responses, length: int) -> Responses:
+    missing = length - responses.tokens_BNT.shape[-1]
+    return Responses(
+        responses.prompts,
+        pad(responses.tokens_BNT, (0, missing), value=responses.pad_id),
+        pad(responses.mask_BNT, (0, missing), value=False),
+        responses.eos_ids,
+        responses.pad_id,
+        None if responses.law is None else responses.law.padded(length),
+    )
+
+
+def _padded_moved(moved: Moved, length: int) -> Moved:
+    missing = length - moved.displacement_BNTD.shape[2]
+    return Moved(pad(moved.displacement_BNTD, (0, 0, 0, missing)), moved.values_BN, moved.distance_BN)
