@@ -15,7 +15,7 @@ def markdown_report(summary: dict[str, Any], rows: list[Row]) -> str:
 
     Args:
         summary: What ``vgf_llm.evaluation.work.finish`` returned.
-        rows: The rows it was made from, for the texts.
+        rows: The rows it was made from, for the texts; empty shows none.
     """
     hardware = ", ".join(f"{key} {value}" for key, value in summary["hardware"].items() if value is not None)
     parts = [
@@ -25,7 +25,9 @@ def markdown_report(summary: dict[str, Any], rows: list[Row]) -> str:
     for baseline, differences in summary["differences"].items():
         parts.append(f"Arm minus `{baseline}`, paired by prompt and seed; bold where the interval excludes zero:")
         parts.append(difference_table(differences))
-    parts += [f"Hardware: {hardware}.", "## Texts, unfiltered", _texts(rows, list(summary["arms"]))]
+    parts.append(f"Hardware: {hardware}.")
+    if rows:
+        parts += ["## Texts, unfiltered", _texts(rows, list(summary["arms"]))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,0 +1,224 @@
+"""The bake-off: every decoder against best-of-N at equal compute, with controls, on two tasks.
+
+    python -m benchmarks.decoders --config recipes/smollm2_sentiment/evaluate_decoders.yaml --record decoders_sentiment
+    python -m benchmarks.decoders --config recipes/smollm2_dialogue/evaluate_decoders.yaml --record decoders_dialogue
+    python -m benchmarks.decoders --config ... --stage seconds
+
+Stage ``compute`` runs every decoder at four compute levels, and with a random direction, without one, and with the
+value's raw gradient at one of them (``few_prompts`` prompts), then the decoders named by ``main`` and best-of-N on all
+prompts. FLOPs are counted, and every arm is held against best-of-N at its own count
+(``benchmarks/decoder_matches.py``). It can be resumed: every finished (arm, prompt) is a line of ``rows.jsonl``. Stage
+``seconds`` times the arms one by one, each with a sampling of its own, on an otherwise idle machine. The last line of
+standard output is one JSON object; with ``--record`` the summary goes to docs/results/<name>.json and the tables to
+<name>.md, with texts if these may be shown.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.decoder_arms import (
+    BASE,
+    DEFAULT_NATS,
+    ablation_arms,
+    best_of,
+    cloud_arm,
+    control_arms,
+    decodings,
+    growing_arms,
+    level_arms,
+)
+from vgf_llm.cli import run_main
+from vgf_llm.config import parse
+from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.evaluation.arms import Arm
+from vgf_llm.evaluation.settings import EvaluateSettings
+from vgf_llm.io import read_jsonl, write_json_atomic, write_text_atomic
+from vgf_llm.settings import ModelSettings, SamplingSettings
+
+_RECORDS = Path("docs/results")
+_SHOWN = 40
+_ALPHA_SHARE = 0.1  # of the standard deviation of the value, for the decoders that accept by it
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What the bake-off runs."""
+
+    stage: str = "compute"
+    """compute (FLOPs, gold, controls) or seconds (timing, on an idle machine)."""
+    few_prompts: int = 12
+    """Prompts on which every decoder, control and ablation is run; the first of the file, at least 2."""
+    main: list[str] = field(default_factory=lambda: ["prior", "prior 4 nats"])
+    """Decoders that are run on all prompts."""
+    others: list[str] = field(default_factory=lambda: list(decodings(1.0)))
+    """Decoders that are run at all."""
+    extras: bool = True
+    """Whether controls, ablations and growing budgets are run."""
+    show_texts: bool = True
+    """Whether the record may hold prompts and texts; off for data that must not be passed on."""
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        if self.stage not in ("compute", "seconds"):
+            raise ValueError(f"stage must be compute or seconds, got {self.stage!r}")
+        if self.few_prompts < 2:
+            raise ValueError(f"few_prompts must be at least 2, got {self.few_prompts}")
+        for name in (*self.main, *self.others):
+            if name not in decodings(1.0):
+                raise ValueError(f"main, others: {name!r} is no decoder here; there are {', '.join(decodings(1.0))}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    benchmark, settings, models, sampling = parse(
+        BenchmarkSettings,
+        EvaluateSettings,
+        ModelSettings,
+        SamplingSettings,
+        argv=argv,
+        prog="python -m benchmarks.decoders",
+        description="Compare decoders with best-of-N at equal compute.",
+    )
+    run = time_arms if benchmark.stage == "seconds" else compare
+    print(json.dumps(run(benchmark, settings, models, sampling)))
+    return 0
+
+
+def acceptance_temperature(models: ModelSettings) -> float:
+    """Return alpha of the decoders that accept by value: a tenth of the reward model's standard deviation.
+
+    Raises:
+        ModelError: The reward model's card states none.
+    """
+    from reward_models.card import read_card
+
+    std = read_card(models.reward_model or "").score_std
+    if not std:
+        raise ModelError(f"'{models.reward_model}': the card states no score_std; train the reward model again")
+    return round(_ALPHA_SHARE * std, 4)
+
+
+def stages(benchmark: BenchmarkSettings, alpha: float) -> list[tuple[list[Arm], bool]]:
+    """Return the arms of each pass over the prompts, and whether it takes few of them."""
+    arms = [*best_of(), *level_arms(alpha, benchmark.others)]
+    if benchmark.extras:
+        directed = [name for name in benchmark.others if name not in ("prior 4 nats", "nearest", "nearest each step")]
+        arms += [*control_arms(alpha, directed), *ablation_arms(), *growing_arms(alpha)]
+    main_arms = [*best_of(), *level_arms(alpha, benchmark.main), cloud_arm(DEFAULT_NATS)]
+    return [(arms, True), (main_arms, False)]
+
+
+def compare(
+    benchmark: BenchmarkSettings, settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSettings
+) -> dict[str, Any]:
+    """Run the arms, hold them against best-of-N at equal FLOPs, and return the headline."""
+    from benchmarks.decoder_matches import matched, matched_markdown
+    from vgf_llm.evaluate import run
+    from vgf_llm.evaluation.report import markdown_report
+    from vgf_llm.evaluation.work import finish
+
+    alpha = acceptance_temperature(models)
+    passes = stages(benchmark, alpha)
+    prompts = settings.num_prompts or sum(1 for _ in read_jsonl(Path(settings.prompts)))
+    for arms, few in passes:
+        count = min(benchmark.few_prompts, prompts) if few else prompts
+        run(replace(settings, arms=arms, num_prompts=count, resume=True, record=None), models, sampling)
+    rows = list(read_jsonl(Path(settings.output_dir) / "rows.jsonl"))
+    every = replace(settings, arms=passes[0][0], baselines=["base", BASE])
+    summary = finish(every, models, sampling, rows)
+    summary["matched_flops"] = matched(rows, BASE)
+    summary["alpha"] = alpha
+    write_json_atomic(Path(settings.output_dir) / "summary.json", summary)
+    if settings.record:
+        write_json_atomic(_RECORDS / f"{settings.record}.json", summary)
+        shown = (
+            [row for row in rows if row["arm"] in {arm.name for arm in passes[1][0]}] if benchmark.show_texts else []
+        )
+        tables = "## At equal FLOPs\n\n" + matched_markdown(summary["matched_flops"]) + "\n\n"
+        write_text_atomic(_RECORDS / f"{settings.record}.md", tables + markdown_report(summary, shown))
+        print(f"recorded in {_RECORDS / settings.record}.json and .md", file=sys.stderr)
+    print(matched_markdown(summary["matched_flops"]))
+    return {
+        name: {"n": round(one["n"], 1), "gold": round(one["selected_gold"]["mean"], 4)}
+        for name, one in summary["matched_flops"].items()
+    }
+
+
+def samples_markdown(rows: list[dict[str, Any]], moved_arm: str) -> str:
+    """Return the first sample of the first 40 prompts and what it was moved to, whatever they say."""
+    seed = min(row["seed"] for row in rows)
+    texts = {(row["arm"], row["prompt_index"]): row for row in rows if row["seed"] == seed}
+    lines = [
+        "\n## Texts, unfiltered",
+        f"\nThe first sample of each prompt (o) and what `{moved_arm}` made of it (t).\n",
+    ]
+    for index in range(_SHOWN):
+        original, moved = texts.get((BASE, index)), texts.get((moved_arm, index))
+        if original is None or moved is None:
+            break
+        lines.append(f"\n**{index + 1}. {original['prompt']}**\n")
+        for mark, row in (("o", original), ("t", moved)):
+            lines.append(
+                f"- {mark} (gold {row['gold'][0]:+.2f}, NLL {row['nll'][0]:.2f}): {' '.join(row['texts'][0].split())}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def time_arms(
+    benchmark: BenchmarkSettings, settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSettings
+) -> dict[str, Any]:
+    """Time best-of-N and every decoder at every level, one batch of ``few_prompts`` prompts an arm, and return seconds.
+
+    An arm draws its own samples in one piece, as it would in use. Two repetitions in turning order; the lower counts.
+    """
+    from vgf_llm.data import load_prompts
+    from vgf_llm.evaluation.flops import Sizes
+    from vgf_llm.evaluation.run import Experiment, Prompts
+    from vgf_llm.evaluation.work import hardware
+    from vgf_llm.pipeline import encode_prompts, load_pipeline
+    from vgf_llm.progress import track
+
+    arms = stages(replace(benchmark, extras=False), acceptance_temperature(models))[0][0]
+    pipeline = load_pipeline(models, sampling)
+    found = load_prompts(settings.prompts, settings.prompt_column, limit=benchmark.few_prompts)
+    if len(found) < benchmark.few_prompts:
+        raise ConfigError(f"{settings.prompts} has {len(found)} prompts, few_prompts asks for {benchmark.few_prompts}")
+    batch = Prompts(list(range(len(found))), [""] * len(found), encode_prompts(pipeline, found))
+    sizes = Sizes.of(pipeline.reference.model, pipeline.value)
+
+    def no_gold(prompts: list[str], responses: list[str]) -> list[float]:
+        return [0.0] * len(responses)
+
+    experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, no_gold, sizes, pipeline.gradient)
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    started = time.perf_counter()
+    for arm in track([*arms, *reversed(arms)], "timing"):
+        for rows in experiment.rows([arm], batch, settings.seed):
+            seconds[arm.name].append(rows[0]["seconds"])
+    result = {
+        "seconds": {name: min(times) for name, times in seconds.items()},
+        "spread": {name: round(max(times) / min(times), 3) for name, times in seconds.items()},
+        "prompts_a_batch": len(found),
+        "hardware": hardware(),
+        "dtype": models.dtype,
+        "wall_sec": round(time.perf_counter() - started, 1),
+    }
+    write_json_atomic(Path(settings.output_dir) / "seconds.json", result)
+    if settings.record:
+        write_json_atomic(_RECORDS / f"{settings.record}_seconds.json", result)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
