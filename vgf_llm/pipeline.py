@@ -18,7 +18,14 @@ from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
 from vgf_llm.settings import DecoderName, ModelSettings, SamplingSettings, resolve_device
-from vgf_llm.text.decoders import EditDecoder, EditGreedyDecoder, NearestDecoder, PivotDecoder, PriorDecoder
+from vgf_llm.text.decoders import (
+    BlockDecoder,
+    EditDecoder,
+    EditGreedyDecoder,
+    NearestDecoder,
+    PivotDecoder,
+    PriorDecoder,
+)
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Decoder, Value
 from vgf_llm.text.reference import Reference
@@ -94,6 +101,7 @@ def make_decoder(
     options = options or {}
     makers: dict[str, Callable[..., Decoder]] = {
         "prior": PriorDecoder,
+        "block": BlockDecoder,
         "edit": EditDecoder,
         "edit_greedy": EditGreedyDecoder,
         "pivot": PivotDecoder,

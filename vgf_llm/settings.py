@@ -7,7 +7,7 @@ from typing import Literal
 
 from vgf_llm.errors import ConfigError
 
-DecoderName = Literal["prior", "edit", "edit_greedy", "pivot", "nearest"]
+DecoderName = Literal["prior", "block", "edit", "edit_greedy", "pivot", "nearest"]
 
 
 @dataclass(frozen=True)

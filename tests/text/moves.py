@@ -20,7 +20,9 @@ def make_move(value, responses, displacement_BNTD, *, nats, seeds_BN, max_token_
         nats=nats,
         seeds_BN=seeds_BN,
         coupled_BN=torch.full(zeros_BN.shape, coupled),
-        flow=lambda other: Moved(torch.zeros_like(displacement_BNTD), score(other), zeros_BN),
+        flow=lambda other: Moved(
+            torch.zeros(*other.tokens_BNT.shape, displacement_BNTD.shape[-1]), score(other), zeros_BN
+        ),
         flow_passes=2,
         score=score,
     )

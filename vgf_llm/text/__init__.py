@@ -1,6 +1,13 @@
 """Text as particles: the reference's law, responses and their embeddings, decoders, and the implicit policy."""
 
-from vgf_llm.text.decoders import EditDecoder, EditGreedyDecoder, NearestDecoder, PivotDecoder, PriorDecoder
+from vgf_llm.text.decoders import (
+    BlockDecoder,
+    EditDecoder,
+    EditGreedyDecoder,
+    NearestDecoder,
+    PivotDecoder,
+    PriorDecoder,
+)
 from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.protocols import Decoded, Decoder, Move, Moved, Value, Work
@@ -8,6 +15,7 @@ from vgf_llm.text.reference import Reference
 from vgf_llm.text.responses import Responses
 
 __all__ = [
+    "BlockDecoder",
     "Decoded",
     "Decoder",
     "EditDecoder",

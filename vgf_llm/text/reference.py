@@ -143,17 +143,38 @@ class Reference:
         Returns:
             Responses of at most ``sampling.max_new_tokens`` tokens, ended by the first EOS.
         """
-        rows = prefix.prefix.expand(num_particles)
-        cache, mask_RS = rows.cache(), rows.mask_BP.long()
-        token_R = prefix.last_token_B.repeat_interleave(num_particles)
-        done_R = torch.zeros_like(token_R, dtype=torch.bool)
+        rows_R = torch.arange(len(prefix.prompts), device=self.device).repeat_interleave(num_particles)
+        tokens_RT, _ = self.extend(prefix.select(rows_R), range(self.sampling.max_new_tokens), choose)
+        mask_RT = mask_after_eos(tokens_RT, self.eos_ids)
+        shape = (-1, num_particles, tokens_RT.shape[1])
+        tokens_RT = tokens_RT.masked_fill(~mask_RT, self.pad_id)
+        return Responses(prefix.prompts, tokens_RT.view(shape), mask_RT.view(shape), self.eos_ids, self.pad_id)
+
+    @torch.no_grad()
+    def extend(
+        self, rows: ReferencePrefix, positions: range, choose: ChooseToken, done_R: Tensor | None = None
+    ) -> tuple[Tensor, ReferencePrefix]:
+        """Write more tokens after rows; stops early where all have ended.
+
+        Args:
+            rows: R texts, a prompt and what has been written after it; left as they are.
+            positions: Places in the response that the tokens go to.
+            choose: Maps (logits_RV, position) to the next token of every row.
+            done_R: bool, rows that have ended before; none when not given.
+
+        Returns:
+            The tokens [R, at most len(positions)], padding after an EOS, and the rows with them.
+        """
+        cache, mask_RS, token_R = rows.prefix.cache(), rows.prefix.mask_BP.long(), rows.last_token_B
+        done_R = torch.zeros_like(token_R, dtype=torch.bool) if done_R is None else done_R
+        lengths_R = rows.prefix.lengths_B
         written: list[Tensor] = []
-        for position in range(self.sampling.max_new_tokens):
+        for position in positions:
             mask_RS = torch.cat([mask_RS, _column(token_R)], 1)
             logits_RV = self.model(
                 input_ids=token_R.unsqueeze(1),
                 attention_mask=mask_RS,
-                position_ids=(rows.lengths_B + position).unsqueeze(1),
+                position_ids=(lengths_R + len(written)).unsqueeze(1),
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
@@ -162,11 +183,10 @@ class Reference:
             done_R = done_R | is_any_of(token_R, self.eos_ids)
             if bool(done_R.all()):
                 break
-        tokens_RT = torch.stack(written, 1)
-        mask_RT = mask_after_eos(tokens_RT, self.eos_ids)
-        shape = (-1, num_particles, tokens_RT.shape[1])
-        tokens_RT = tokens_RT.masked_fill(~mask_RT, self.pad_id)
-        return Responses(prefix.prompts, tokens_RT.view(shape), mask_RT.view(shape), self.eos_ids, self.pad_id)
+        keys, values = (tuple(getattr(layer, name) for layer in cache.layers) for name in ("keys", "values"))
+        return torch.stack(written, 1), ReferencePrefix(
+            PromptPrefix(keys, values, mask_RS.bool()), token_R, rows.prompts
+        )
 
     @torch.no_grad()
     def rewrite(

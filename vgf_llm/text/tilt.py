@@ -81,7 +81,12 @@ def capped_multiplier(
 
 
 def calibrate_multiplier(
-    logps_RTK: Tensor, bonus_RTK: Tensor, is_eos_RTK: Tensor, mask_RT: Tensor, nats: float, max_token_nats: float
+    logps_RTK: Tensor,
+    bonus_RTK: Tensor,
+    is_eos_RTK: Tensor,
+    mask_RT: Tensor,
+    nats: Tensor | float,
+    max_token_nats: float,
 ) -> Tensor:
     """Return one multiplier a response, [R], that spends ``nats`` over the response's own contexts.
 
@@ -93,7 +98,7 @@ def calibrate_multiplier(
         bonus_RTK: b at every position.
         is_eos_RTK: bool.
         mask_RT: bool, positions that count.
-        nats: KL budget of a response.
+        nats: KL budget of a response: a number, or one each [R].
         max_token_nats: Cap on one position.
     """
 
