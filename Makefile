@@ -44,10 +44,13 @@ quality: setup  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-results: setup  ## the tables of docs/results.md; can be stopped and started again
+results: setup  ## the bake-off of docs/results.md on the sentiment task; can be stopped and started again
 	test -f outputs/smollm2_sentiment/reward/reward_card.json || \
 		$(BIN)/vgf-llm reward --config recipes/smollm2_sentiment/reward.yaml
-	$(BIN)/python -m vgf_llm.evaluate --config recipes/smollm2_sentiment/results.yaml --resume
+	test -f outputs/smollm2_sentiment/reward/secant.json || \
+		$(BIN)/vgf-llm secant --config recipes/smollm2_sentiment/secant.yaml
+	$(BIN)/python -m benchmarks.decoders --config recipes/smollm2_sentiment/evaluate_decoders.yaml \
+		--record decoders_sentiment
 
 bench: setup  ## what a flow step costs, as ratios
 	$(BIN)/python -m benchmarks.transport

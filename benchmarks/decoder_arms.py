@@ -18,7 +18,7 @@ from vgf_llm.flow.budget import TransportBudget
 LEVELS = (16, 32, 64, 128)
 BASE = f"best-of-{LEVELS[-1]}"
 CONTROL_LEVEL = 32
-DEFAULT_NATS = 2.0
+DEFAULT_NATS = TransportBudget().nats
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def ablation_arms() -> list[Arm]:
 
 def cloud_arm(nats: float) -> Arm:
     """Return eight particles under a budget, each decoded once: the cloud as a whole."""
-    budget = TransportBudget(nats=nats, max_token_nats=max(1.0, nats / 2))
+    budget = TransportBudget(nats=nats, max_token_nats=max(TransportBudget().max_token_nats, nats / 2))
     return Arm(name=f"prior {nats:g} nats, cloud", num_particles=8, budget=budget)
 
 

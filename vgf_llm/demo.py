@@ -1,7 +1,8 @@
 """``vgf-llm demo``: the main job end to end on a real pretrained model, on a laptop without a network.
 
-It trains a reward model on the recipe's preference pairs (unless ``output_dir`` holds one already), moves and decodes
-responses to unseen prompts, and prints the base model, best-of-N and three budgets side by side, then a few texts.
+It trains a reward model on the recipe's preference pairs and fits its secant head (unless ``output_dir`` holds them
+already), moves and decodes responses to unseen prompts, and prints the base model, best-of-N and three budgets side by
+side, then a few texts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class DemoSettings:
     """Where the demo's recipe is and where its files go."""
 
     recipe: str = "recipes/smollm2_sentiment"
-    """Folder with reward.yaml and demo.yaml."""
+    """Folder with reward.yaml, secant.yaml and demo.yaml."""
     output_dir: str = "outputs/demo"
     """Folder for the reward model and the evaluation; what it holds already is used again."""
     num_prompts: int = 20
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = Path(settings.recipe)
     if not (recipe / "demo.yaml").is_file():
         raise ConfigError(f"recipe {str(recipe)!r} has no demo.yaml; run from the repository's folder or name one")
-    reward_model = _train(recipe, output_dir / "reward")
+    reward_model = _fit_secant_head(recipe, _train(recipe, output_dir / "reward"))
     summary, evaluation_dir = _evaluate(settings, recipe, reward_model, output_dir)
     _show_texts(evaluation_dir, summary, settings.shown)
     minutes = (time.perf_counter() - started) / 60
@@ -87,6 +88,23 @@ def _train(recipe: Path, folder: Path) -> Path:
         argv=["--config", str(recipe / "reward.yaml"), "--output_dir", str(folder)],
     )
     train(*parsed)
+    return folder
+
+
+def _fit_secant_head(recipe: Path, folder: Path) -> Path:
+    """Fit the head whose direction moves the particles, unless it is there already or the recipe has none."""
+    if (folder / "secant.json").exists() or not (recipe / "secant.yaml").is_file():
+        return folder
+    from reward_models.secant_config import SecantScript, SecantTraining
+    from reward_models.train_secant import run as fit
+
+    parsed = parse(
+        SecantScript,
+        SecantTraining,
+        SamplingSettings,
+        argv=["--config", str(recipe / "secant.yaml"), "--reward_model", str(folder)],
+    )
+    fit(*parsed)
     return folder
 
 

@@ -96,7 +96,8 @@ def _claim(output_dir: Path, rows_path: Path, *instances: Any) -> None:
         if not config_path.exists():
             raise OutputError(f"{rows_path} exists without its config.json; name another output_dir")
         before = json.loads(config_path.read_text())
-        free = ("num_prompts", "arms", "baselines")  # more prompts and further arms only add rows
+        # More prompts and further arms only add rows; what the arms are made from is compared in the arms themselves.
+        free = ("num_prompts", "arms", "baselines", "num_particles", "draws", "best_of", "budgets")
         changed = [k for k in config if k not in free and before.get(k) != config[k]]
         changed += [f"arms: {name}" for name in _changed_arms(before.get("arms", []), config["arms"])]
         if changed:

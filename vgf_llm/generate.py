@@ -44,6 +44,8 @@ class GenerateSettings:
     """How moved particles become tokens."""
     num_particles: int = 8
     """Responses a prompt that are sampled and moved, at least 1."""
+    draws: int = 3
+    """Texts decoded from each moved response, at least 1."""
     select: Literal["max", "softmax", "random"] = "max"
     """The response returned: best by value, drawn by softmax of value / budget.temperature, or any of the pool."""
     seed: int = 0
@@ -59,6 +61,8 @@ class GenerateSettings:
         Raises:
             ValueError: Naming the key and the value seen.
         """
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
         if self.num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
         if self.num_prompts is not None and self.num_prompts < 1:
@@ -109,8 +113,12 @@ def run(
         settings.budget,
         select=settings.select,
         gradient=pipeline.gradient,
+        draws=settings.draws,
     )
-    print(f"answering {len(encoded)} prompts, {settings.num_particles} particles each", file=sys.stderr)
+    print(
+        f"answering {len(encoded)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
+        file=sys.stderr,
+    )
     starts = range(0, len(encoded), settings.batch_prompts)
     for start in track(starts, "generating"):
         indices = list(range(start, min(start + settings.batch_prompts, len(encoded))))

@@ -107,7 +107,9 @@ def test_text_measures():
 
 
 def test_budget_arms_have_unique_names():
-    arms = budget_arms(4, [4, 8], [TransportBudget(nats=2), TransportBudget(nats=2, steps=3), TransportBudget.none()])
+    arms = budget_arms(
+        4, 2, [4, 8], [TransportBudget(nats=2), TransportBudget(nats=2, steps=3), TransportBudget.none()]
+    )
     assert [arm.name for arm in arms] == [
         "base",
         "best-of-4",

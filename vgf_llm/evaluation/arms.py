@@ -61,7 +61,7 @@ class Arm:
         return self.select == "random" and self.transport.is_none
 
 
-def budget_arms(num_particles: int, best_of: list[int], budgets: list[TransportBudget]) -> list[Arm]:
+def budget_arms(num_particles: int, draws: int, best_of: list[int], budgets: list[TransportBudget]) -> list[Arm]:
     """Return the usual arms: the base model, best-of-N at several N, and the given budgets."""
     arms = [Arm(name="base", num_particles=num_particles, select="random")]
     arms += [Arm(name=f"best-of-{n}", num_particles=n) for n in best_of]
@@ -70,5 +70,5 @@ def budget_arms(num_particles: int, best_of: list[int], budgets: list[TransportB
         name += f" x{budget.rounds} rounds" if budget.rounds > 1 else ""
         if any(arm.name == name for arm in arms):
             name += f" ({budget.steps} {budget.step} steps)"
-        arms.append(Arm(name=name, num_particles=num_particles, budget=budget))
+        arms.append(Arm(name=name, num_particles=num_particles, draws=draws, budget=budget))
     return arms

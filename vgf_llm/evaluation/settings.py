@@ -24,6 +24,8 @@ class EvaluateSettings:
     """Held-out scorer: a function of reward_models.functions or "module:function"."""
     num_particles: int = 8
     """N of the budgets' arms."""
+    draws: int = 3
+    """Texts decoded from each moved particle in the budgets' arms, at least 1."""
     best_of: list[int] = field(default_factory=lambda: [8, 16, 32])
     """N of the best-of-N arms."""
     budgets: list[TransportBudget] = field(default_factory=lambda: [TransportBudget(nats=n) for n in (1.0, 2.0, 4.0)])
@@ -49,6 +51,8 @@ class EvaluateSettings:
         """
         if self.num_prompts is not None and self.num_prompts < 1:
             raise ValueError(f"num_prompts must be null or at least 1, got {self.num_prompts}")
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
         if self.batch_prompts < 1:
             raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
         names = [arm.name for arm in self.all_arms()]
@@ -61,4 +65,4 @@ class EvaluateSettings:
 
     def all_arms(self) -> list[Arm]:
         """Return the arms of the run."""
-        return self.arms or budget_arms(self.num_particles, self.best_of, self.budgets)
+        return self.arms or budget_arms(self.num_particles, self.draws, self.best_of, self.budgets)

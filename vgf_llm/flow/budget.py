@@ -34,7 +34,7 @@ class TransportBudget:
     """Interaction of a group's particles: none (plain ascent, the alpha -> 0 form) or rbf (Stein variational)."""
     rounds: int = 1
     """Rounds of transport -> decode -> re-embed that share the budget in nats; integer >= 1."""
-    nats: float = 4.0
+    nats: float = 2.0
     """Most KL that decoding may spend on one response over all rounds, in nats >= 0; split evenly over the rounds."""
     max_token_nats: float = 1.0
     """Largest KL at one token, in nats > 0; at or above ``nats`` it never binds."""
