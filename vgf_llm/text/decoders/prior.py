@@ -21,18 +21,25 @@ in place of the sequential one, so that rounding cannot flip a token that nothin
 Of a response that is to be drawn afresh (``coupled_BN`` false) only the displacement and the multiplier are used:
 independent texts of one moved particle.
 
+Options, for ablations: ``multiplier="token"`` spends min(nats / T, cap) at every token in place of one s a response.
+``coupling="maximal"`` keeps y_t with probability min(1, q_t(y_t) / p_t(y_t)), else draws from (q_t - p_t)+ normalised,
+and draws afresh from q_t once the row has changed (:mod:`vgf_llm.text.coupling`). ``after_change="drop"`` sets s = 0
+after the first token that is not y_t: the rest is the reference's, at no nats.
+
 Cost a response: one sequential decode (2PT FLOPs, P parameters, T tokens), and one parallel forward (2PT) where the
 sampler did not keep the laws of the original.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from vgf_llm.text.protocols import Decoded, Move, Work
 from vgf_llm.text.reference import Reference, ReferencePrefix
-from vgf_llm.text.tilted_path import TiltedPath, laws_of
+from vgf_llm.text.tilted_path import TiltedPath, TiltOptions, laws_of
 
 
 class PriorDecoder:
@@ -41,9 +48,24 @@ class PriorDecoder:
     Args:
         reference: The frozen base model and its law.
         table_VD: Input embeddings that the particles live in.
+        multiplier: One a ``response``, calibrated to its nats, or every ``token`` spends min(nats / T, cap).
+        coupling: To the original by its ``gumbel`` noise, or ``maximal``, the most tokens kept at each position.
+        after_change: ``keep`` the tilt after the first changed token, or ``drop`` it.
+
+    Raises:
+        ValueError: Naming the option and the value seen.
     """
 
-    def __init__(self, reference: Reference, table_VD: Tensor) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        table_VD: Tensor,
+        *,
+        multiplier: Literal["response", "token"] = "response",
+        coupling: Literal["gumbel", "maximal"] = "gumbel",
+        after_change: Literal["keep", "drop"] = "keep",
+    ) -> None:
+        self.options = TiltOptions(multiplier, coupling, after_change)
         self.reference = reference
         self.table_VD = table_VD
 
@@ -56,7 +78,7 @@ class PriorDecoder:
         """Write every response again under the tilted law."""
         n = move.responses.tokens_BNT.shape[1]
         law, work = laws_of(self.reference, context, move.responses)
-        path = TiltedPath(self.reference, self.table_VD, move, law)
+        path = TiltedPath(self.reference, self.table_VD, move, law, self.options)
         path.calibrate(slice(None), move.nats)
         written = self.reference.write(context, n, path.choose)
         return Decoded(written, path.nats_R.view(-1, n), work + Work.of(written.lengths_BN, reference=1))
