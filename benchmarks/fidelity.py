@@ -230,12 +230,12 @@ def _seconds(work: Callable[[], Any], repetitions: int = 3) -> float:
 
 
 def rounded(item: Any) -> Any:
-    """Round every number of a result to four digits after the point."""
+    """Round every number of a result to four significant digits."""
     if isinstance(item, dict):
         return {key: rounded(value) for key, value in item.items()}
     if isinstance(item, list | tuple):
         return [rounded(value) for value in item]
-    return round(item, 4) if isinstance(item, float) else item
+    return float(f"{item:.4g}") if isinstance(item, float) else item
 
 
 def table(results: dict[str, Any]) -> str:
@@ -264,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/fidelity"), help="folder of results so far")
     parser.add_argument("--learning-rate", type=float, default=2.0e-5, help="of the two-layer body")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--finished", action="store_true", help="report what has a result, and run nothing")
     parser.add_argument("--record", action="store_true", help="write docs/results/fidelity.json too")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -272,6 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     results = {}
     for variant in chosen:
         path = work / f"{slug(variant)}.json"
+        if arguments.finished and not path.exists():
+            continue
         if not path.exists():
             bench = bench or load_bench(work)
             print(f"{variant.name}: {variant.num_steps} steps", flush=True)
@@ -286,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(results))
     record = {
         "variants": results,
+        "not run": [v.name for v in variants(arguments.learning_rate) if v.name not in results],
         "command": "python -m benchmarks.fidelity --record",
         "threads": arguments.threads,
         "responses": "base samples, 2 to each of the 30 validation prompts",

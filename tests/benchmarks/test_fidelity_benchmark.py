@@ -73,5 +73,6 @@ def test_the_mean_of_noisy_gradients_of_a_linear_value_is_its_gradient():
 def test_the_table_has_a_line_a_direction():
     figures = {"spearman": 0.51234, "low": 0.4, "high": 0.6, "top8_gain": 0.3, "best8_gain": 0.4, "random8_gain": 0.0}
     found = {"gradient": figures | {"share_of_best": 0.75, "cost_in_forwards": 3.0}}
+    assert rounded({"learning_rate": 2e-5, "spearman": [0.123456]}) == {"learning_rate": 2e-5, "spearman": [0.1235]}
     text = table({"tried": rounded({"steps": 2, "train_sec": 1.0, "accuracy": 0.7, "directions": found})})
     assert "| tried | 2 | 1 | 0.70 | gradient | 0.51 (0.40 to 0.60) | 0.30 / 0.40 / 0.00 | 75% | 3.0 |" in text
