@@ -4,9 +4,8 @@
     python -m benchmarks.decoders --config recipes/smollm2_dialogue/evaluate_decoders.yaml --record decoders_dialogue
     python -m benchmarks.decoders --config ... --stage seconds
 
-Stage ``compute`` runs every decoder at four compute levels, and with a random direction, without one, and with the
-value's raw gradient at one of them (``few_prompts`` prompts), then the decoders named by ``main`` and best-of-N on all
-prompts. FLOPs are counted, and every arm is held against best-of-N at its own count
+Stage ``compute`` runs best-of-N and the decoders named by ``main`` at four compute levels on all prompts, then every
+decoder, and each with a random direction, without one, and with the value's raw gradient, on ``few_prompts`` of them. FLOPs are counted, and every arm is held against best-of-N at its own count
 (``benchmarks/decoder_matches.py``). It can be resumed: every finished (arm, prompt) is a line of ``rows.jsonl``. Stage
 ``seconds`` times the arms one by one, each with a sampling of its own, on an otherwise idle machine. The last line of
 standard output is one JSON object; with ``--record`` the summary goes to docs/results/<name>.json and the tables to
@@ -116,7 +115,7 @@ def stages(benchmark: BenchmarkSettings, alpha: float) -> list[tuple[list[Arm], 
         directed = [name for name in benchmark.others if name not in ("prior 4 nats", "nearest", "nearest each step")]
         arms += [*control_arms(alpha, directed), *ablation_arms(), *growing_arms(alpha)]
     main_arms = [*best_of(), *level_arms(alpha, benchmark.main), cloud_arm(DEFAULT_NATS)]
-    return [(arms, True), (main_arms, False)]
+    return [(main_arms, False), (arms, True)]
 
 
 def compare(
@@ -135,7 +134,8 @@ def compare(
         count = min(benchmark.few_prompts, prompts) if few else prompts
         run(replace(settings, arms=arms, num_prompts=count, resume=True, record=None), models, sampling)
     rows = list(read_jsonl(Path(settings.output_dir) / "rows.jsonl"))
-    every = replace(settings, arms=passes[0][0], baselines=["base", BASE])
+    arms = {arm.name: arm for arms, _ in passes for arm in arms}
+    every = replace(settings, arms=list(arms.values()), baselines=["base", BASE])
     summary = finish(every, models, sampling, rows)
     summary["matched_flops"] = matched(rows, BASE)
     summary["alpha"] = alpha
@@ -189,7 +189,7 @@ def time_arms(
     from vgf_llm.pipeline import encode_prompts, load_pipeline
     from vgf_llm.progress import track
 
-    arms = stages(replace(benchmark, extras=False), acceptance_temperature(models))[0][0]
+    arms = stages(replace(benchmark, extras=False), acceptance_temperature(models))[1][0]
     pipeline = load_pipeline(models, sampling)
     found = load_prompts(settings.prompts, settings.prompt_column, limit=benchmark.few_prompts)
     if len(found) < benchmark.few_prompts:

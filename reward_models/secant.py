@@ -210,6 +210,23 @@ def load_secant_head(folder: str | Path, value: RewardModel) -> SecantHead:
     return head.to(value.device).eval().requires_grad_(False)
 
 
+def stated_fidelity(folder: str | Path) -> dict[str, dict[str, float]]:
+    """Return what a reward model's folder states about its directions, by name.
+
+    ``gradient`` is from the card, ``secant head`` from secant.json; what is not there or was not measured is left out.
+    The two may have been measured on different responses.
+    """
+    from reward_models.card import CARD_NAME, read_card
+
+    found: dict[str, dict[str, float]] = {}
+    if (Path(folder) / CARD_NAME).is_file() and (measured := read_card(folder).fidelity):
+        found["gradient"] = measured
+    if (Path(folder) / FACTS_NAME).is_file():
+        facts = json.loads((Path(folder) / FACTS_NAME).read_text(encoding="utf-8"))
+        found |= {"secant head": facts["fidelity"]["after"]} if "fidelity" in facts else {}
+    return found
+
+
 def _check_fits(head: SecantHead, value: Any) -> None:
     if not isinstance(value, RewardModel):
         raise ModelError(f"a secant head reads the hidden states of one reward model, not of a {type(value).__name__}")

@@ -1,68 +1,56 @@
-"""Decoders by name, with options that are told apart."""
-
-from typing import get_args
+"""What commands load: the gradient that a reward model's folder offers, and decoders by name."""
 
 import pytest
+import torch
 
+from reward_models.loading import save_reward_model
 from reward_models.modelling import RewardModel
-from tests.conftest import build_llama
-from vgf_llm.errors import ConfigError
-from vgf_llm.pipeline import make_decoder
-from vgf_llm.settings import DecoderName, SamplingSettings
-from vgf_llm.text import BlockDecoder, PivotDecoder, PriorDecoder, Reference
+from reward_models.secant import SecantHead, save_secant_head, stated_fidelity
+from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.pipeline import load_gradient, make_decoder
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.text import EditGreedyDecoder, PivotDecoder, Reference
+from vgf_llm.text.particles import exact_gradient
 
 
-@pytest.fixture(scope="module")
-def parts():
-    model = build_llama()
-    return Reference(model, SamplingSettings(), (2,), 0), RewardModel.from_base(model, num_layers=1).freeze()
+@pytest.fixture
+def value(tiny_lm):
+    return RewardModel.from_base(tiny_lm, num_layers=1, pooling="mean", input_skip=True).freeze()
 
 
-@pytest.mark.parametrize("name", get_args(DecoderName))
-def test_every_decoder_is_made_by_name_without_options(parts, name):
-    decoder = make_decoder(name, *parts)
-    assert type(decoder).__name__.lower() == name.replace("_", "") + "decoder"
+def test_a_folder_without_a_head_gives_the_exact_gradient(value, tmp_path):
+    save_reward_model(value, tmp_path)
+    assert load_gradient(tmp_path, value) is exact_gradient
+    assert stated_fidelity(tmp_path) == {}
 
 
-def test_options_reach_their_decoder(parts):
-    block = make_decoder("block", *parts, {"block_tokens": 3})
-    assert isinstance(block, BlockDecoder) and block.block_tokens == 3
-    pivot = make_decoder("pivot", *parts, {"tilted_tokens": 2})
-    assert isinstance(pivot, PivotDecoder) and pivot.tilted_tokens == 2
-    prior = make_decoder("prior", *parts, {"coupling": "maximal", "multiplier": "token"})
-    assert isinstance(prior, PriorDecoder)
-    assert (prior.options.coupling, prior.options.multiplier, prior.options.after_change) == (
-        "maximal",
-        "token",
-        "keep",
-    )
+def test_a_folder_with_a_head_gives_the_head_and_its_cost(value, tmp_path):
+    """One forward pass of the value, and the head's own share of it."""
+    save_reward_model(value, tmp_path)
+    measured = {"spearman": 0.9, "low": 0.8, "high": 1.0, "top8_gain": 0.9, "best8_gain": 1.0}
+    save_secant_head(SecantHead(32, hidden=8), value, tmp_path, fidelity={"before": {}, "after": measured})
+    gradient = load_gradient(tmp_path, value)
+    head = 8 * 4 * 32 + 8 + 32 * 8 + 32
+    body = sum(parameter.numel() for parameter in value.body.layers.parameters())
+    assert gradient.passes == pytest.approx(1 + head / body)
+    assert stated_fidelity(tmp_path) == {"secant head": measured}
 
 
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        ("prior", "multiplier, coupling, after_change"),
-        ("block", "block_tokens"),
-        ("edit_greedy", "proposals, checked"),
-        ("edit", "none"),
-        ("nearest", "none"),
-    ],
-)
-def test_an_unknown_option_is_named_beside_those_that_there_are(parts, name, known):
-    message = f"decoder_options: the decoder '{name}' has no option 'wings'; it has {known}$"
-    with pytest.raises(ConfigError, match=message):
-        make_decoder(name, *parts, {"wings": 2})
+def test_a_head_of_another_model_is_refused(value, tmp_path):
+    save_reward_model(value, tmp_path)
+    save_secant_head(SecantHead(32), value, tmp_path)
+    with torch.no_grad():
+        value.skip_head.weight.add_(1.0)
+    with pytest.raises(ModelError, match="fitted to other weights"):
+        load_gradient(tmp_path, value)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("prior", {"coupling": "tight"}, "decoder_options: coupling must be gumbel or maximal, got 'tight'"),
-        ("block", {"block_tokens": 0}, "decoder_options: block_tokens must be at least 1, got 0"),
-        ("pivot", {"tilted_tokens": 0}, "decoder_options: tilted_tokens must be at least 1, got 0"),
-        ("edit_greedy", {"proposals": 2, "checked": 3}, r"decoder_options: checked must be from 1 to proposals \(2\)"),
-    ],
-)
-def test_a_value_out_of_range_is_named(parts, name, options, message):
-    with pytest.raises(ConfigError, match=message):
-        make_decoder(name, *parts, options)
+def test_decoder_options_reach_the_decoder_and_unknown_ones_are_named(tiny_lm, value):
+    reference = Reference(tiny_lm, SamplingSettings(top_k=8), (2,), 0)
+    greedy = make_decoder("edit_greedy", reference, value, {"proposals": 4, "checked": 2})
+    assert isinstance(greedy, EditGreedyDecoder) and (greedy.proposals, greedy.checked) == (4, 2)
+    assert isinstance(make_decoder("pivot", reference, value), PivotDecoder)
+    with pytest.raises(ConfigError, match="'edit' has no option 'proposals'; it has none"):
+        make_decoder("edit", reference, value, {"proposals": 4})
+    with pytest.raises(ConfigError, match="checked must be from 1 to proposals"):
+        make_decoder("edit_greedy", reference, value, {"checked": 9})

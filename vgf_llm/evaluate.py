@@ -70,6 +70,12 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
         write_text_atomic(_RECORDS / f"{settings.record}.md", markdown_report(summary, rows))
         print(f"recorded in {_RECORDS / settings.record}.json and .md", file=sys.stderr)
     print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
+    for direction, figures in summary["fidelity"].items():
+        share = figures["top8_gain"] / figures["best8_gain"]
+        print(
+            f"fidelity of the {direction}: Spearman {figures['spearman']:.2f} [{figures['low']:.2f}, "
+            f"{figures['high']:.2f}], its best eight substitutions gain {share:.0%} of what the true best gain"
+        )
     return summary
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from reward_models.functions import load_function
+from reward_models.secant import stated_fidelity
 from vgf_llm import __version__
 from vgf_llm.config import dump
 from vgf_llm.data import load_prompts
@@ -77,6 +78,7 @@ def finish(
         "arms": summarise(rows, names),
         "differences": {baseline: differences(rows, names, baseline) for baseline in baselines},
         "prompts": len({row["prompt_index"] for row in rows}),
+        "fidelity": {} if models.reward_model is None else stated_fidelity(models.reward_model),
         "config": dump(settings, models, sampling),
         "hardware": hardware(),
         "version": __version__,
