@@ -5,11 +5,11 @@
     python -m benchmarks.decoders --config ... --stage seconds
 
 Stage ``compute`` runs best-of-N and the decoders named by ``main`` at four compute levels on all prompts, then every
-decoder, and each with a random direction, without one, and with the value's raw gradient, on ``few_prompts`` of them. FLOPs are counted, and every arm is held against best-of-N at its own count
-(``benchmarks/decoder_matches.py``). It can be resumed: every finished (arm, prompt) is a line of ``rows.jsonl``. Stage
-``seconds`` times the arms one by one, each with a sampling of its own, on an otherwise idle machine. The last line of
-standard output is one JSON object; with ``--record`` the summary goes to docs/results/<name>.json and the tables to
-<name>.md, with texts if these may be shown.
+decoder, and each with a random direction, without one, and with the value's raw gradient, on ``few_prompts`` of them.
+FLOPs are counted, and every arm is held against best-of-N at its own count (``benchmarks/decoder_matches.py``). It can
+be resumed: every finished (arm, prompt) is a line of ``rows.jsonl``. Stage ``seconds`` times the arms one by one, each
+with a sampling of its own, on an otherwise idle machine. The last line of standard output is one JSON object; with
+``--record`` the summary goes to docs/results/<name>.json and the tables to <name>.md, with texts if these may be shown.
 """
 
 from __future__ import annotations
@@ -130,23 +130,22 @@ def compare(
     alpha = acceptance_temperature(models)
     passes = stages(benchmark, alpha)
     prompts = settings.num_prompts or sum(1 for _ in read_jsonl(Path(settings.prompts)))
-    for arms, few in passes:
+    for some, few in passes:
         count = min(benchmark.few_prompts, prompts) if few else prompts
-        run(replace(settings, arms=arms, num_prompts=count, resume=True, record=None), models, sampling)
+        run(replace(settings, arms=some, num_prompts=count, resume=True, record=None), models, sampling)
     rows = list(read_jsonl(Path(settings.output_dir) / "rows.jsonl"))
-    arms = {arm.name: arm for arms, _ in passes for arm in arms}
+    arms = {arm.name: arm for some, _ in passes for arm in some}
     every = replace(settings, arms=list(arms.values()), baselines=["base", BASE])
     summary = finish(every, models, sampling, rows)
-    summary["matched_flops"] = matched(rows, BASE)
+    summary["matched_flops"] = matched([row for row in rows if row["arm"] in arms], BASE)
     summary["alpha"] = alpha
     write_json_atomic(Path(settings.output_dir) / "summary.json", summary)
     if settings.record:
+        tables = ["## At equal FLOPs", matched_markdown(summary["matched_flops"]), markdown_report(summary, [])]
+        if benchmark.show_texts:
+            tables.append(samples_markdown(rows, cloud_arm(DEFAULT_NATS).name))
         write_json_atomic(_RECORDS / f"{settings.record}.json", summary)
-        shown = (
-            [row for row in rows if row["arm"] in {arm.name for arm in passes[1][0]}] if benchmark.show_texts else []
-        )
-        tables = "## At equal FLOPs\n\n" + matched_markdown(summary["matched_flops"]) + "\n\n"
-        write_text_atomic(_RECORDS / f"{settings.record}.md", tables + markdown_report(summary, shown))
+        write_text_atomic(_RECORDS / f"{settings.record}.md", "\n\n".join(tables))
         print(f"recorded in {_RECORDS / settings.record}.json and .md", file=sys.stderr)
     print(matched_markdown(summary["matched_flops"]))
     return {
