@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from vgf_llm.evaluation.bootstrap import bootstrap_mean
 
 Row = dict[str, Any]
+Count = Callable[[Row, Row], tuple[int, bool]]
 
 
 def best_of_n(values: list[float], of: list[float], n: int) -> float:
@@ -45,13 +47,44 @@ def matched_count(cost: float, base: Row, key: str) -> int:
     return min(m, max(1, math.ceil(cost / (base[key] / m) - 1e-6)))
 
 
-def matched(rows: list[Row], base_arm: str) -> dict[str, Any]:
-    """Return, for every arm, the paired differences from best-of-N at its own FLOPs.
+def flops_count(row: Row, base: Row) -> tuple[int, bool]:
+    """Return how many base samples the FLOPs of a row buy, and whether they would buy more than there are."""
+    return matched_count(row["tflops"], base, "tflops"), row["tflops"] > 1.01 * base["tflops"]
+
+
+def seconds_count(seconds: dict[str, float]) -> Count:
+    """Return a count by time: best-of-N's seconds, measured at several N, are interpolated linearly from 0.
+
+    Args:
+        seconds: Of every arm, a prompt; those of best-of-N are named ``best-of-<N>``.
+    """
+    points = sorted((int(name[8:]), sec) for name, sec in seconds.items() if name.startswith("best-of-"))
+
+    def count(row: Row, base: Row) -> tuple[int, bool]:
+        wanted, below, n_below = seconds[row["arm"]], 0.0, 0
+        for n, sec in points:
+            if wanted <= sec:
+                found = n_below + (wanted - below) / (sec - below) * (n - n_below)
+                return max(1, math.ceil(found - 1e-6)), False
+            n_below, below = n, sec
+        return n_below, wanted > 1.01 * below
+
+    return count
+
+
+def matched(rows: list[Row], base_arm: str, count: Count = flops_count) -> dict[str, Any]:
+    """Return, for every arm, the paired differences from best-of-N at its own cost.
+
+    Args:
+        rows: Of all arms.
+        base_arm: The best-of-N arm whose samples are drawn from.
+        count: Maps a row and the base arm's row of the same prompt to the n that costs the same, and whether there
+            are too few samples for it.
 
     Returns:
-        ``{arm: {n, cost_of_n, selected_gold: {mean, low, high}, selected_proxy: ..., selected_nll: ...}}``, arm minus
-        best-of-n; ``n`` is the mean over prompts, ``over`` the share of prompts where the arm cost more than all base
-        samples together, so that the comparison favours it there.
+        ``{arm: {n, over, prompts, selected_gold: {mean, low, high}, selected_proxy: ..., selected_nll: ...}}``, arm
+        minus best-of-n; ``n`` is the mean over prompts, ``over`` the share of prompts where the arm cost more than all
+        base samples together, so that the comparison favours it there.
     """
     base = {(row["seed"], row["prompt_index"]): row for row in rows if row["arm"] == base_arm}
     found: dict[str, Any] = {}
@@ -62,9 +95,9 @@ def matched(rows: list[Row], base_arm: str) -> dict[str, Any]:
             other = base.get((row["seed"], row["prompt_index"]))
             if row["arm"] != name or other is None:
                 continue
-            n = matched_count(row["tflops"], other, "tflops")
+            n, too_few = count(row, other)
             counts.append(n)
-            over.append(row["tflops"] > 1.01 * other["tflops"])
+            over.append(too_few)
             for key, of in (("gold", "gold"), ("proxy", "proxy"), ("nll", "nll")):
                 expected = best_of_n(other["proxy"], other[of], n)
                 differences[key][row["prompt_index"]].append(row[f"selected_{key}"] - expected)
@@ -80,7 +113,7 @@ def matched_markdown(found: dict[str, Any]) -> str:
     """Return the differences as a Markdown table; intervals that exclude zero are bold."""
     keys = ("selected_gold", "selected_proxy", "selected_nll")
     lines = [
-        "| arm | prompts | N at equal FLOPs | gold - best-of-N's | proxy - | NLL - |",
+        "| arm | prompts | N at equal cost | gold - best-of-N's | proxy - | NLL - |",
         "|---|---|---|---|---|---|",
     ]
     for name, entry in found.items():

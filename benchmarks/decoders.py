@@ -8,8 +8,9 @@ Stage ``compute`` runs best-of-N and the decoders named by ``main`` at four comp
 decoder, and each with a random direction, without one, and with the value's raw gradient, on ``few_prompts`` of them.
 FLOPs are counted, and every arm is held against best-of-N at its own count (``benchmarks/decoder_matches.py``). It can
 be resumed: every finished (arm, prompt) is a line of ``rows.jsonl``. Stage ``seconds`` times the arms one by one, each
-with a sampling of its own, on an otherwise idle machine. The last line of standard output is one JSON object; with
-``--record`` the summary goes to docs/results/<name>.json and the tables to <name>.md, with texts if these may be shown.
+with a sampling of its own, on an otherwise idle machine; ``compute``, run again, adds the comparison at equal seconds.
+The last line of standard output is one JSON object; with ``--record`` the summary goes to docs/results/<name>.json and
+the tables to <name>.md, with texts if these may be shown.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class BenchmarkSettings:
 
     stage: str = "compute"
     """compute (FLOPs, gold, controls) or seconds (timing, on an idle machine)."""
-    few_prompts: int = 12
+    few_prompts: int = 8
     """Prompts on which every decoder, control and ablation is run; the first of the file, at least 2."""
-    main: list[str] = field(default_factory=lambda: ["prior", "prior 4 nats"])
+    main: list[str] = field(default_factory=lambda: ["prior", "prior 4 nats", "pivot all"])
     """Decoders that are run on all prompts."""
     others: list[str] = field(default_factory=lambda: list(decodings(1.0)))
     """Decoders that are run at all."""
@@ -122,7 +123,7 @@ def compare(
     benchmark: BenchmarkSettings, settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSettings
 ) -> dict[str, Any]:
     """Run the arms, hold them against best-of-N at equal FLOPs, and return the headline."""
-    from benchmarks.decoder_matches import matched, matched_markdown
+    from benchmarks.decoder_matches import matched, matched_markdown, seconds_count
     from vgf_llm.evaluate import run
     from vgf_llm.evaluation.report import markdown_report
     from vgf_llm.evaluation.work import finish
@@ -138,10 +139,19 @@ def compare(
     every = replace(settings, arms=list(arms.values()), baselines=["base", BASE])
     summary = finish(every, models, sampling, rows)
     summary["matched_flops"] = matched([row for row in rows if row["arm"] in arms], BASE)
+    seconds_path = Path(settings.output_dir) / "seconds.json"
+    if seconds_path.is_file():
+        summary["seconds"] = json.loads(seconds_path.read_text(encoding="utf-8"))
+        seconds = summary["seconds"]["seconds"]
+        timed = [row for row in rows if row["arm"] in arms and row["arm"] in seconds]
+        summary["matched_seconds"] = matched(timed, BASE, seconds_count(seconds))
     summary["alpha"] = alpha
     write_json_atomic(Path(settings.output_dir) / "summary.json", summary)
     if settings.record:
-        tables = ["## At equal FLOPs", matched_markdown(summary["matched_flops"]), markdown_report(summary, [])]
+        tables = ["## At equal FLOPs", matched_markdown(summary["matched_flops"])]
+        if "matched_seconds" in summary:
+            tables += ["## At equal seconds", matched_markdown(summary["matched_seconds"])]
+        tables.append(markdown_report(summary, []))
         if benchmark.show_texts:
             tables.append(samples_markdown(rows, cloud_arm(DEFAULT_NATS).name))
         write_json_atomic(_RECORDS / f"{settings.record}.json", summary)
