@@ -39,7 +39,7 @@ from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.io import read_jsonl, write_json_atomic, write_text_atomic
+from vgf_llm.io import check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 _RECORDS = Path("docs/results")
@@ -90,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.decoders",
         description="Compare decoders with best-of-N at equal compute.",
     )
+    check_writable(settings.output_dir)
+    if settings.record:
+        check_writable(_RECORDS)
     run = time_arms if benchmark.stage == "seconds" else compare
     print(json.dumps(run(benchmark, settings, models, sampling)))
     return 0
