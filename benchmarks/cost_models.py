@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.decoder_arms import CONTROL_LEVEL, decodings
 from reward_models.modelling import RewardModel
+from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.pipeline import make_decoder
@@ -109,13 +110,13 @@ def cost_arms(names: list[str], alpha: float, particles: int = PARTICLES) -> lis
     ``prior`` comes twice, with one and with three texts of each particle.
 
     Raises:
-        ValueError: A decoder has no such name.
+        ConfigError: A decoder has no such name.
     """
     found = decodings(alpha)
     arms = [Arm(name=f"best-of-{particles}", num_particles=particles)]
     for name in names:
         if (key := name.replace("_", " ")) not in found:
-            raise ValueError(f"{name!r} is no decoder here; there are {', '.join(found)}")
+            raise ConfigError(f"decoders: {name!r} is no decoder here; there are {', '.join(found)}")
         for draws in (1, 3) if key == "prior" else (1,):
             label = f"{key}, {draws} draw{'s' if draws > 1 else ''}" if key == "prior" else key
             arms.append(found[key].arm(CONTROL_LEVEL, name=label, num_particles=particles, draws=draws))

@@ -46,6 +46,7 @@ from benchmarks.cost_models import (
 )
 from benchmarks.decoder_profile import profile_stages, prompt_cache
 from benchmarks.transport import peak_bytes
+from vgf_llm.cli import run_main
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.work import hardware
 from vgf_llm.io import check_writable, write_json_atomic
@@ -230,14 +231,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, record if asked, and print the JSON line."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure, record if asked, and print the JSON line; returns the exit code."""
     arguments = parse(argv)
     folder = check_writable("docs/results") if arguments.record else Path()
     result = measure(arguments)
     if arguments.record:
         write_json_atomic(folder / "decoder_cost.json", result)
     print(json.dumps(result))
+    return 0
 
 
 def _responses(arm: Arm) -> int:
@@ -254,4 +256,4 @@ def _peak_mib(work: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -15,12 +15,14 @@ import argparse
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.decoder_arms import BASE, DEFAULT_NATS
+from vgf_llm.cli import run_main
 from vgf_llm.errors import DataError
 
 INK, QUIET = "#22303c", "#7b8794"
@@ -65,7 +67,10 @@ class Summary:
         Raises:
             DataError: The file is no summary of the bake-off.
         """
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: no summary of the bake-off can be read: {error}") from error
         if not isinstance(found, dict) or not isinstance(found.get("arms"), dict):
             raise DataError(f"{path}: no summary of the bake-off, 'arms' is missing; write one with --record")
         return cls(found["arms"], found.get("differences", {}), found.get("alpha"))
@@ -238,15 +243,16 @@ def _look(decoder: str) -> tuple[str, Any, str]:
     return (COLOURS[family], "-" if decoder == family else "--", MARKERS[family]) if family else (QUIET, "-", ".")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Draw the figure and print where it is."""
+def main(argv: list[str] | None = None) -> int:
+    """Draw the figure and print where it is; returns the exit code."""
     parser = argparse.ArgumentParser(description="Draw the bake-off.")
     parser.add_argument("summary", type=Path, help="the bake-off's summary, JSON")
     parser.add_argument("figure", type=Path, help="PNG to write")
     arguments = parser.parse_args(argv)
     draw(Summary.read(arguments.summary), arguments.figure)
     print(json.dumps({"figure": str(arguments.figure), "bytes": arguments.figure.stat().st_size}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

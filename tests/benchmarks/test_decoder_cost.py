@@ -11,6 +11,7 @@ from benchmarks import decoder_cost
 from benchmarks.cost_models import TINY, cost_arms, random_models
 from benchmarks.decoder_cost import decoder_costs, exponent, growth, main, quartiles
 from benchmarks.decoder_profile import named_stages, profile_stages, prompt_cache
+from vgf_llm.errors import ConfigError
 
 
 @pytest.fixture
@@ -94,5 +95,5 @@ def test_exponents_and_quartiles_by_hand():
 
 
 def test_an_unknown_decoder_is_named():
-    with pytest.raises(ValueError, match="'greedy' is no decoder here"):
+    with pytest.raises(ConfigError, match="'greedy' is no decoder here"):
         cost_arms(["greedy"], 0.1)

@@ -64,5 +64,7 @@ def test_budgets_and_levels_come_in_order():
 
 def test_another_file_is_named(tmp_path):
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(DataError, match="other.json"):
-        Summary.read(tmp_path / "other.json")
+    (tmp_path / "torn.json").write_text('{"arms":')
+    for name in ("other.json", "torn.json", "absent.json"):
+        with pytest.raises(DataError, match=name):
+            Summary.read(tmp_path / name)
