@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from vgf_llm.attention import group_attention
 from vgf_llm.errors import ModelError
 
 DEFAULT_MODEL = "default"
@@ -64,7 +65,7 @@ def load_causal_lm(
         model = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
-    return model.to(device).eval().requires_grad_(False)
+    return group_attention(model).to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+_ROOM_TOKENS = 64  # tokens that a cache can take before its keys are copied to a larger place
+
 
 @dataclass(frozen=True)
 class PromptPrefix:
@@ -65,8 +67,46 @@ class PromptPrefix:
         )
 
     def cache(self) -> DynamicCache:
-        """Copies the prefix into a transformers cache that is the caller's to change."""
-        return _shared_cache([k.clone() for k in self.keys], [v.clone() for v in self.values])
+        """Copies the prefix into a transformers cache that is the caller's to change, without gradients."""
+        cache = DynamicCache()
+        for key, value in zip(self.keys, self.values, strict=True):
+            cache.layers.append(_RoomyLayer(key, value))
+        return cache
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer that writes new tokens into room it has, instead of copying all of its keys at every token."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(key, value)
+        self._key_room, self._value_room = _with_room(key), _with_room(value)
+        self._show(key.shape[-2])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [R, H, T, Dh]; returns all of them."""
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if end > self._key_room.shape[-2]:
+            self._key_room = _with_room(self.keys, end)
+            self._value_room = _with_room(self.values, end)
+        self._key_room[:, :, start:end] = key_states
+        self._value_room[:, :, start:end] = value_states
+        self._show(end)
+        return self.keys, self.values
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = self._key_room[:, :, :length], self._value_room[:, :, :length]
+
+
+def _with_room(states: Tensor, needed: int = 0) -> Tensor:
+    """Copy [R, H, S, Dh] into a tensor with room for more tokens."""
+    length = states.shape[-2]
+    room = states.new_empty((*states.shape[:2], max(length, needed) + _ROOM_TOKENS, states.shape[-1]))
+    room[:, :, :length] = states
+    return room
 
 
 def compute_prefix(body: nn.Module, prompts: Sequence[Sequence[int]], pad_token_id: int) -> PromptPrefix:
@@ -103,8 +143,8 @@ def compute_prefix(body: nn.Module, prompts: Sequence[Sequence[int]], pad_token_
         )
     padding_B1P1 = ~mask_BP[:, None, :, None]
     return PromptPrefix(
-        keys=tuple(layer.keys.masked_fill(padding_B1P1, 0) for layer in cache.layers),
-        values=tuple(layer.values.masked_fill(padding_B1P1, 0) for layer in cache.layers),
+        keys=tuple(layer.keys.masked_fill(padding_B1P1, 0).contiguous() for layer in cache.layers),
+        values=tuple(layer.values.masked_fill(padding_B1P1, 0).contiguous() for layer in cache.layers),
         mask_BP=mask_BP,
     )
 
