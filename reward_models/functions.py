@@ -65,6 +65,22 @@ def load_function(name: str) -> RewardFunction:
     return function
 
 
+def remembered(function: RewardFunction) -> RewardFunction:
+    """Return the same function, called once for each prompt and response: arms of a comparison share their samples."""
+    known: dict[tuple[str, str], float] = {}
+
+    @functools.wraps(function)
+    def call(prompts: list[str], responses: list[str]) -> list[float]:
+        pairs = list(zip(prompts, responses, strict=True))
+        new = list(dict.fromkeys(pair for pair in pairs if pair not in known))
+        if new:
+            rewards = call_function(function, [prompt for prompt, _ in new], [response for _, response in new])
+            known.update(zip(new, rewards, strict=True))
+        return [known[pair] for pair in pairs]
+
+    return call
+
+
 def call_function(function: RewardFunction, prompts: list[str], responses: list[str]) -> list[float]:
     """Call a reward function and check what it returns.
 

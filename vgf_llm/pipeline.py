@@ -118,8 +118,8 @@ def make_decoder(
         )
     try:
         return maker(**options)
-    except ValueError as error:
-        raise ConfigError(f"decoder_options: {error}") from error
+    except (ValueError, TypeError) as error:  # out of range, or of another type
+        raise ConfigError(f"decoder_options {options} of {name!r}: {error}") from error
 
 
 def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:

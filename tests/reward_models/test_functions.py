@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from reward_models.functions import brevity, call_function, length_words, load_function, vader_compound
+from reward_models.functions import (
+    brevity,
+    call_function,
+    length_words,
+    load_function,
+    remembered,
+    vader_compound,
+)
 from vgf_llm.errors import ConfigError, ModelError
 
 
@@ -54,3 +61,16 @@ def test_wrong_counts_and_non_finite_rewards_are_refused():
         call_function(lambda p, r: [1.0, float("nan")], ["p", "p"], ["a", "b"])
     with pytest.raises(ModelError, match="returned None for response 0"):
         call_function(lambda p, r: [None], ["p"], ["a"])
+
+
+def test_a_remembered_function_is_called_once_for_each_prompt_and_response():
+    calls = []
+
+    def count(prompts, responses):
+        calls.extend(zip(prompts, responses, strict=True))
+        return [float(len(prompt) + len(response)) for prompt, response in zip(prompts, responses, strict=True)]
+
+    scored = remembered(count)
+    assert scored(["a", "a", "b"], ["x", "x", "xy"]) == [2.0, 2.0, 3.0]
+    assert scored(["b", "a"], ["xy", "z"]) == [3.0, 2.0]
+    assert calls == [("a", "x"), ("b", "xy"), ("a", "z")]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reward_models.functions import load_function
+from reward_models.functions import load_function, remembered
 from reward_models.secant import stated_fidelity
 from vgf_llm import __version__
 from vgf_llm.config import dump
@@ -35,7 +35,7 @@ def work(
     track: Callable[..., Any],
 ) -> Iterator[list[Row]]:
     """Yield the rows that are not done yet, a batch of prompts and an arm at a time."""
-    gold = load_function(settings.gold)
+    gold = remembered(load_function(settings.gold))
     prompts = load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
     todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     if not todo:

@@ -3,7 +3,8 @@
     y'_t = argmin_v |u_t - e_v|         (VGF, Xu et al. 2026: the literal form of Dec(u))
 
 No language model takes part: below half the distance to the nearest token nothing changes, beyond it fluency is lost.
-Kept as an ablation. Special tokens that end or pad a response are no candidates. Cost: 2 V D FLOPs a token.
+Kept as an ablation; with one flow step a round (``steps: 1, rounds: L``) it projects after every step. Special tokens
+that end or pad a response are no candidates. Cost: 2 V D FLOPs a token.
 """
 
 from __future__ import annotations
