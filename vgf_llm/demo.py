@@ -25,6 +25,9 @@ from vgf_llm.io import check_writable, read_jsonl
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 
+_SECANT_PROMPTS = "60"  # of the recipe's 230: a minute instead of four, and nearly the same fidelity
+
+
 @dataclass(frozen=True)
 class DemoSettings:
     """Where the demo's recipe is and where its files go."""
@@ -102,7 +105,7 @@ def _fit_secant_head(recipe: Path, folder: Path) -> Path:
         SecantScript,
         SecantTraining,
         SamplingSettings,
-        argv=["--config", str(recipe / "secant.yaml"), "--reward_model", str(folder)],
+        argv=["--config", str(recipe / "secant.yaml"), "--reward_model", str(folder), "--num_prompts", _SECANT_PROMPTS],
     )
     fit(*parsed)
     return folder
