@@ -24,7 +24,6 @@ from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.io import check_writable, read_jsonl
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
-
 _SECANT_PROMPTS = "60"  # of the recipe's 230: a minute instead of four, and nearly the same fidelity
 
 
