@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reward_models.modelling import RewardModel
-from vgf_llm.evaluation.controls import no_gradient, random_gradient
+from vgf_llm.evaluation.controls import no_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.sampling import TransformersSampler
 from vgf_llm.settings import SamplingSettings
@@ -170,7 +170,7 @@ def test_pivot_reaches_the_kl_regularised_optimum(parts, tilted_tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gradient", [exact_gradient, random_gradient(0), no_gradient()])
+@pytest.mark.parametrize("gradient", [exact_gradient, no_gradient()])
 def test_edit_reaches_the_optimum_of_each_length_whatever_the_direction(parts, gradient):
     """The direction proposes, the test decides: it changes the speed and not the law."""
     decoder = EditDecoder(parts[0], parts[1].embedding_table_VD)

@@ -25,7 +25,7 @@ ChooseToken = Callable[[Tensor, int], Tensor]
 ChooseNextToken = Callable[[Tensor, Tensor], Tensor]
 """(logits_RV, position_R) -> token_R: picks the next token of rows that stand at different positions."""
 
-_ROWS_PER_FORWARD = 32
+_LOGITS_PER_FORWARD = 2**25  # numbers that a parallel forward may return at once: 28 rows of 24 tokens at V = 49152
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class Reference:
         n = responses.tokens_BNT.shape[1]
         tokens_RT, mask_RT = responses.tokens_BNT.flatten(0, 1), responses.mask_BNT.flatten(0, 1)
         last_R = prefix.last_token_B.repeat_interleave(n)
-        for rows in torch.arange(len(tokens_RT), device=tokens_RT.device).split(_ROWS_PER_FORWARD):
+        at_once = max(1, _LOGITS_PER_FORWARD // (tokens_RT.shape[1] * self.model.config.vocab_size))
+        for rows in torch.arange(len(tokens_RT), device=tokens_RT.device).split(at_once):
             prompts = prefix.prefix.select(rows // n)
             inputs_RT = torch.cat([last_R[rows].unsqueeze(1), tokens_RT[rows, :-1]], 1)
             positions_T = torch.arange(inputs_RT.shape[1], device=inputs_RT.device)
