@@ -59,8 +59,8 @@ class BenchmarkSettings:
     """Decoders that are run on all prompts."""
     others: list[str] = field(default_factory=lambda: list(decodings(1.0)))
     """Decoders that are run at all."""
-    extras: bool = True
-    """Whether controls, ablations and growing budgets are run."""
+    extras: list[str] = field(default_factory=lambda: ["controls", "ablations", "growing"])
+    """What is run besides the decoders: controls, ablations of prior, and growing budgets."""
     show_texts: bool = True
     """Whether the record may hold prompts and texts; off for data that must not be passed on."""
 
@@ -72,6 +72,9 @@ class BenchmarkSettings:
         """
         if self.stage not in ("compute", "seconds"):
             raise ValueError(f"stage must be compute or seconds, got {self.stage!r}")
+        unknown = sorted(set(self.extras) - {"controls", "ablations", "growing"})
+        if unknown:
+            raise ValueError(f"extras: {unknown[0]!r} is none of controls, ablations, growing")
         if self.few_prompts < 2:
             raise ValueError(f"few_prompts must be at least 2, got {self.few_prompts}")
         for name in (*self.main, *self.others):
@@ -115,9 +118,14 @@ def acceptance_temperature(models: ModelSettings) -> float:
 def stages(benchmark: BenchmarkSettings, alpha: float) -> list[tuple[list[Arm], bool]]:
     """Return the arms of each pass over the prompts, and whether it takes few of them."""
     arms = [*best_of(), *level_arms(alpha, benchmark.others)]
-    if benchmark.extras:
-        directed = [name for name in benchmark.others if name not in ("prior 4 nats", "nearest", "nearest each step")]
-        arms += [*control_arms(alpha, directed), *ablation_arms(), *growing_arms(alpha)]
+    directed = [name for name in benchmark.others if name not in ("prior 4 nats", "nearest", "nearest each step")]
+    extras = {
+        "controls": control_arms(alpha, directed),
+        "ablations": ablation_arms(),
+        "growing": growing_arms(alpha),
+    }
+    for name in benchmark.extras:
+        arms += extras[name]
     main_arms = [*best_of(), *level_arms(alpha, benchmark.main), cloud_arm(DEFAULT_NATS)]
     return [(main_arms, False), (arms, True)]
 
@@ -201,7 +209,7 @@ def time_arms(
     from vgf_llm.pipeline import encode_prompts, load_pipeline
     from vgf_llm.progress import track
 
-    arms = stages(replace(benchmark, extras=False), acceptance_temperature(models))[1][0]
+    arms = stages(replace(benchmark, extras=[]), acceptance_temperature(models))[1][0]
     pipeline = load_pipeline(models, sampling)
     found = load_prompts(settings.prompts, settings.prompt_column, limit=benchmark.few_prompts)
     if len(found) < benchmark.few_prompts:

@@ -58,7 +58,7 @@ def test_sizes_stay_near_their_level(name):
         assert 0.75 * level <= cost <= 1.25 * level, (arm.name, cost)
 
 
-@pytest.mark.parametrize("options", [{"few_prompts": 3}, {"extras": False}, {"others": ["prior"], "main": ["pivot"]}])
+@pytest.mark.parametrize("options", [{"few_prompts": 3}, {"extras": []}, {"others": ["prior"], "main": ["pivot"]}])
 def test_one_pass_takes_all_prompts_and_one_takes_few(options):
     passes = stages(BenchmarkSettings(**options), 0.1)
     assert sorted(few for _, few in passes) == [False, True]

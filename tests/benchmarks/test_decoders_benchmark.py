@@ -21,7 +21,7 @@ def flags(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
     return [
         "--model_name_or_path", str(base), "--reward_model", str(reward), "--max_new_tokens", "6", "--top_k", "10",
         "--device", "cpu", "--prompts", str(prompts), "--output_dir", str(tmp_path / "run"), "--few_prompts", "2",
-        "--main", "[prior]", "--others", "[prior, pivot]", "--extras", "false", "--gold", "length_words",
+        "--main", "[prior]", "--others", "[prior, pivot]", "--extras", "[]", "--gold", "length_words",
     ]  # fmt: skip
 
 
