@@ -50,7 +50,7 @@ results: setup  ## the bake-off of docs/results.md on the sentiment task; can be
 	test -f outputs/smollm2_sentiment/reward/secant.json || \
 		$(BIN)/vgf-llm secant --config recipes/smollm2_sentiment/secant.yaml
 	$(BIN)/python -m benchmarks.decoders --config recipes/smollm2_sentiment/evaluate_decoders.yaml \
-		--record decoders_sentiment
+		--record decoders_sentiment --show_texts true
 
 bench: setup  ## what a flow step costs, as ratios
 	$(BIN)/python -m benchmarks.transport

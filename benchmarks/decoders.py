@@ -1,7 +1,7 @@
 """The bake-off: every decoder against best-of-N at equal compute, with controls, on two tasks.
 
-    python -m benchmarks.decoders --config recipes/smollm2_sentiment/evaluate_decoders.yaml --record decoders_sentiment
-    python -m benchmarks.decoders --config recipes/smollm2_dialogue/evaluate_decoders.yaml --record decoders_dialogue
+    python -m benchmarks.decoders --config recipes/smollm2_sentiment/evaluate_decoders.yaml --show_texts true
+    python -m benchmarks.decoders --config recipes/smollm2_dialogue/evaluate_decoders.yaml
     python -m benchmarks.decoders --config ... --stage seconds
 
 Stage ``compute`` runs best-of-N and the decoders named by ``main`` at four compute levels on all prompts, then every
@@ -35,7 +35,7 @@ from benchmarks.decoder_arms import (
     level_arms,
 )
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.settings import EvaluateSettings
@@ -61,8 +61,8 @@ class BenchmarkSettings:
     """Decoders that are run at all."""
     extras: list[str] = field(default_factory=lambda: ["controls", "ablations", "growing"])
     """What is run besides the decoders: controls, ablations of prior, and growing budgets."""
-    show_texts: bool = True
-    """Whether the record may hold prompts and texts; off for data that must not be passed on."""
+    show_texts: bool = False
+    """Whether the record may hold prompts and texts; never for data that must not be passed on."""
 
     def __post_init__(self) -> None:
         """Validate.
@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.decoders",
         description="Compare decoders with best-of-N at equal compute.",
     )
+    if settings.arms or settings.baselines:
+        raise ConfigError("arms and baselines are the benchmark's own (benchmarks/decoder_arms.py); leave them out")
     check_writable(settings.output_dir)
     if settings.record:
         check_writable(_RECORDS)
@@ -112,7 +114,7 @@ def acceptance_temperature(models: ModelSettings) -> float:
     std = read_card(models.reward_model or "").score_std
     if not std:
         raise ModelError(f"'{models.reward_model}': the card states no score_std; train the reward model again")
-    return round(_ALPHA_SHARE * std, 4)
+    return round(_ALPHA_SHARE * std, 4) or _ALPHA_SHARE * std
 
 
 def stages(benchmark: BenchmarkSettings, alpha: float) -> list[tuple[list[Arm], bool]]:
@@ -153,6 +155,8 @@ def compare(
     seconds_path = Path(settings.output_dir) / "seconds.json"
     if seconds_path.is_file():
         summary["seconds"] = json.loads(seconds_path.read_text(encoding="utf-8"))
+        if summary["seconds"]["config"] != dump(models, sampling):
+            raise ConfigError(f"{seconds_path} was measured with other models or sampling; remove it, or time again")
         seconds = summary["seconds"]["seconds"]
         timed = [row for row in rows if row["arm"] in arms and row["arm"] in seconds]
         summary["matched_seconds"] = matched(timed, BASE, seconds_count(seconds))
@@ -208,6 +212,7 @@ def time_arms(
     from vgf_llm.evaluation.work import hardware
     from vgf_llm.pipeline import encode_prompts, load_pipeline
     from vgf_llm.progress import track
+    from vgf_llm.text import Reference
 
     arms = stages(replace(benchmark, extras=[]), acceptance_temperature(models))[1][0]
     pipeline = load_pipeline(models, sampling)
@@ -224,14 +229,16 @@ def time_arms(
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     started = time.perf_counter()
     for arm in track([*arms, *reversed(arms)], "timing"):
-        for rows in experiment.rows([arm], batch, settings.seed):
+        reference = pipeline.reference  # a new one has no prompts in its cache
+        fresh = Reference(reference.model, reference.sampling, reference.eos_ids, reference.pad_id)
+        for rows in replace(experiment, reference=fresh).rows([arm], batch, settings.seed):
             seconds[arm.name].append(rows[0]["seconds"])
     result = {
         "seconds": {name: min(times) for name, times in seconds.items()},
         "spread": {name: round(max(times) / min(times), 3) for name, times in seconds.items()},
         "prompts_a_batch": len(found),
         "hardware": hardware(),
-        "dtype": models.dtype,
+        "config": dump(models, sampling),
         "wall_sec": round(time.perf_counter() - started, 1),
     }
     write_json_atomic(Path(settings.output_dir) / "seconds.json", result)

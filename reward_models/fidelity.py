@@ -50,6 +50,11 @@ class Fidelity:
     random8_gain: float
     n: int
 
+    @property
+    def top8_share(self) -> float:
+        """Share of the best eight's gain that the direction's first eight have; NaN where nothing gains."""
+        return self.top8_gain / self.best8_gain if self.best8_gain > 0 else float("nan")
+
     def to_dict(self) -> dict[str, float | int]:
         """Return the fields as a dict."""
         return asdict(self)

@@ -153,17 +153,22 @@ def secant_gradient(head: SecantHead) -> GradientSource:
     return GradientSource(source, passes=2 if head.base == "gradient" else 1)
 
 
-def weights_digest(value: RewardModel) -> str:
-    """Return the SHA-256 of a reward model's weights, rounded to bfloat16 so that either dtype gives the same."""
+def weights_digest(folder: str | Path) -> str:
+    """Return the SHA-256 of a reward model's weight files, so that a head knows the model in whatever dtype it runs."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(value.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        if path.name != WEIGHTS_NAME:
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def save_secant_head(head: SecantHead, value: RewardModel, folder: str | Path, **facts: Any) -> None:
-    """Write secant.safetensors and secant.json; `facts` go into the latter (figures, settings: anything JSON holds).
+def save_secant_head(head: SecantHead, folder: str | Path, **facts: Any) -> None:
+    """Write secant.safetensors and secant.json beside a reward model's weights.
+
+    Args:
+        head: fitted to the reward model in ``folder``.
+        folder: of that reward model.
+        facts: figures and settings for secant.json, anything that JSON holds.
 
     Raises:
         OutputError: secant.json cannot be written.
@@ -172,14 +177,14 @@ def save_secant_head(head: SecantHead, value: RewardModel, folder: str | Path, *
     shape = {"width": head.width, "hidden": head.hidden, "base": head.base}
     (folder / FACTS_NAME).unlink(missing_ok=True)  # never new weights beside old facts
     save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, folder / WEIGHTS_NAME)
-    write_json_atomic(folder / FACTS_NAME, shape | {"reward_model_sha256": weights_digest(value)} | facts)
+    write_json_atomic(folder / FACTS_NAME, shape | {"reward_model_sha256": weights_digest(folder)} | facts)
 
 
 def load_secant_head(folder: str | Path, value: RewardModel) -> SecantHead:
     """Read a secant head and check that it belongs to this reward model.
 
     Args:
-        folder: what `save_secant_head` wrote to; by default of the command, the reward model's own folder.
+        folder: the reward model's, where `save_secant_head` wrote to.
         value: the reward model that it will be used with.
 
     Raises:
@@ -197,11 +202,11 @@ def load_secant_head(folder: str | Path, value: RewardModel) -> SecantHead:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"'{path}' cannot be read ({error!r}); {advice}") from error
     _check_fits(head, value)
-    found = weights_digest(value)
+    found = weights_digest(folder)
     if fitted_to != found:
         raise ModelError(
-            f"'{path}' was fitted to other weights (SHA-256 {str(fitted_to)[:12]}, this reward model {found[:12]}; "
-            f"float16 and merged adapters round differently); {advice} again"
+            f"'{path}' was fitted to other weights (SHA-256 {str(fitted_to)[:12]}, those beside it {found[:12]}); "
+            f"{advice} again"
         )
     try:
         head.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))

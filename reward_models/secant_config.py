@@ -22,8 +22,6 @@ class SecantScript:
     """Prompts fitted to, from the first; null takes all."""
     num_validation_prompts: int | None = 30
     """Prompts measured on, from the first; null takes all."""
-    output: str | None = None
-    """Folder for secant.safetensors and secant.json; null: the reward model's own."""
     model_name_or_path: str = "default"
     """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
     pad_token: str | None = None

@@ -49,7 +49,7 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     Raises:
         VGFError: reward model, prompts or output folder are unusable, or a prompt is in both files.
     """
-    folder = check_writable(script.output or script.reward_model)
+    folder = check_writable(script.reward_model)
     fit_prompts, unseen_prompts = _prompts(script)
     from reward_models.loading import load_reward_model
     from reward_models.secant import save_secant_head
@@ -76,8 +76,8 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     figures = {
         "spearman_before": before.spearman,
         "spearman_after": after.spearman,
-        "top8_share_before": before.top8_gain / before.best8_gain,
-        "top8_share_after": after.top8_gain / after.best8_gain,
+        "top8_share_before": before.top8_share,
+        "top8_share_after": after.top8_share,
         "responses": len({(c.b, c.n) for c in changes}),
         "pairs": len(targets.target_X),
         "seconds": {"sample": round(sampled_sec, 1), "score": round(scored_sec, 1), "fit": round(fit_sec, 1)},
@@ -85,7 +85,7 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     }
     details = {"fidelity": {"before": before.to_dict(), "after": after.to_dict()}}
     settings = {"training": dataclasses.asdict(training), "sampling": dataclasses.asdict(sampling), "seed": script.seed}
-    save_secant_head(head, value, folder, **figures, **details, **settings)
+    save_secant_head(head, folder, **figures, **details, **settings)
     _print_table(script, before, after)
     return figures
 
@@ -146,7 +146,7 @@ def _print_table(script: SecantScript, before: Fidelity, after: Fidelity) -> Non
             f"{found.spearman:.2f} ({found.low:.2f} to {found.high:.2f})",
             f"{found.top8_gain:.2f}",
             f"{found.best8_gain:.2f}",
-            f"{found.top8_gain / found.best8_gain:.0%}",
+            f"{found.top8_share:.0%}",
         )
     Console().print(table)
 

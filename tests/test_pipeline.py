@@ -28,7 +28,7 @@ def test_a_folder_with_a_head_gives_the_head_and_its_cost(value, tmp_path):
     """One forward pass of the value, and the head's own share of it."""
     save_reward_model(value, tmp_path)
     measured = {"spearman": 0.9, "low": 0.8, "high": 1.0, "top8_gain": 0.9, "best8_gain": 1.0}
-    save_secant_head(SecantHead(32, hidden=8), value, tmp_path, fidelity={"before": {}, "after": measured})
+    save_secant_head(SecantHead(32, hidden=8), tmp_path, fidelity={"before": {}, "after": measured})
     gradient = load_gradient(tmp_path, value)
     head = 8 * 4 * 32 + 8 + 32 * 8 + 32
     body = sum(parameter.numel() for parameter in value.body.layers.parameters())
@@ -38,9 +38,10 @@ def test_a_folder_with_a_head_gives_the_head_and_its_cost(value, tmp_path):
 
 def test_a_head_of_another_model_is_refused(value, tmp_path):
     save_reward_model(value, tmp_path)
-    save_secant_head(SecantHead(32), value, tmp_path)
+    save_secant_head(SecantHead(32), tmp_path)
     with torch.no_grad():
         value.skip_head.weight.add_(1.0)
+    save_reward_model(value, tmp_path)
     with pytest.raises(ModelError, match="fitted to other weights"):
         load_gradient(tmp_path, value)
 

@@ -71,7 +71,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
         print(f"recorded in {_RECORDS / settings.record}.json and .md", file=sys.stderr)
     print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
     for direction, figures in summary["fidelity"].items():
-        share = figures["top8_gain"] / figures["best8_gain"]
+        share = figures["top8_gain"] / figures["best8_gain"] if figures["best8_gain"] > 0 else float("nan")
         print(
             f"fidelity of the {direction}: Spearman {figures['spearman']:.2f} [{figures['low']:.2f}, "
             f"{figures['high']:.2f}], its best eight substitutions gain {share:.0%} of what the true best gain"

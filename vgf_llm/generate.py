@@ -42,10 +42,13 @@ class GenerateSettings:
     """Transport budget; steps 0 is best-of-N."""
     decoder: DecoderName = "prior"
     """How moved particles become tokens."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the decoder, by name; its class lists them."""
     num_particles: int = 8
     """Responses a prompt that are sampled and moved, at least 1."""
     draws: int = 3
-    """Texts decoded from each moved response, at least 1."""
+    """Texts decoded from each moved response, at least 1; alike with the decoder nearest, chains of their own with edit
+    and pivot."""
     select: Literal["max", "softmax", "random"] = "max"
     """The response returned: best by value, drawn by softmax of value / budget.temperature, or any of the pool."""
     seed: int = 0
@@ -109,7 +112,7 @@ def run(
     policy = ImplicitPolicy(
         TransformersSampler(pipeline.reference),
         pipeline.value,
-        make_decoder(settings.decoder, pipeline.reference, pipeline.value),
+        make_decoder(settings.decoder, pipeline.reference, pipeline.value, settings.decoder_options),
         settings.budget,
         select=settings.select,
         gradient=pipeline.gradient,

@@ -50,7 +50,7 @@ def test_both_stages_and_a_record_without_texts(flags, card, tmp_path, capsys):
     assert decoders.main([*flags, "--stage", "seconds"]) == 0
     timed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(timed["seconds"]) >= {"best-of-128", "prior @16", "pivot @128"}
-    assert decoders.main([*flags, "--record", "tiny", "--show_texts", "false"]) == 0
+    assert decoders.main([*flags, "--record", "tiny"]) == 0
     headline = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert headline["best-of-128"] == {"n": 128.0, "gold": 0.0}
     summary = json.loads((tmp_path / "tiny.json").read_text())
@@ -64,7 +64,7 @@ def test_both_stages_and_a_record_without_texts(flags, card, tmp_path, capsys):
 def test_it_goes_on_where_it_stopped_and_shows_texts_where_it_may(flags, card, tmp_path, capsys):
     decoders.main(flags)
     rows = (tmp_path / "run" / "rows.jsonl").read_text()
-    decoders.main([*flags, "--record", "tiny"])
+    decoders.main([*flags, "--record", "tiny", "--show_texts", "true"])
     assert (tmp_path / "run" / "rows.jsonl").read_text() == rows
     text = (tmp_path / "tiny.md").read_text()
     assert "**3. write about the tree**" in text and text.count("\n- t (gold") == 3

@@ -6,10 +6,11 @@ layers; T a response's tokens, S a prompt's.
     sample         2 P_ref T         prompt, once    2 P_ref S and 2 P_val S
     score          2 P_val T         flow step       4 P_val T
 
-A decoder counts its own tokens (:class:`vgf_llm.text.protocols.Work`); its docstring has the formula. Attention over
-the context is left out: 4 D T a token and layer, under 2% of a parameter's share at the lengths here.
-So is padding: rows of a batch that have ended, or start elsewhere, ride along. The latter weighs most in ``pivot``,
-where 8 rows of 16 tokens with pivots anywhere run a third more than is counted; one row runs what is counted.
+With a secant head a flow step is 2 P_val T and the head's own. A decoder counts its own tokens
+(:class:`vgf_llm.text.protocols.Work`); its docstring has the formula. Attention over the context is left out: 4 D T a
+token and layer, under 2% of a parameter's share at the lengths here. So is padding: rows of a batch that have ended, or
+start elsewhere, ride along. The latter weighs most in ``pivot``, where 8 rows of 16 tokens with pivots anywhere run a
+third more than is counted; one row runs what is counted.
 """
 
 from __future__ import annotations

@@ -35,7 +35,10 @@ class TransportBudget:
     rounds: int = 1
     """Rounds of transport -> decode -> re-embed that share the budget in nats; integer >= 1."""
     nats: float = 2.0
-    """Most KL that decoding may spend on one response over all rounds, in nats >= 0; split evenly over the rounds."""
+    """Most KL that decoding may spend on one response over all rounds, in nats >= 0; split evenly over the rounds.
+
+    Read by the decoders prior and block; edit and pivot are limited by temperature and rounds.
+    """
     max_token_nats: float = 1.0
     """Largest KL at one token, in nats > 0; at or above ``nats`` it never binds."""
     bandwidth: float | None = None

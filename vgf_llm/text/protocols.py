@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.text.responses import Responses
 
@@ -59,7 +60,7 @@ class Work:
     @classmethod
     def of(cls, like_BN: Tensor, *, reference: float = 0, value: float = 0, table: float = 0) -> Work:
         """Count passes over responses of ``like_BN`` tokens each, summed over a prompt's responses."""
-        tokens_B = like_BN.double().sum(-1)
+        tokens_B = like_BN.double().sum(-1).cpu()  # counts are kept on the host, wherever the responses are
         return cls(tokens_B * reference, tokens_B * value, tokens_B * table)
 
     def __add__(self, other: Work) -> Work:
@@ -106,7 +107,7 @@ class Move:
         responses: Where the particles started: B x N responses.
         moved: Where the flow carried them.
         budget: Nats, their cap a token, and the temperature of the target.
-        nats: KL budget of each response for this decode, at least 0.
+        nats: KL budget of each response for this decode, at least 0; for decoders with a law along the path.
         seeds_BN: int64, one seed a response, for the decoder's own noise.
         coupled_BN: bool; where False a further, independent text is drawn from the same moved particle.
         flow: Moves other responses to the same prompts, as ``responses`` were moved.
@@ -154,6 +155,19 @@ class Decoded:
     state: Any = None
 
 
+def check_no_kernel(decoder: str, budget: TransportBudget) -> None:
+    """Refuse a kernel where a test has to take the same direction back.
+
+    Raises:
+        ConfigError: If the budget's particles interact: a response's direction then depends on the others'.
+    """
+    if budget.kernel != "none":
+        raise ConfigError(
+            f"the decoder {decoder!r} needs budget.kernel none, got {budget.kernel!r}: its test of acceptance holds "
+            "for a direction that depends on the response alone; use prior or block with a kernel"
+        )
+
+
 class Decoder(Protocol):
     """Turns moved particles into tokens."""
 
@@ -162,5 +176,10 @@ class Decoder(Protocol):
         ...
 
     def decode(self, context: Any, move: Move) -> Decoded:
-        """Write the moved responses; a zero displacement gives coupled ones back token for token."""
+        """Write the moved responses.
+
+        For decoders that write along the displacement (``prior``, ``block``, ``nearest``) a zero displacement gives
+        coupled responses back token for token; those that accept by value (``edit``, ``edit_greedy``, ``pivot``) go on
+        without a direction. ``nats`` is read by the first two alone.
+        """
         ...

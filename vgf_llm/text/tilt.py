@@ -16,7 +16,7 @@ from torch import Tensor
 
 _DOUBLINGS = 20
 _BISECTIONS = 45
-_POSITIONS_PER_CHUNK = 512  # K * D numbers each
+_NUMBERS_PER_CHUNK = 2**24  # embeddings that are looked up at once: K * D for each position
 
 
 def linear_bonus(table_VD: Tensor, displacement_XD: Tensor, token_X: Tensor, ids_XK: Tensor) -> Tensor:
@@ -32,7 +32,8 @@ def linear_bonus(table_VD: Tensor, displacement_XD: Tensor, token_X: Tensor, ids
     delta_XD = displacement_XD.reshape(-1, displacement_XD.shape[-1]).float()
     ids_XK, token_X = ids_XK.reshape(-1, shape[-1]), token_X.reshape(-1)
     pieces = []
-    for positions in torch.arange(len(ids_XK), device=ids_XK.device).split(_POSITIONS_PER_CHUNK):
+    at_once = max(1, _NUMBERS_PER_CHUNK // (shape[-1] * table_VD.shape[1]))
+    for positions in torch.arange(len(ids_XK), device=ids_XK.device).split(at_once):
         delta_xD1 = delta_XD[positions].unsqueeze(-1)
         of_list_xK = (table_VD[ids_XK[positions]].float() @ delta_xD1).squeeze(-1)
         of_own_x = table_VD[token_X[positions]].float().unsqueeze(-2).matmul(delta_xD1).squeeze(-1)

@@ -56,8 +56,9 @@ class EditGreedyDecoder:
         if path is None:
             path, work = path_of(self.reference, context, responses)
         b, n, _, k = path.law.ids.shape
-        m, c = self.proposals, self.checked
         scores_BNX = edit_scores(self.table_VD, path, responses, move.displacement_BNTD).flatten(2)
+        m = min(self.proposals, scores_BNX.shape[-1])
+        c = min(self.checked, m)
         pair_BNm = _draw(scores_BNX, move.seeds_BN.to(scores_BNX.device), m)
         possible_BNm = ~torch.isinf(scores_BNX.gather(-1, pair_BNm))
         local_BNm = path.law.logps.flatten(2).gather(-1, pair_BNm) - path.own_BNT.gather(-1, pair_BNm // k)

@@ -19,9 +19,13 @@ is that of y at the same place, 0 beyond its end.
 Source: suffix regrowth under Metropolis-Hastings is QUEST and QAlign (Faria et al. 2024, 2025), with a uniform position
 and no gradient; the tilt of the pivot by the value's gradient is ours.
 
-Cost a response and round, for P_ref and P_val parameters and T tokens: 2 P_ref T (what is kept is run in parallel, the
-rest token by token) and 4 P_val T FLOPs for the flow at y'; the first round 2 P_ref T more where the sampler did not
-keep the laws.
+What is exact is so in exact arithmetic, for a direction that depends on the response alone (no kernel between
+particles).
+
+Cost a response and round, for P_ref and P_val parameters and T tokens: 2 P_ref T FLOPs (what is kept is run in
+parallel, the rest token by token) and the flow at y' (4 P_val T with the value's own gradient, 2 P_val T with a secant
+head); the first round 2 P_ref T more where the sampler did not keep the laws. Rows of a batch wait for the longest
+rewrite, which is not counted.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from torch.nn.functional import pad
 from vgf_llm.text.law import Shortlist, truncate
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.path import Path, chosen, own_logps, path_of
-from vgf_llm.text.protocols import Decoded, Move, Moved, Work
+from vgf_llm.text.protocols import Decoded, Move, Moved, Work, check_no_kernel
 from vgf_llm.text.reference import Reference, ReferencePrefix
 from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import capped_multiplier, linear_bonus, tilt
@@ -67,6 +71,7 @@ class PivotDecoder:
     @torch.no_grad()
     def decode(self, context: ReferencePrefix, move: Move) -> Decoded:
         """Regrow each response from a pivot, test it and keep it or not."""
+        check_no_kernel("pivot", move.budget)
         length = self.reference.sampling.max_new_tokens
         responses, path, work = _padded(move.responses, length), move.state, Work.none(len(move.responses.prompts))
         if path is None:
