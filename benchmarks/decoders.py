@@ -180,23 +180,26 @@ def compare(
 
 
 def samples_markdown(rows: list[dict[str, Any]], moved_arm: str) -> str:
-    """Return the first sample of the first 40 prompts and what it was moved to, whatever they say."""
+    """Return 40 samples, as many of each prompt, and what they were moved to, whatever they say."""
     seed = min(row["seed"] for row in rows)
-    texts = {(row["arm"], row["prompt_index"]): row for row in rows if row["seed"] == seed}
+    found = {(row["arm"], row["prompt_index"]): row for row in rows if row["seed"] == seed}
+    indices = sorted(index for arm, index in found if arm == moved_arm and (BASE, index) in found)[:_SHOWN]
+    each = -(-_SHOWN // max(1, len(indices)))
     lines = [
-        "\n## Texts, unfiltered",
-        f"\nThe first sample of each prompt (o) and what `{moved_arm}` made of it (t).\n",
+        "## Texts, unfiltered",
+        f"The first samples of each prompt (o) and what `{moved_arm}` made of them (t), with gold and NLL a token.",
     ]
-    for index in range(_SHOWN):
-        original, moved = texts.get((BASE, index)), texts.get((moved_arm, index))
-        if original is None or moved is None:
-            break
-        lines.append(f"\n**{index + 1}. {original['prompt']}**\n")
-        for mark, row in (("o", original), ("t", moved)):
-            lines.append(
-                f"- {mark} (gold {row['gold'][0]:+.2f}, NLL {row['nll'][0]:.2f}): {' '.join(row['texts'][0].split())}"
+    for index in indices:
+        original, moved = found[BASE, index], found[moved_arm, index]
+        lines.append(f"**{index + 1}. {original['prompt']}**")
+        lines.append(
+            "\n".join(
+                f"- {mark} ({row['gold'][n]:+.2f}, {row['nll'][n]:.2f}): {' '.join(row['texts'][n].split())}"
+                for n in range(min(each, len(moved["texts"])))
+                for mark, row in (("o", original), ("t", moved))
             )
-    return "\n".join(lines) + "\n"
+        )
+    return "\n\n".join(lines) + "\n"
 
 
 def time_arms(
