@@ -9,11 +9,21 @@ from torch.nn.functional import pad
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama
 from vgf_llm import generate
+from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.controls import no_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.sampling import TransformersSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import BlockDecoder, ImplicitPolicy, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import (
+    BlockDecoder,
+    EditDecoder,
+    ImplicitPolicy,
+    PivotDecoder,
+    PriorDecoder,
+    Reference,
+    Work,
+    row_seeds,
+)
 from vgf_llm.text.responses import changed_tokens
 
 PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
@@ -104,3 +114,22 @@ def test_without_a_direction_coupled_texts_stay_and_values_are_right(parts, deco
 def test_at_least_one_draw(parts):
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         run(parts, TransportBudget(), draws=0)
+
+
+def test_work_is_counted_on_the_host_wherever_the_responses_are():
+    """A fake CUDA tensor stands for responses on a GPU: adding counts of two devices would fail."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lengths_BN = torch.ones(2, 3, device="cuda")
+        work = Work.none(2) + Work.of(lengths_BN, reference=1, value=2)
+    assert work.reference_B.device.type == "cpu" and work.value_B.shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["edit", "pivot"])
+def test_a_kernel_is_refused_where_a_test_takes_the_direction_back(parts, name):
+    reference, value = parts
+    decoder = {"edit": EditDecoder, "pivot": PivotDecoder}[name](reference, value.embedding_table_VD)
+    policy = ImplicitPolicy(TransformersSampler(reference), value, decoder, TransportBudget(kernel="rbf"))
+    with pytest.raises(ConfigError, match=f"decoder '{name}' needs budget.kernel none"):
+        policy(PROMPTS, row_seeds(0, [0, 1, 2], 4))
