@@ -8,7 +8,8 @@ Stage ``compute`` runs best-of-N and the decoders named by ``main`` at four comp
 decoder, and each with a random direction, without one, and with the value's raw gradient, on ``few_prompts`` of them.
 FLOPs are counted, and every arm is held against best-of-N at its own count (``benchmarks/decoder_matches.py``). It can
 be resumed: every finished (arm, prompt) is a line of ``rows.jsonl``. Stage ``seconds`` times the arms one by one, each
-with a sampling of its own, on an otherwise idle machine; ``compute``, run again, adds the comparison at equal seconds.
+with a sampling of its own, on an otherwise idle machine; ``report``, or ``compute`` run again, adds the comparison at
+equal seconds.
 The last line of standard output is one JSON object; with ``--record`` the summary goes to docs/results/<name>.json and
 the tables to <name>.md, with texts if these may be shown.
 """
@@ -52,7 +53,7 @@ class BenchmarkSettings:
     """What the bake-off runs."""
 
     stage: str = "compute"
-    """compute (FLOPs, gold, controls) or seconds (timing, on an idle machine)."""
+    """compute (FLOPs, gold, controls), seconds (timing, on an idle machine), or report (of the rows there are)."""
     few_prompts: int = 8
     """Prompts on which every decoder, control and ablation is run; the first of the file, at least 2."""
     main: list[str] = field(default_factory=lambda: ["prior", "prior 4 nats", "pivot all"])
@@ -70,8 +71,8 @@ class BenchmarkSettings:
         Raises:
             ValueError: Naming the key and the value seen.
         """
-        if self.stage not in ("compute", "seconds"):
-            raise ValueError(f"stage must be compute or seconds, got {self.stage!r}")
+        if self.stage not in ("compute", "seconds", "report"):
+            raise ValueError(f"stage must be compute, seconds or report, got {self.stage!r}")
         unknown = sorted(set(self.extras) - {"controls", "ablations", "growing"})
         if unknown:
             raise ValueError(f"extras: {unknown[0]!r} is none of controls, ablations, growing")
@@ -135,7 +136,7 @@ def stages(benchmark: BenchmarkSettings, alpha: float) -> list[tuple[list[Arm], 
 def compare(
     benchmark: BenchmarkSettings, settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSettings
 ) -> dict[str, Any]:
-    """Run the arms, hold them against best-of-N at equal FLOPs, and return the headline."""
+    """Run the arms that are left, hold all against best-of-N at equal FLOPs, and return the headline."""
     from benchmarks.decoder_matches import matched, matched_markdown, seconds_count
     from vgf_llm.evaluate import run
     from vgf_llm.evaluation.report import markdown_report
@@ -144,7 +145,7 @@ def compare(
     alpha = acceptance_temperature(models)
     passes = stages(benchmark, alpha)
     prompts = settings.num_prompts or sum(1 for _ in read_jsonl(Path(settings.prompts)))
-    for some, few in passes:
+    for some, few in passes if benchmark.stage == "compute" else []:
         count = min(benchmark.few_prompts, prompts) if few else prompts
         run(replace(settings, arms=some, num_prompts=count, resume=True, record=None), models, sampling)
     rows = list(read_jsonl(Path(settings.output_dir) / "rows.jsonl"))

@@ -64,7 +64,7 @@ def test_both_stages_and_a_record_without_texts(flags, card, tmp_path, capsys):
 def test_it_goes_on_where_it_stopped_and_shows_texts_where_it_may(flags, card, tmp_path, capsys):
     decoders.main(flags)
     rows = (tmp_path / "run" / "rows.jsonl").read_text()
-    decoders.main([*flags, "--record", "tiny", "--show_texts", "true"])
+    decoders.main([*flags, "--stage", "report", "--record", "tiny", "--show_texts", "true"])
     assert (tmp_path / "run" / "rows.jsonl").read_text() == rows
     text = (tmp_path / "tiny.md").read_text()
     assert "**3. write about the tree**" in text and text.count("\n- t (") == 3 * 8
