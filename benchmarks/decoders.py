@@ -45,6 +45,7 @@ from vgf_llm.settings import ModelSettings, SamplingSettings
 
 _RECORDS = Path("docs/results")
 _SHOWN = 40
+_CLOUD_NATS = (1.0, 2.0, 4.0)
 _ALPHA_SHARE = 0.1  # of the standard deviation of the value, for the decoders that accept by it
 
 
@@ -129,7 +130,7 @@ def stages(benchmark: BenchmarkSettings, alpha: float) -> list[tuple[list[Arm], 
     }
     for name in benchmark.extras:
         arms += extras[name]
-    main_arms = [*best_of(), *level_arms(alpha, benchmark.main), cloud_arm(DEFAULT_NATS)]
+    main_arms = [*best_of(), *level_arms(alpha, benchmark.main), *map(cloud_arm, _CLOUD_NATS)]
     return [(main_arms, False), (arms, True)]
 
 
