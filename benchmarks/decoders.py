@@ -149,7 +149,8 @@ def compare(
     for some, few in passes if benchmark.stage == "compute" else []:
         count = min(benchmark.few_prompts, prompts) if few else prompts
         run(replace(settings, arms=some, num_prompts=count, resume=True, record=None), models, sampling)
-    rows = list(read_jsonl(Path(settings.output_dir) / "rows.jsonl"))
+    every_row = read_jsonl(Path(settings.output_dir) / "rows.jsonl")
+    rows = [row for row in every_row if row["prompt_index"] < prompts]  # an earlier run may have had more
     arms = {arm.name: arm for some, _ in passes for arm in some}
     every = replace(settings, arms=list(arms.values()), baselines=["base", BASE])
     summary = finish(every, models, sampling, rows)
