@@ -60,8 +60,9 @@ def test_arguments_and_code_are_handed_on():
 
 
 def test_interrupt_says_that_the_work_is_kept():
-    code = (
-        "import sys, time\nfrom vgf_llm.cli import run_main\n"
+    code = (  # a shell that starts its work in the background hands down an ignored SIGINT
+        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from vgf_llm.cli import run_main\n"
         "def work(argv):\n    print('started', flush=True)\n    time.sleep(60)\n"
         "sys.exit(run_main(work, []))"
     )
