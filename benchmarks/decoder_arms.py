@@ -52,11 +52,13 @@ def decodings(alpha: float) -> dict[str, Decoding]:
         alpha: Temperature of the decoders that accept by value, in units of it.
     """
     prior_sizes = ((4, 3, 1), (8, 3, 1), (8, 7, 1), (14, 8, 1))
+    timed_sizes = ((3, 2, 1), (6, 3, 1), (7, 6, 1), (11, 8, 1))  # near the seconds of best-of-N, not its FLOPs
     pivot_sizes = ((2, 1, 6), (4, 1, 6), (4, 1, 13), (8, 1, 13))
     mcmc = TransportBudget(temperature=alpha)
     found = [
         Decoding("prior", "prior", TransportBudget(nats=DEFAULT_NATS), prior_sizes, {}),
         Decoding("prior 4 nats", "prior", TransportBudget(nats=4.0), prior_sizes, {}),
+        Decoding("prior 4 nats by time", "prior", TransportBudget(nats=4.0), timed_sizes, {}),
         Decoding(
             "block", "block", TransportBudget(nats=DEFAULT_NATS), ((3, 2, 1), (6, 2, 1), (9, 3, 1), (18, 3, 1)), {}
         ),

@@ -57,7 +57,7 @@ class BenchmarkSettings:
     """compute (FLOPs, gold, controls), seconds (timing, on an idle machine), or report (of the rows there are)."""
     few_prompts: int = 8
     """Prompts on which every decoder, control and ablation is run; the first of the file, at least 2."""
-    main: list[str] = field(default_factory=lambda: ["prior", "prior 4 nats", "pivot all"])
+    main: list[str] = field(default_factory=lambda: ["prior", "prior 4 nats", "prior 4 nats by time", "pivot all"])
     """Decoders that are run on all prompts."""
     others: list[str] = field(default_factory=lambda: list(decodings(1.0)))
     """Decoders that are run at all."""
@@ -122,7 +122,8 @@ def acceptance_temperature(models: ModelSettings) -> float:
 def stages(benchmark: BenchmarkSettings, alpha: float) -> list[tuple[list[Arm], bool]]:
     """Return the arms of each pass over the prompts, and whether it takes few of them."""
     arms = [*best_of(), *level_arms(alpha, benchmark.others)]
-    directed = [name for name in benchmark.others if name not in ("prior 4 nats", "nearest", "nearest each step")]
+    undirected = ("prior 4 nats", "prior 4 nats by time", "nearest", "nearest each step")
+    directed = [name for name in benchmark.others if name not in undirected]
     extras = {
         "controls": control_arms(alpha, directed),
         "ablations": ablation_arms(),
