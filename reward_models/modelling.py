@@ -9,7 +9,7 @@ tokens.
 Departs from transformers' sequence classification: pooling goes by the attention mask and never by the pad token's id
 (so pad == eos, left padding and batch size change nothing), prompts are run once for any number of responses, and
 responses may be token ids or embeddings, with gradients to the embeddings. Nothing of vocabulary size is ever
-computed.
+computed. The body is causal, so one forward holds the score of every prefix of a response: the token-level value.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
 from vgf_llm.errors import ModelError
 from vgf_llm.text.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
 
@@ -200,36 +201,58 @@ class RewardModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         response_mask: Tensor | None = None,
+        token_level: bool = False,
     ) -> Tensor:
-        """Score whole sequences, prompt and response together.
+        """Score whole sequences, prompt and response together, or every prefix of each response at once.
 
         Args:
             input_ids: [R, S] token ids, padded on either side; or give `inputs_embeds` [R, S, D].
             attention_mask: [R, S], 1 where a token stands; None: everywhere.
             inputs_embeds: [R, S, D] in place of `input_ids`.
-            response_mask: [R, S], 1 where a response token stands; needed for pooling "mean", ignored by "last".
+            response_mask: [R, S], 1 where a response token stands; ignored by pooling "last" without a skip, unless
+                `token_level`.
+            token_level: return values_RS in place of rewards_R. A response token holds the reward of the response cut
+                after it (the last one that of the whole), the token before the first one the value of the prompt alone
+                (the head on that token's hidden state, no skip), any other column 0.
 
         Returns:
-            rewards_R, float32.
+            rewards_R, or values_RS (`pooling.prefix_columns` lines them up by prefix); float32.
 
         Raises:
-            ModelError: pooling is "mean" and there is no response_mask, or a row has nothing to pool.
+            ModelError: there is no response_mask where one is needed, a row has nothing to pool, or `token_level` and a
+                response has no prompt before it.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        pools_response = self.config.pooling == "mean"
+        if response_mask is None and (pools_response or self.config.input_skip or token_level):
+            raise ModelError("this reward model pools over the response: pass response_mask to forward")
         hidden_RSD = self.body(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=positions_from_mask(attention_mask),
             use_cache=False,
         ).last_hidden_state
-        pools_response = self.config.pooling == "mean"
-        if response_mask is None and (pools_response or self.config.input_skip):
-            raise ModelError("this reward model pools over the response: pass response_mask to forward")
+        if token_level:
+            return self._token_values(hidden_RSD, inputs_embeds, response_mask)
         rewards_R = self._read(self._pool(hidden_RSD, response_mask if pools_response else attention_mask))
         return rewards_R if self.skip_head is None else rewards_R + self._skip(inputs_embeds, response_mask)
+
+    def _token_values(self, hidden_RSD: Tensor, u_RSD: Tensor, response_mask_RS: Tensor) -> Tensor:
+        """Read the heads at every token and pool what they read; see `forward`."""
+        mask_RS = response_mask_RS.bool()
+        check_pooled(mask_RS)
+        prompt_RS = prompt_end(mask_RS)
+        alone = (~prompt_RS.any(dim=-1)).nonzero()
+        if len(alone):
+            raise ModelError(f"row {int(alone[0])} starts with its response; a token-level value needs a prompt")
+        reads_RS = self._read(hidden_RSD.float().masked_fill(~(mask_RS | prompt_RS)[..., None], 0.0))
+        values_RS = running_mean(reads_RS, mask_RS) if self.config.pooling == "mean" else reads_RS
+        if self.skip_head is not None:
+            values_RS = values_RS + running_mean(self._read_skip(u_RSD.float()), mask_RS)
+        return values_RS.masked_fill(~mask_RS, 0.0) + reads_RS.masked_fill(~prompt_RS, 0.0)
 
     def prefix(self, prompts: Sequence[Sequence[int]]) -> PromptPrefix:
         """Run B prompts (token ids) once; the result serves any number of `score` calls."""
@@ -290,28 +313,22 @@ class RewardModel(PreTrainedModel):
 
     def _pool(self, hidden_RTD: Tensor, mask_RT: Tensor) -> Tensor:
         """Pool by mask, in float32 whatever the autocast around it."""
-        mask_RT = mask_RT.bool()
-        empty = (~mask_RT.any(dim=-1)).nonzero()
-        if len(empty):
-            raise ModelError(f"row {int(empty[0])} has no token to score; a response holds at least its EOS token")
-        if self.config.pooling == "last":
-            order_T = torch.arange(1, mask_RT.shape[1] + 1, device=mask_RT.device)
-            last_R = (mask_RT * order_T).argmax(dim=-1)
-            return hidden_RTD[torch.arange(len(last_R), device=last_R.device), last_R].float()
-        kept_RTD = hidden_RTD.float().masked_fill(~mask_RT[..., None], 0.0)
-        return kept_RTD.sum(dim=1) / mask_RT.sum(dim=1, keepdim=True)
+        check_pooled(mask_RT)
+        return (pool_last if self.config.pooling == "last" else pool_mean)(hidden_RTD, mask_RT)
 
-    def _read(self, pooled_RD: Tensor) -> Tensor:
-        """Apply the head in float32."""
-        with torch.autocast(pooled_RD.device.type, enabled=False):
-            return self.head(pooled_RD.to(self.head.weight.dtype)).squeeze(-1).float()
+    def _read(self, pooled: Tensor) -> Tensor:
+        """Apply the head in float32 to [..., D]."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
 
     def _skip(self, u_RTD: Tensor, mask_RT: Tensor) -> Tensor:
-        """Read the mean input embedding of the response, in root mean squares of the table."""
-        mask_RT1 = mask_RT.bool().unsqueeze(-1)
-        mean_RD = u_RTD.float().masked_fill(~mask_RT1, 0.0).sum(dim=1) / mask_RT1.sum(dim=1)
-        with torch.autocast(mean_RD.device.type, enabled=False):
-            return self.skip_head(mean_RD / self.table_scale).squeeze(-1).float()
+        """Read the mean input embedding of the response."""
+        return self._read_skip(pool_mean(u_RTD, mask_RT))
+
+    def _read_skip(self, u: Tensor) -> Tensor:
+        """Apply the skip's head in float32 to embeddings [..., D], in root mean squares of the table."""
+        with torch.autocast(u.device.type, enabled=False):
+            return self.skip_head(u / self.table_scale).squeeze(-1).float()
 
     @property
     def table_scale(self) -> float:

@@ -89,7 +89,7 @@ def test_the_core_path_needs_torch_and_transformers_only():
         "    module = importlib.import_module(name)\n"
         "    for found in pkgutil.walk_packages(getattr(module, '__path__', []), name + '.'):\n"
         "        importlib.import_module(found.name)\n"
-        "import reward_models.modelling, reward_models.ensemble, reward_models.losses\n"
+        "import reward_models.modelling, reward_models.ensemble, reward_models.losses, reward_models.value_losses\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
