@@ -19,6 +19,7 @@ COMMANDS = {
     "reward": ("reward_models.train", "train a reward model on preference pairs"),
     "secant": ("reward_models.train_secant", "fit a head whose direction predicts what token changes do to a reward"),
     "generate": ("vgf_llm.generate", "answer prompts under a transport budget"),
+    "transport": ("vgf_llm.transport", "write transported responses as datasets for SFT and DPO training"),
     "evaluate": ("vgf_llm.evaluate", "compare budgets with best-of-N and controls"),
 }
 
@@ -68,7 +69,7 @@ def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str
     except KeyboardInterrupt:
         print(
             "stopped with Ctrl-C; whatever rows and checkpoints were written so far are whole and stay in the output"
-            " folder (evaluate goes on with --resume)",
+            " folder (evaluate and transport go on with --resume)",
             file=sys.stderr,
         )
         return 130

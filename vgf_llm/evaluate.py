@@ -10,7 +10,6 @@ The last line of standard output is one JSON object.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from typing import Any
 
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
-from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.progress import track
+from vgf_llm.resume import claim, contents
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 _RECORDS = Path("docs/results")
@@ -54,7 +53,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     if settings.record:
         check_writable(_RECORDS)
     rows_path = output_dir / "rows.jsonl"
-    _claim(output_dir, rows_path, settings, models, sampling)
+    _claim(rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report
     from vgf_llm.evaluation.table import print_table
     from vgf_llm.evaluation.work import finish, work
@@ -89,37 +88,17 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return list(read_jsonl(path)) if path.exists() else []
 
 
-def _claim(output_dir: Path, rows_path: Path, *instances: Any) -> None:
-    """Refuse to mix the rows of two runs; record the configuration of this one."""
-    settings = instances[0]
-    config, config_path = dump(*instances), output_dir / "config.json"
-    config["contents"] = _contents(settings, instances[1])
-    for key in ("resume", "record", "batch_prompts", "output_dir"):
-        config.pop(key)
-    if rows_path.exists() and not settings.resume:
-        raise OutputError(f"{rows_path} exists; add --resume to go on with it, or name another output_dir")
-    if rows_path.exists():
-        if not config_path.exists():
-            raise OutputError(f"{rows_path} exists without its config.json; name another output_dir")
-        before = json.loads(config_path.read_text())
-        # More prompts and further arms only add rows; what the arms are made from is compared in the arms themselves.
-        free = ("num_prompts", "arms", "baselines", "num_particles", "draws", "best_of", "budgets")
-        changed = [k for k in config if k not in free and before.get(k) != config[k]]
-        changed += [f"arms: {name}" for name in _changed_arms(before.get("arms", []), config["arms"])]
-        if changed:
-            raise ConfigError(
-                f"{output_dir} was started with other settings ({', '.join(changed)}; the old ones are in its "
-                "config.json); resume with those, or name another output_dir"
-            )
-    write_json_atomic(config_path, config)
+def _claim(rows_path: Path, *instances: Any) -> None:
+    """Refuse to mix the rows of two runs; more prompts and further arms only add rows."""
+    settings, models = instances[0], instances[1]
+    config = {**dump(*instances), "contents": contents(settings.prompts, models.reward_model)}
+    # What the arms are made from is compared in the arms themselves.
+    free = ("num_prompts", "arms", "baselines", "num_particles", "draws", "best_of", "budgets")
+    claim(rows_path, config, resume=settings.resume, free=free, changes=_arm_changes)
 
 
-def _contents(settings: EvaluateSettings, models: ModelSettings) -> dict[str, str]:
-    """Return the SHA-256 of the local files that decide every number: prompts and reward model."""
-    files = [Path(settings.prompts)]
-    if models.reward_model is not None:
-        files += sorted(Path(models.reward_model).glob("*.safetensors"))
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+def _arm_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [f"arms: {name}" for name in _changed_arms(before.get("arms", []), now["arms"])]
 
 
 def _changed_arms(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:

@@ -14,6 +14,7 @@ COMMANDS = {
     "reward": "reward_models.train",
     "secant": "reward_models.train_secant",
     "generate": "vgf_llm.generate",
+    "transport": "vgf_llm.transport",
     "evaluate": "vgf_llm.evaluate",
     "results": "vgf_llm.evaluate",
     "demo": "vgf_llm.evaluate",  # what `vgf-llm demo` evaluates

@@ -1,0 +1,66 @@
+"""A run that can be stopped and gone on with: who may write into a folder, and whether the run is the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vgf_llm.errors import ConfigError, OutputError
+from vgf_llm.io import write_json_atomic
+
+Config = dict[str, Any]
+_HOW = ("resume", "record", "batch_prompts", "output_dir")  # how a run is made, not what it makes
+
+
+def no_changes(before: Config, now: Config) -> list[str]:
+    """Find nothing to object to beyond the keys themselves."""
+    return []
+
+
+def claim(
+    rows_path: Path,
+    config: Config,
+    *,
+    resume: bool,
+    free: Sequence[str] = (),
+    changes: Callable[[Config, Config], list[str]] = no_changes,
+) -> None:
+    """Refuse to mix the rows of two runs; record the configuration of this one in config.json beside the rows.
+
+    Args:
+        rows_path: The run's rows, in its output folder.
+        config: Everything that decides what a row holds; keys that only say how it is made are left out here.
+        resume: Whether the user asked to go on with rows that are there.
+        free: Keys that may change, because they only add rows.
+        changes: Given the old and the new configuration, names what else has changed.
+
+    Raises:
+        OutputError: There are rows and ``resume`` is off, or they stand without their configuration.
+        ConfigError: ``resume`` is on and the configuration is another one.
+    """
+    output_dir, config_path = rows_path.parent, rows_path.parent / "config.json"
+    config = {key: value for key, value in config.items() if key not in _HOW}
+    if rows_path.exists() and not resume:
+        raise OutputError(f"{rows_path} exists; add --resume to go on with it, or name another output_dir")
+    if rows_path.exists():
+        if not config_path.exists():
+            raise OutputError(f"{rows_path} exists without its config.json; name another output_dir")
+        before = json.loads(config_path.read_text())
+        changed = [k for k in config if k not in free and before.get(k) != config[k]] + changes(before, config)
+        if changed:
+            raise ConfigError(
+                f"{output_dir} was started with other settings ({', '.join(changed)}; the old ones are in its "
+                "config.json); resume with those, or name another output_dir"
+            )
+    write_json_atomic(config_path, config)
+
+
+def contents(prompts: str, reward_model: str | None) -> dict[str, str]:
+    """Return the SHA-256 of the local files that decide every number: prompts and reward model."""
+    files = [Path(prompts)]
+    if reward_model is not None:
+        files += sorted(Path(reward_model).glob("*.safetensors"))
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
