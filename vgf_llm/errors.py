@@ -20,6 +20,10 @@ class ModelError(VGFError):
     """A model or tokenizer cannot be loaded or does not fit the other one it is used with."""
 
 
+class CheckpointError(VGFError):
+    """A training checkpoint is incomplete or was changed since it was written."""
+
+
 class OutputError(VGFError):
     """An output folder or file cannot be written."""
 

@@ -1,0 +1,1 @@
+"""Fine-tuning: what a step computes, the trainer around it, and checkpoints that are whole or absent."""
