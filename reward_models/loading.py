@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from reward_models.body import linear_names
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
-from reward_models.modelling import RewardModel, RewardModelConfig, body_linear_names
+from reward_models.modelling import RewardModel, RewardModelConfig
 from vgf_llm.errors import ModelError
 from vgf_llm.models import fingerprint, load_tokenizer
 
@@ -44,7 +45,7 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    available = body_linear_names(model)
+    available = linear_names(model.body)
     wanted = list(target_modules or available)
     unknown = [name for name in wanted if name not in available]
     if unknown:
@@ -101,8 +102,9 @@ def load_reward_model(
     config = _read_config(folder)
     if tokenizer is not None:
         _check_tokenizer(folder, tokenizer, config.base_name)
-    if (folder / ADAPTER_NAME).is_file():
-        model = _load_lora(folder, config, base, dtype, merge)
+    if is_lora(folder):
+        adapted = load_adapter(folder, base, dtype=dtype)
+        model = adapted.merge_and_unload(safe_merge=True) if merge else adapted.get_base_model()
     else:
         model = _load_full(folder, dtype)
     model = model.to(device)
@@ -150,22 +152,51 @@ def _load_full(folder: Path, dtype: torch.dtype) -> RewardModel:
     return model
 
 
-def _load_lora(
-    folder: Path, config: RewardModelConfig, base: PreTrainedModel | str | None, dtype: torch.dtype, merge: bool
-) -> RewardModel:
+def is_lora(folder: str | Path) -> bool:
+    """Return whether a folder holds a LoRA."""
+    return (Path(folder) / ADAPTER_NAME).is_file()
+
+
+def load_adapter(
+    path: str | Path,
+    base: PreTrainedModel | str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+) -> Any:
+    """Read a LoRA and keep it apart from its base.
+
+    Args:
+        path: folder written by training or `save_reward_model`.
+        base: causal LM to cut the body from; None: the one named in config.json.
+        tokenizer: if given, it must be the one of training, as in `load_reward_model`.
+        dtype: of a copied body; None shares the base's own frozen parameters, which must then be given as a model.
+        trainable: whether adapters and heads require gradients.
+
+    Returns:
+        The PeftModel; `get_base_model()` is the reward model inside.
+
+    Raises:
+        ModelError: the folder is not a LoRA of a reward model, or does not fit the base or tokenizer.
+    """
     from peft import PeftModel
 
+    folder = Path(path)
+    config = _read_config(folder)
+    if tokenizer is not None:
+        _check_tokenizer(folder, tokenizer, config.base_name)
     model = RewardModel.from_base(
         base if base is not None else config.base_name,
         num_layers=config.num_layers,
-        dtype=dtype,
+        dtype=dtype or torch.float32,
         pooling=config.pooling,
         train_embeddings=config.train_embeddings,
         input_skip=config.input_skip,
+        share=dtype is None,
     )
     model.config.base_name = config.base_name
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"'{folder}' holds no adapter that fits this base ({error}); train it again") from error
-    return adapted.merge_and_unload(safe_merge=True) if merge else adapted.get_base_model()

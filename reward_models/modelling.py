@@ -14,7 +14,8 @@ computed. The body is causal, so one forward holds the score of every prefix of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from reward_models.body import copy_weights, parameters_on_meta, share_weights, truncated_config
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
 from vgf_llm.errors import ModelError
 from vgf_llm.text.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
@@ -115,20 +117,22 @@ class RewardModel(PreTrainedModel):
         train_embeddings: bool = False,
         input_skip: bool = False,
         seed: int = 0,
+        share: bool = False,
     ) -> RewardModel:
         """Cut a reward model from a causal LM; the head starts at N(0, 1 / (D + 1)), bias 0.
 
         Args:
             base: a causal LM (left as it is), or what `vgf_llm.models.load_causal_lm` takes.
             num_layers: decoder layers kept, from the first; None keeps all.
-            dtype: of the body; the head is float32.
+            dtype: of the body (`share`: the base's own); the head is float32.
             pooling: "last" or "mean" (over the response).
             train_embeddings: whether training may move the input embeddings.
             input_skip: whether the head also reads the mean of the response's input embeddings (starts at zero).
             seed: of the head's initial weights.
+            share: hold the base's own, frozen parameters in place of copies (a LoRA is to go around it).
 
         Raises:
-            ModelError: num_layers is out of range, or the base cannot be loaded.
+            ModelError: num_layers is out of range, the base cannot be loaded, or it is to be shared and trains.
         """
         if isinstance(base, str):
             from vgf_llm.models import load_causal_lm
@@ -137,18 +141,21 @@ class RewardModel(PreTrainedModel):
         else:
             base_name = base.config._name_or_path or base.name_or_path
         config = RewardModelConfig(
-            body_config=_truncated_config(base.config, num_layers),
+            body_config=truncated_config(base.config, num_layers),
             pooling=pooling,
             base_name=base_name,
             train_embeddings=train_embeddings,
             input_skip=input_skip,
             pad_token_id=base.config.pad_token_id,
         )
-        model = cls(config)
-        weights = model.body.state_dict()
-        source = {name: tensor for name, tensor in base.base_model.state_dict().items() if name in weights}
-        model.body.load_state_dict(source, strict=True)
-        model.body.to(dtype)
+        with parameters_on_meta() if share else contextlib.nullcontext():
+            model = cls(config)
+        if share:
+            share_weights(model.body, base)
+            for head in filter(None, (model.head, model.skip_head)):
+                head.to_empty(device=base.device)
+        else:
+            copy_weights(model.body, base, dtype)
         width = model.head.in_features
         noise_D = torch.randn(width, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
@@ -336,30 +343,6 @@ class RewardModel(PreTrainedModel):
         if self._scale is None:
             self._scale = float(self.embedding_table_VD.float().square().mean().sqrt())
         return self._scale
-
-
-def body_linear_names(model: RewardModel) -> list[str]:
-    """Return the leaf names of all linear layers of the body (`q_proj`, `down_proj`, ...): the LoRA default."""
-    return sorted({name.rpartition(".")[2] for name, _ in _linear_modules(model.body)})
-
-
-def _linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear))
-
-
-def _truncated_config(base_config: PreTrainedConfig, num_layers: int | None) -> dict[str, Any]:
-    """Body configuration with the first `num_layers` layers, as a dict that a JSON file can hold."""
-    fields = base_config.get_text_config(decoder=True).to_dict()
-    available = fields["num_hidden_layers"]
-    kept = available if num_layers is None else num_layers
-    if not 1 <= kept <= available:
-        raise ModelError(f"num_layers is {num_layers}, but the base model has layers 1 to {available}")
-    fields["num_hidden_layers"] = kept
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:kept]
-    for derived in ("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype"):
-        fields.pop(derived, None)
-    return fields
 
 
 CONFIG_MAPPING.register(RewardModelConfig.model_type, RewardModelConfig, exist_ok=True)

@@ -105,27 +105,24 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     return finish(script, settings, tokenizer, held_out, lm.to(trainer.accelerator.device), facts)
 
 
-def untrained_model(lm: Any, settings: RewardModelSettings, seed: int) -> Any:
-    """Cut the reward model from the base, head at zero, with a LoRA around it where one is set."""
-    import torch
+def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bool = False) -> Any:
+    """Cut the reward model from the base, head at zero, with a LoRA around it (or around the base) where one is set."""
+    from reward_models.value_model import build_value_model
 
-    from reward_models.loading import add_lora
-    from reward_models.modelling import RewardModel
-
-    model = RewardModel.from_base(
+    return build_value_model(
         lm,
-        settings.num_layers,
-        dtype=getattr(torch, settings.dtype),
+        num_layers=settings.num_layers,
         pooling=settings.pooling,
-        train_embeddings=settings.train_embeddings,
         input_skip=settings.input_skip,
+        lora_r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
         seed=seed,
+        base_name=settings.model_name_or_path,
+        train_embeddings=settings.train_embeddings,
+        lora_target_modules=settings.lora_target_modules,
+        lora_dropout=settings.lora_dropout,
+        share=share,
     )
-    model.config.base_name = settings.model_name_or_path
-    torch.nn.init.zeros_(model.head.weight)  # all responses start equal; a random head costs steps to unlearn
-    if not settings.lora_r:
-        return model
-    return add_lora(model, settings.lora_r, settings.lora_alpha, settings.lora_target_modules, settings.lora_dropout)
 
 
 def load_pairs(
