@@ -16,7 +16,6 @@ import contextlib
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -72,9 +71,9 @@ def full_tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
     return {name: _full(parameters[name]) for name in names}
 
 
-def _full(parameter: Tensor) -> Tensor:
+def _full(parameter: Any) -> Tensor:
     if hasattr(parameter, "full_tensor"):  # DTensor
-        return parameter.detach().full_tensor().cpu().clone()
+        parameter = parameter.detach().full_tensor()
     if hasattr(parameter, "ds_id"):
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
