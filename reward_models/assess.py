@@ -1,4 +1,4 @@
-"""Measures a trained reward model on held-out pairs and fills in its card."""
+"""Measures a trained reward or value model on held-out responses and fills in its card."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.card import RewardCard, pair_figures
 from reward_models.fidelity import Fidelity, gradient_fidelity, reference_shortlist
+from reward_models.logged import EncodedResponse, LoggedCollator
 from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator
 from vgf_llm.models import fingerprint
@@ -34,10 +35,24 @@ def score_pairs(
     return chosen, rejected
 
 
+@torch.no_grad()
+def score_responses(
+    model: RewardModel, rows: Sequence[EncodedResponse], pad_token_id: int, batch_size: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Return the scores and the rewards of logged responses, [R] float32 on the CPU."""
+    collate = LoggedCollator(pad_token_id)
+    scores, rewards = [], []
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size])
+        rewards.append(batch.pop("reward"))
+        scores.append(model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).cpu())
+    return torch.cat(scores), torch.cat(rewards)
+
+
 def measure_fidelity(
     model: Any,
     lm: PreTrainedModel,
-    pairs: Sequence[EncodedPair],
+    groups: Sequence[tuple[list[int], list[list[int]]]],
     eos_token_id: int,
     pad_token_id: int,
     *,
@@ -46,13 +61,16 @@ def measure_fidelity(
     shortlist: int = 30,
     seed: int = 0,
 ) -> Fidelity:
-    """Measure gradient fidelity on both responses of the first pairs with distinct prompts, `responses` in all."""
-    by_prompt: dict[tuple[int, ...], EncodedPair] = {}
-    for pair in pairs:
-        by_prompt.setdefault(tuple(pair.prompt), pair)
-    taken = list(by_prompt.values())[: max(1, responses // 2)]
-    prompts = [pair.prompt for pair in taken]
-    tokens_BNT, mask_BNT = pad_responses([[pair.chosen, pair.rejected] for pair in taken], pad_token_id)
+    """Measure gradient fidelity on the responses of the first groups with distinct prompts, `responses` in all.
+
+    A group is a prompt and its responses, as many in every group (both of a pair, say), token ids.
+    """
+    by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
+    for prompt, group in groups:
+        by_prompt.setdefault(tuple(prompt), group)
+    taken = list(by_prompt.items())[: max(1, responses // len(groups[0][1]))]
+    prompts = [list(prompt) for prompt, _ in taken]
+    tokens_BNT, mask_BNT = pad_responses([group for _, group in taken], pad_token_id)
     tokens_BNT, mask_BNT = tokens_BNT.to(lm.device), mask_BNT.to(lm.device)
     k = min(shortlist, lm.get_output_embeddings().weight.shape[0])
     shortlist_BNTK = reference_shortlist(lm, prompts, tokens_BNT, k=k, pad_token_id=pad_token_id)
@@ -83,10 +101,12 @@ def build_card(
     folder: str | Path,
     **facts: Any,
 ) -> RewardCard:
-    """Score the held-out pairs and return the card; `facts` are further fields of it."""
-    chosen, rejected = score_pairs(model, held_out, tokenizer.pad_token_id)
-    lengths = [len(pair.chosen) for pair in held_out] + [len(pair.rejected) for pair in held_out]
-    prints = fingerprint(tokenizer)
+    """Score the held-out pairs, if any, and return the card; `facts` are further fields of it."""
+    prints, figures = fingerprint(tokenizer), {}
+    if held_out:
+        chosen, rejected = score_pairs(model, held_out, tokenizer.pad_token_id)
+        lengths = [len(pair.chosen) for pair in held_out] + [len(pair.rejected) for pair in held_out]
+        figures = pair_figures(chosen, rejected, [pair.margin for pair in held_out], lengths)
     return RewardCard(
         base_model=model.config.base_name,
         num_layers=model.config.num_layers,
@@ -96,6 +116,5 @@ def build_card(
         template_sha256=prints.template,
         chat_template=bool(tokenizer.chat_template),
         held_out_pairs=len(held_out),
-        **pair_figures(chosen, rejected, [pair.margin for pair in held_out], lengths),
-        **facts,
+        **(figures | facts),
     )

@@ -62,6 +62,14 @@ class RewardCard:
     """Standard deviation of their scores."""
     fidelity: dict[str, float] | None = None
     """Gradient fidelity, see `reward_models.fidelity.Fidelity`."""
+    train_responses: int | None = None
+    """Responses that a value was trained on; None for a model trained on pairs."""
+    held_out_responses: int | None = None
+    """Responses that a value was measured on."""
+    value_error: float | None = None
+    """Root mean squared error of a value at the end of held-out responses, in units of the reward."""
+    explained_variance: float | None = None
+    """1 - var(reward - value) / var(reward) there, at most 1; None where all rewards are equal."""
     max_response_length: int | None = None
     """Longest response in training, in tokens; None: what max_length leaves."""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -190,9 +198,17 @@ def card_rows(card: RewardCard) -> list[tuple[str, str]]:
         ("scale and sign", f"higher is better; mean {_number(card.score_mean)}, std {_number(card.score_std)}"),
         ("chat template", "yes" if card.chat_template else "no"),
         ("longest input (tokens)", str(card.max_length)),
-        ("training pairs", str(card.train_pairs)),
-        ("held-out pairs", str(card.held_out_pairs)),
     ]
+    if card.train_responses is None:
+        rows.append(("training pairs", str(card.train_pairs)))
+    else:
+        rows += [
+            ("training responses", str(card.train_responses)),
+            ("held-out responses", str(card.held_out_responses)),
+            ("value error (root mean square)", _number(card.value_error)),
+            ("explained variance", _number(card.explained_variance)),
+        ]
+    rows.append(("held-out pairs", str(card.held_out_pairs)))
     if card.accuracy is not None and card.accuracy_interval is not None:
         low, high = card.accuracy_interval
         rows.append(("held-out accuracy", f"{card.accuracy:.3f} (95% {low:.3f} to {high:.3f})"))
@@ -213,7 +229,7 @@ def card_rows(card: RewardCard) -> list[tuple[str, str]]:
 def card_markdown(card: RewardCard) -> str:
     """Render README.md of a trained reward model."""
     lines = [
-        "# Reward model",
+        "# Reward model" if card.train_responses is None else "# Value model",
         "",
         "| | |",
         "|---|---|",

@@ -1,4 +1,4 @@
-"""Settings of reward-model training. Imports nothing heavy, so that ``--help`` answers at once."""
+"""Settings of reward and value training. Imports nothing heavy, so that ``--help`` answers at once."""
 
 from __future__ import annotations
 
@@ -7,31 +7,23 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class RewardScript:
+class TrainingData:
     """Data, limits and output."""
 
     train_dataset: str
-    """Preference pairs: a .jsonl/.json/.csv/.parquet file, or a data set of the hub."""
+    """Training rows: a .jsonl/.json/.csv/.parquet file, or a data set of the hub."""
     output_dir: str
     """Folder for weights, tokenizer, card and checkpoints."""
     eval_dataset: str | None = None
-    """Held-out pairs; null holds back eval_share of the training prompts."""
+    """Held-out rows; null holds back eval_share of the training prompts."""
     train_split: str = "train"
     """Split of a hub data set."""
     eval_split: str = "test"
-    """Split of a hub data set of held-out pairs."""
+    """Split of a hub data set of held-out rows."""
     eval_share: float = 0.05
     """Share of training prompts held back where eval_dataset is null, in (0, 0.5]."""
-    prompt_column: str = "prompt"
-    """Column of prompts; where no row has it, the prompt is what chosen and rejected share (all or none)."""
-    chosen_column: str = "chosen"
-    """Column of better responses."""
-    rejected_column: str = "rejected"
-    """Column of worse responses."""
-    margin_column: str = "margin"
-    """Column of how much better, a number; optional."""
     max_dropped_share: float = 0.2
-    """Largest share of rows that may be unusable, and of pairs over length or equal once encoded, in [0, 1]."""
+    """Largest share of rows that may be unusable, and of those left that may be dropped once encoded, in [0, 1]."""
     limit: int | None = None
     """Training rows read, from the first; null reads all."""
     eval_limit: int | None = None
@@ -41,7 +33,7 @@ class RewardScript:
     max_response_length: int | None = None
     """Longest response in tokens, EOS included; one that fills it gets no EOS, as in sampling. Null: max_length."""
     over_length: Literal["drop", "truncate"] = "drop"
-    """What happens to a pair with a longer response: dropped, or its responses cut at the right. Counted."""
+    """What happens to a row with a longer response: dropped, or its responses cut at the right. Counted."""
     fidelity_responses: int = 24
     """Held-out responses on which gradient fidelity is measured; 0 skips it."""
     fidelity_substitutions: int = 120
@@ -51,15 +43,29 @@ class RewardScript:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
-        _require(0 < self.eval_share <= 0.5, "eval_share", self.eval_share, "in (0, 0.5]")
-        _require(0 <= self.max_dropped_share <= 1, "max_dropped_share", self.max_dropped_share, "in [0, 1]")
-        _require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
+        require(0 < self.eval_share <= 0.5, "eval_share", self.eval_share, "in (0, 0.5]")
+        require(0 <= self.max_dropped_share <= 1, "max_dropped_share", self.max_dropped_share, "in [0, 1]")
+        require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
         for key in ("limit", "eval_limit", "max_response_length"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, key, value, "null or at least 1")
-        _require(self.fidelity_responses >= 0, "fidelity_responses", self.fidelity_responses, "at least 0")
-        _require(self.fidelity_substitutions >= 9, "fidelity_substitutions", self.fidelity_substitutions, "at least 9")
-        _require(self.fidelity_shortlist >= 2, "fidelity_shortlist", self.fidelity_shortlist, "at least 2")
+            require(value is None or value >= 1, key, value, "null or at least 1")
+        require(self.fidelity_responses >= 0, "fidelity_responses", self.fidelity_responses, "at least 0")
+        require(self.fidelity_substitutions >= 9, "fidelity_substitutions", self.fidelity_substitutions, "at least 9")
+        require(self.fidelity_shortlist >= 2, "fidelity_shortlist", self.fidelity_shortlist, "at least 2")
+
+
+@dataclass(frozen=True)
+class RewardScript(TrainingData):
+    """Preference pairs, limits and output."""
+
+    prompt_column: str = "prompt"
+    """Column of prompts; where no row has it, the prompt is what chosen and rejected share (all or none)."""
+    chosen_column: str = "chosen"
+    """Column of better responses."""
+    rejected_column: str = "rejected"
+    """Column of worse responses."""
+    margin_column: str = "margin"
+    """Column of how much better, a number; optional."""
 
 
 @dataclass(frozen=True)
@@ -93,18 +99,18 @@ class RewardModelSettings:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
-        _require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
-        _require(self.pooling in ("last", "mean"), "pooling", self.pooling, '"last" or "mean"')
-        _require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
-        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
+        require(self.pooling in ("last", "mean"), "pooling", self.pooling, '"last" or "mean"')
+        require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
+        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
         if self.lora_r and self.train_embeddings:
             raise ValueError("train_embeddings cannot be combined with lora_r > 0: a LoRA leaves the table alone")
 
 
 @dataclass(frozen=True)
-class RewardTraining:
-    """How it is trained."""
+class TrainerSettings:
+    """How a reward or value model is trained, whatever the loss."""
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW, above 0."""
@@ -113,11 +119,11 @@ class RewardTraining:
     max_steps: int = -1
     """Optimiser steps; -1 trains num_train_epochs."""
     num_train_epochs: float = 1.0
-    """Passes over the pairs where max_steps is -1."""
+    """Passes over the rows where max_steps is -1."""
     per_device_train_batch_size: int = 8
-    """Pairs a device and forward."""
+    """Pairs (values: responses) a device and forward."""
     per_device_eval_batch_size: int = 16
-    """Held-out pairs a device and forward."""
+    """Held-out pairs (values: responses) a device and forward."""
     gradient_accumulation_steps: int = 1
     """Forwards an optimiser step."""
     warmup_ratio: float = 0.1
@@ -126,12 +132,6 @@ class RewardTraining:
     """AdamW weight decay, at least 0."""
     bf16: bool = False
     """Autocast to bfloat16 (parameters keep their dtype)."""
-    use_margin: bool = False
-    """Whether the loss asks for the stated margin (times margin_scale)."""
-    margin_scale: float = 1.0
-    """Reward units a unit of stated margin."""
-    centring: float = 0.01
-    """Weight of (chosen + rejected)^2, at least 0; holds the scores around 0."""
     embedding_noise: float = 0.0
     """Gaussian noise on input embeddings in training, in root mean squares of the embedding table, at least 0."""
     gradient_checkpointing: bool = False
@@ -153,11 +153,11 @@ class RewardTraining:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         head_rate = self.head_learning_rate
-        _require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
-        _require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
-        _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
+        require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
+        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
         counts = (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -165,16 +165,34 @@ class RewardTraining:
             "logging_steps",
         )
         for key in counts:
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in ("eval_steps", "save_steps"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, key, value, "null or at least 1")
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
-        for key in ("weight_decay", "centring", "embedding_noise"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
-        _require(self.margin_scale > 0, "margin_scale", self.margin_scale, "above 0")
+            require(value is None or value >= 1, key, value, "null or at least 1")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
+        for key in ("weight_decay", "embedding_noise"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
 
 
-def _require(holds: bool, key: str, value: Any, valid: str) -> None:
+@dataclass(frozen=True)
+class RewardTraining(TrainerSettings):
+    """How a reward model is trained on pairs."""
+
+    use_margin: bool = False
+    """Whether the loss asks for the stated margin (times margin_scale)."""
+    margin_scale: float = 1.0
+    """Reward units a unit of stated margin."""
+    centring: float = 0.01
+    """Weight of (chosen + rejected)^2, at least 0; holds the scores around 0."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises ValueError naming the key and the value."""
+        super().__post_init__()
+        require(self.centring >= 0, "centring", self.centring, "at least 0")
+        require(self.margin_scale > 0, "margin_scale", self.margin_scale, "above 0")
+
+
+def require(holds: bool, key: str, value: Any, valid: str) -> None:
+    """Raise ValueError naming the key and the value unless the condition holds."""
     if not holds:
         raise ValueError(f"{key} must be {valid}, got {value}")

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from vgf_llm.data import PreferencePair, encode_prompt, encode_response
 from vgf_llm.errors import ConfigError, DataError
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -99,23 +102,21 @@ def check_max_length(max_length: int, model_config: PreTrainedConfig) -> None:
         )
 
 
-def hold_out(
-    pairs: Sequence[PreferencePair], share: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Split by prompt into (training, held-out) pairs: at least one prompt on either side.
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split what has a `prompt` by it into (training, held-out) rows: at least one prompt on either side.
 
     Raises:
-        DataError: all pairs have the same prompt.
+        DataError: all rows have the same prompt.
     """
-    keys = [json.dumps(pair.prompt) for pair in pairs]
+    keys = [json.dumps(row.prompt) for row in rows]  # type: ignore[attr-defined]
     prompts = sorted(set(keys))
     if len(prompts) < 2:
-        raise DataError("eval_share cannot hold back a prompt: all pairs have the same one; name an eval_dataset")
+        raise DataError("eval_share cannot hold back a prompt: all rows have the same one; name an eval_dataset")
     random.Random(seed).shuffle(prompts)
     held = set(prompts[: max(1, round(share * len(prompts)))])
     return (
-        [pair for pair, key in zip(pairs, keys, strict=True) if key not in held],
-        [pair for pair, key in zip(pairs, keys, strict=True) if key in held],
+        [row for row, key in zip(rows, keys, strict=True) if key not in held],
+        [row for row, key in zip(rows, keys, strict=True) if key in held],
     )
 
 
@@ -129,19 +130,24 @@ class PairCollator:
     def __call__(self, pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and response_mask [2B, S], and margin [B]."""
         rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
-        longest = max(len(prompt) + len(response) for prompt, response in rows)
-        input_ids, attention_mask, response_mask = [], [], []
-        for prompt, response in rows:
-            padding = longest - len(prompt) - len(response)
-            input_ids.append([*prompt, *response, *[self.pad_token_id] * padding])
-            attention_mask.append([1] * (longest - padding) + [0] * padding)
-            response_mask.append([0] * len(prompt) + [1] * len(response) + [0] * padding)
-        return {
-            "input_ids": torch.tensor(input_ids),
-            "attention_mask": torch.tensor(attention_mask),
-            "response_mask": torch.tensor(response_mask),
-            "margin": torch.tensor([pair.margin or 0.0 for pair in pairs]),
-        }
+        margins = torch.tensor([pair.margin or 0.0 for pair in pairs])
+        return stack_rows(rows, self.pad_token_id) | {"margin": margins}
+
+
+def stack_rows(rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """Stack (prompt, response) rows, padded on the right: input_ids, attention_mask and response_mask [R, S]."""
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    input_ids, attention_mask, response_mask = [], [], []
+    for prompt, response in rows:
+        padding = longest - len(prompt) - len(response)
+        input_ids.append([*prompt, *response, *[pad_token_id] * padding])
+        attention_mask.append([1] * (longest - padding) + [0] * padding)
+        response_mask.append([0] * len(prompt) + [1] * len(response) + [0] * padding)
+    return {
+        "input_ids": torch.tensor(input_ids),
+        "attention_mask": torch.tensor(attention_mask),
+        "response_mask": torch.tensor(response_mask),
+    }
 
 
 def file_digest(source: str) -> str:

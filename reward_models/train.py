@@ -15,13 +15,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
+from reward_models.config import RewardModelSettings, RewardScript, RewardTraining, TrainerSettings, TrainingData
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.io import check_writable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
     from reward_models.card import RewardCard
@@ -55,9 +57,9 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     import torch
     from transformers import set_seed
 
-    from reward_models.folder import check_is_ours, clear_earlier_run
+    from reward_models.folder import check_is_ours
     from reward_models.pairs import PairCollator, check_max_length
-    from reward_models.trainer import RewardTrainer, add_embedding_noise, checkpoint_to_resume, training_arguments
+    from reward_models.trainer import RewardTrainer, checkpoint_to_resume, training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
 
     check_is_ours(output_dir)
@@ -80,18 +82,7 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         data_collator=PairCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    if trainer.is_world_process_zero():
-        clear_earlier_run(output_dir, keep_checkpoints=checkpoint is not None)
-    trainer.accelerator.wait_for_everyone()
-    scale = training.embedding_noise
-    noise = add_embedding_noise(trainer.model, scale, training.seed) if scale else None
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    train_sec = time.monotonic() - start
-    if noise is not None:
-        noise.remove()
-    trainer.save_model()
-    trainer.accelerator.wait_for_everyone()
+    train_sec = fit(trainer, training, output_dir, checkpoint)
     if not trainer.is_world_process_zero():
         return None
     facts = {
@@ -100,7 +91,8 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         "train_pairs": len(train_pairs),
         "dropped": dropped,
         "seed": training.seed,
-        "training": training_facts(training, trainer.state.global_step, train_sec),
+        "training": training_facts(training, trainer.state.global_step, train_sec)
+        | {"margin in the loss": training.use_margin, "centring": training.centring},
     }
     return finish(script, settings, tokenizer, held_out, lm.to(trainer.accelerator.device), facts)
 
@@ -174,15 +166,33 @@ def _preferences(script: RewardScript, source: str, split: str, limit: int | Non
     return preferences
 
 
-def training_facts(training: RewardTraining, steps: int, train_sec: float) -> dict[str, Any]:
-    """Return the settings that a card states."""
+def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpoint: str | None) -> float:
+    """Clear the folder of an earlier run, train, and save weights and tokenizer; returns the seconds of training."""
+    from reward_models.folder import clear_earlier_run
+    from reward_models.trainer import add_embedding_noise
+
+    if trainer.is_world_process_zero():
+        clear_earlier_run(output_dir, keep_checkpoints=checkpoint is not None)
+    trainer.accelerator.wait_for_everyone()
+    scale = training.embedding_noise
+    noise = add_embedding_noise(trainer.model, scale, training.seed) if scale else None
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    train_sec = time.monotonic() - start
+    if noise is not None:
+        noise.remove()
+    trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    return train_sec
+
+
+def training_facts(training: TrainerSettings, steps: int, train_sec: float) -> dict[str, Any]:
+    """Return the settings that every card states."""
     return {
         "steps": steps,
-        "pairs a step and device": training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        "rows a step and device": training.per_device_train_batch_size * training.gradient_accumulation_steps,
         "learning rate": training.learning_rate,
         "head learning rate": training.head_learning_rate or training.learning_rate,
-        "margin in the loss": training.use_margin,
-        "centring": training.centring,
         "embedding noise": training.embedding_noise,
         "bf16": training.bf16,
         "seconds": round(train_sec, 1),
@@ -198,37 +208,67 @@ def finish(
     facts: dict[str, Any],
 ) -> RewardCard:
     """Read the saved model back, measure it, write its card and print it."""
-    from reward_models.assess import build_card, measure_fidelity
-    from reward_models.card import card_rows, write_card
+    from reward_models.assess import build_card
     from reward_models.loading import load_reward_model
-    from reward_models.pairs import file_digest
 
     model = load_reward_model(script.output_dir, base=lm if settings.lora_r else None, dtype=lm.dtype, device=lm.device)
-    sources = [source for source in (script.train_dataset, script.eval_dataset) if source]
-    card = build_card(
-        model,
-        tokenizer,
-        held_out,
-        script.output_dir,
-        data_files={source: file_digest(source) for source in sources},
-        **facts,
-    )
-    if script.fidelity_responses:
-        card.fidelity = measure_fidelity(
-            model,
-            lm,
-            held_out,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            responses=script.fidelity_responses,
-            substitutions=script.fidelity_substitutions,
-            shortlist=script.fidelity_shortlist,
-        ).to_dict()
-    write_card(card, script.output_dir)
+    card = build_card(model, tokenizer, held_out, script.output_dir, data_files=data_files(script), **facts)
+    pairs = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in held_out]
+    return report(card, script, model, tokenizer, lm, pairs)
+
+
+def data_files(script: TrainingData) -> dict[str, str]:
+    """Return the SHA-256 of each data file that a training read."""
+    from reward_models.pairs import file_digest
+
+    return {source: file_digest(source) for source in (script.train_dataset, script.eval_dataset) if source}
+
+
+def report(
+    card: RewardCard,
+    script: TrainingData,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    lm: Any,
+    groups: list[tuple[list[int], list[list[int]]]],
+    **further: Any,
+) -> RewardCard:
+    """Measure gradient fidelity on held-out groups of responses, write the card, print it and one line of JSON.
+
+    Args:
+        card: all but its fidelity.
+        script: output folder, and how fidelity is measured.
+        model: the trained model.
+        tokenizer: its tokenizer.
+        lm: the base model, whose shortlist substitutions come from.
+        groups: (prompt, responses), as many responses in each, token ids.
+        further: figures for the line of JSON.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Reward model in {script.output_dir}", show_header=False)
+    from reward_models.assess import measure_fidelity
+    from reward_models.card import card_rows, write_card
+
+    if script.fidelity_responses and groups:
+        try:
+            card.fidelity = measure_fidelity(
+                model,
+                lm,
+                groups,
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
+                responses=script.fidelity_responses,
+                substitutions=script.fidelity_substitutions,
+                shortlist=script.fidelity_shortlist,
+            ).to_dict()
+        except (
+            ValueError
+        ) as error:  # a score that no token changes, after a step or two: the rest is still worth a card
+            print(f"warning: gradient fidelity is not on the card ({error})", file=sys.stderr)
+    write_card(card, script.output_dir)
+    kind = "Reward model" if card.train_responses is None else "Value model"
+    table = Table(title=f"{kind} in {script.output_dir}", show_header=False)
     for name, text in card_rows(card):
         table.add_row(name, text)
     Console().print(table)
@@ -240,7 +280,7 @@ def finish(
         "top8_share": fidelity["top8_gain"] / fidelity["best8_gain"] if fidelity.get("best8_gain") else None,
         "length_correlation": card.length_correlation,
     }
-    print(json.dumps(figures | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))
+    print(json.dumps(figures | further | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))
     return card
 
 

@@ -1,5 +1,8 @@
 """Reward-model training on transformers' Trainer: one forward of 2B rows a batch, Bradley-Terry loss.
 
+`ScoreTrainer` is what reward and value training share: a rate of their own for the heads, the logged means, and what a
+checkpoint holds.
+
 Departs from TRL's RewardTrainer: scores are pooled by mask (pad == eos is harmless), the head is trained and saved
 under LoRA too, and checkpoints hold the reward model's own config.json.
 """
@@ -19,40 +22,27 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from reward_models.config import RewardTraining
+from reward_models.config import RewardTraining, TrainerSettings
 from reward_models.loading import ADAPTER_NAME, reward_model
 from reward_models.losses import bradley_terry
 from vgf_llm.errors import ConfigError
 
 
-class RewardTrainer(Trainer):
-    """Trainer over `PairCollator` batches."""
+class ScoreTrainer(Trainer):
+    """Trainer of a model with linear heads; a subclass computes the loss and records its metrics."""
 
-    def __init__(self, *args: Any, settings: RewardTraining, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: TrainerSettings, **kwargs: Any) -> None:
         """Take the Trainer's arguments and the loss settings."""
-        super().__init__(*args, compute_metrics=pair_accuracy, **kwargs)
-        self.settings = settings
-        self.model_accepts_loss_kwargs = False
+        super().__init__(*args, **kwargs)
+        self.settings: Any = settings
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Score 2B rows and compare the halves."""
-        margin_B = inputs["margin"] * self.settings.margin_scale if self.settings.use_margin else None
-        rewards_2B = model(**{name: tensor for name, tensor in inputs.items() if name != "margin"})
-        chosen_B, rejected_B = rewards_2B.chunk(2)
-        loss, metrics = bradley_terry(chosen_B, rejected_B, margin_B, self.settings.centring)
-        if model.training:
-            self._batches += 1
-            for name, value in metrics.items():
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        return (loss, torch.stack([chosen_B, rejected_B], dim=1)) if return_outputs else loss
+    def record(self, metrics: dict[str, Tensor]) -> None:
+        """Add a training batch's metrics to those of the next log line."""
+        self._batches += 1
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the Trainer's optimiser, with a learning rate of their own for the linear heads where one is set."""
@@ -66,19 +56,6 @@ class RewardTrainer(Trainer):
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in members]
         optimizer.add_param_group({"params": heads, "lr": self.settings.head_learning_rate, "weight_decay": 0.0})
         return optimizer
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the loss, the scores [B, 2] and the margins [B]."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, rewards_B2 = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), rewards_B2.detach(), inputs["margin"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean training metrics since the last training line."""
@@ -94,13 +71,51 @@ class RewardTrainer(Trainer):
         )
 
 
+class RewardTrainer(ScoreTrainer):
+    """Trainer over `PairCollator` batches."""
+
+    def __init__(self, *args: Any, settings: RewardTraining, **kwargs: Any) -> None:
+        """Take the Trainer's arguments and the loss settings."""
+        super().__init__(*args, settings=settings, compute_metrics=pair_accuracy, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Score 2B rows and compare the halves."""
+        margin_B = inputs["margin"] * self.settings.margin_scale if self.settings.use_margin else None
+        rewards_2B = model(**{name: tensor for name, tensor in inputs.items() if name != "margin"})
+        chosen_B, rejected_B = rewards_2B.chunk(2)
+        loss, metrics = bradley_terry(chosen_B, rejected_B, margin_B, self.settings.centring)
+        if model.training:
+            self.record(metrics)
+        return (loss, torch.stack([chosen_B, rejected_B], dim=1)) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the loss, the scores [B, 2] and the margins [B]."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, rewards_B2 = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), rewards_B2.detach(), inputs["margin"]
+
+
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Return the share of pairs whose chosen response scores higher."""
     chosen_B, rejected_B = prediction.predictions.T
     return {"accuracy": float((chosen_B > rejected_B).mean())}
 
 
-def training_arguments(training: RewardTraining, output_dir: str | Path) -> TrainingArguments:
+def training_arguments(training: TrainerSettings, output_dir: str | Path) -> TrainingArguments:
     """Translate the settings into transformers' TrainingArguments.
 
     Raises:
@@ -132,7 +147,7 @@ def training_arguments(training: RewardTraining, output_dir: str | Path) -> Trai
     if training.gradient_checkpointing:
         fields["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    own = {field.name for field in dataclasses.fields(RewardTraining)} | {
+    own = {field.name for field in dataclasses.fields(training)} | {
         "output_dir",
         "warmup_steps",
         "remove_unused_columns",
@@ -149,7 +164,7 @@ def training_arguments(training: RewardTraining, output_dir: str | Path) -> Trai
         raise ConfigError(f"trainer_arguments {training.trainer_arguments}: {error}") from error
 
 
-def checkpoint_to_resume(training: RewardTraining, output_dir: str | Path, adapter: bool = False) -> str | None:
+def checkpoint_to_resume(training: TrainerSettings, output_dir: str | Path, adapter: bool = False) -> str | None:
     """Return the checkpoint folder that training goes on from, None for a new run.
 
     Raises:

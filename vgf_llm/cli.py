@@ -17,6 +17,7 @@ from vgf_llm.errors import VGFError
 COMMANDS = {
     "demo": ("vgf_llm.demo", "train a reward model, transport, decode and compare, on a small real model (minutes)"),
     "reward": ("reward_models.train", "train a reward model on preference pairs"),
+    "value": ("reward_models.train_value", "train a token-level value from logged responses and their rewards"),
     "secant": ("reward_models.train_secant", "fit a head whose direction predicts what token changes do to a reward"),
     "generate": ("vgf_llm.generate", "answer prompts under a transport budget"),
     "transport": ("vgf_llm.transport", "write transported responses as datasets for SFT and DPO training"),

@@ -67,7 +67,7 @@ def load_prompts(source: str, column: str = "prompt", split: str = "train", limi
         DataError: limit is below 1, the source cannot be read, or a row has no such column or an empty one.
     """
     rows = read_rows(source, split, limit)
-    return [_prompt(_cell(row, column, source, number), source, number, column) for number, row in rows]
+    return [read_prompt(read_cell(row, column, source, number), source, number, column) for number, row in rows]
 
 
 def load_preferences(
@@ -105,16 +105,16 @@ def load_preferences(
     first_dropped: dict[str, int] = {}
     pairs = []
     for number, row in rows:
-        better = _cell(row, chosen_column, source, number, empty_ok=True)
-        worse = _cell(row, rejected_column, source, number, empty_ok=True)
-        given = _cell(row, prompt_column, source, number) if explicit else None
+        better = read_cell(row, chosen_column, source, number, empty_ok=True)
+        worse = read_cell(row, rejected_column, source, number, empty_ok=True)
+        given = read_cell(row, prompt_column, source, number) if explicit else None
         prompt, chosen, rejected = split_pair(given, better, worse, f"{source}, row {number}")
         reason = _unusable(chosen, rejected)
         if reason is not None:
             dropped[reason] += 1
             first_dropped.setdefault(reason, number)
             continue
-        margin = _margin(row.get(margin_column), source, number, margin_column)
+        margin = read_number(row.get(margin_column), source, number, margin_column)
         pairs.append(PreferencePair(prompt, str(chosen), str(rejected), margin))
     unusable = len(rows) - len(pairs)
     if unusable > max_dropped_share * len(rows) or not pairs:
@@ -129,7 +129,8 @@ def load_preferences(
 # Shapes of rows -----------------------------------------------------------------------------------------
 
 
-def _cell(row: Row, column: str, source: str, number: int, empty_ok: bool = False) -> Any:
+def read_cell(row: Row, column: str, source: str, number: int, empty_ok: bool = False) -> Any:
+    """Return a row's text or checked messages; a column that is missing, malformed or empty is a DataError."""
     where = f"{source}, row {number}"
     if column not in row:
         raise DataError(f"{where}: no column '{column}'; columns: {', '.join(map(str, row))}")
@@ -154,7 +155,7 @@ def _messages(value: Sequence[Any], where: str) -> list[Message]:
     return messages
 
 
-def _prompt(value: Prompt, source: str, number: int, column: str) -> Prompt:
+def read_prompt(value: Prompt, source: str, number: int, column: str) -> Prompt:
     """Cut a whole dialogue before the assistant's last turn; leave anything else as it is."""
     if isinstance(value, str):
         if value.startswith(HUMAN) and ASSISTANT in value:
@@ -174,16 +175,17 @@ def _unusable(chosen: str | None, rejected: str | None) -> str | None:
     return "with chosen == rejected" if chosen.strip() == rejected.strip() else None
 
 
-def _margin(value: Any, source: str, number: int, column: str) -> float | None:
+def read_number(value: Any, source: str, number: int, column: str) -> float | None:
+    """Return a cell as a finite number, None where it is empty; anything else is a DataError."""
     if value is None or value == "":
         return None
     try:
-        margin = float(value)
+        parsed = float(value)
     except (TypeError, ValueError):
-        margin = math.nan
-    if not math.isfinite(margin):
+        parsed = math.nan
+    if not math.isfinite(parsed):
         raise DataError(f"{source}, row {number}, column '{column}': expected a number, got {shorten(repr(value))}")
-    return margin
+    return parsed
 
 
 # Encoding ----------------------------------------------------------------------------------------------------------

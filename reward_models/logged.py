@@ -1,0 +1,185 @@
+"""Logged responses with their rewards: rows of a file or hub data set, as text and as token ids.
+
+A row is a prompt, a response and a reward. Rows of preference pairs serve too: both of their responses are taken, each
+once a prompt, and a reward function says what they are worth (the pair says only which is better).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from reward_models.functions import call_function, load_function
+from reward_models.pairs import EncodedPair, stack_rows
+from vgf_llm.data import encode_prompt, encode_response, load_preferences, read_cell, read_number, read_prompt
+from vgf_llm.dialogue import Prompt
+from vgf_llm.errors import DataError
+from vgf_llm.pipeline import prompt_text
+from vgf_llm.rows import Row, read_rows
+
+
+@dataclass(frozen=True)
+class LoggedResponse:
+    """A response that was given to a prompt, and its reward."""
+
+    prompt: Prompt
+    response: str
+    reward: float
+
+
+@dataclass(frozen=True)
+class EncodedResponse:
+    """Token ids of one logged response."""
+
+    prompt: list[int]
+    response: list[int]
+    reward: float
+
+
+def load_logged(
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    prompt_column: str = "prompt",
+    response_column: str = "response",
+    reward_column: str = "reward",
+    reward_function: str | None = None,
+    max_dropped_share: float = 0.2,
+) -> list[LoggedResponse]:
+    """Read logged responses.
+
+    Args:
+        source: a .jsonl, .json, .csv or .parquet file, or a hub data set, as `vgf_llm.data.load_prompts` takes.
+        split: split of a hub data set whose name does not state one.
+        limit: only the first so many rows (count, > 0).
+        prompt_column: text or messages.
+        response_column: text, or a list whose last message is the assistant's; may be empty (the model stopped at
+            once). Where no row has the column, rows are read as preference pairs.
+        reward_column: a number, higher is better.
+        reward_function: fills rewards that are missing, as `reward_models.functions.load_function` takes it.
+        max_dropped_share: of preference pairs, as in `vgf_llm.data.load_preferences`.
+
+    Returns:
+        The responses in file order, at least one.
+
+    Raises:
+        DataError: the source cannot be read, a column is missing or malformed, or a reward is missing and there is no
+            function.
+        ConfigError, ModelError: the function does not exist, or does not return finite numbers.
+    """
+    rows = read_rows(source, split, limit)
+    pairs = not any(response_column in row for _, row in rows) and any("chosen" in row for _, row in rows)
+    if pairs:
+        preferences = load_preferences(source, split, limit, prompt_column, max_dropped_share=max_dropped_share)
+        seen = [(pair.prompt, text) for pair in preferences.pairs for text in (pair.chosen, pair.rejected)]
+        texts = list({(repr(prompt), text): (prompt, text) for prompt, text in seen}.values())
+        rewards: list[float | None] = [None] * len(texts)
+        missing = f"{source}: preference pairs have no rewards"
+    else:
+        texts, rewards, missing = [], [], ""
+        for number, row in rows:
+            prompt = read_prompt(read_cell(row, prompt_column, source, number), source, number, prompt_column)
+            texts.append((prompt, _response(row, response_column, source, number)))
+            rewards.append(read_number(row.get(reward_column), source, number, reward_column))
+            if rewards[-1] is None and not missing:
+                missing = f"{source}, row {number}: no reward in column '{reward_column}'"
+    if missing and reward_function is None:
+        raise DataError(f"{missing}; name a reward_function, or a file whose rows have a reward")
+    blanks = [index for index, reward in enumerate(rewards) if reward is None]
+    if blanks and reward_function is not None:
+        prompts = [prompt_text(texts[index][0]) for index in blanks]
+        filled = call_function(load_function(reward_function), prompts, [texts[index][1] for index in blanks])
+        for index, reward in zip(blanks, filled, strict=True):
+            rewards[index] = reward
+    return [LoggedResponse(*text, float(reward or 0.0)) for text, reward in zip(texts, rewards, strict=True)]
+
+
+def _response(row: Row, column: str, source: str, number: int) -> str:
+    value = read_cell(row, column, source, number, empty_ok=True)
+    if isinstance(value, str):
+        return value
+    if not value or value[-1]["role"] != "assistant":
+        role = repr(value[-1]["role"]) if value else "none"
+        raise DataError(
+            f"{source}, row {number}, column '{column}': the last message must be the assistant's, got {role}"
+        )
+    return str(value[-1]["content"])
+
+
+def encode_logged(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[LoggedResponse],
+    max_length: int,
+    max_response_length: int | None = None,
+    truncate: bool = False,
+    max_dropped_share: float = 1.0,
+) -> tuple[list[EncodedResponse], dict[str, int]]:
+    """Encode responses; one ends in EOS unless it fills its room, as a sampled one does.
+
+    Args:
+        tokenizer: with an EOS token.
+        rows: text rows.
+        max_length: longest prompt and response together, in tokens.
+        max_response_length: longest response, EOS included; None: what max_length leaves.
+        truncate: cut longer responses at the right, with the reward of the whole, instead of dropping them.
+        max_dropped_share: largest share of rows that may be dropped, in [0, 1].
+
+    Returns:
+        The encoded rows, and the count of dropped or cut ones by reason.
+
+    Raises:
+        DataError: nothing is left, or more is dropped than allowed.
+    """
+    encoded, dropped, cut = [], 0, 0
+    for row in rows:
+        prompt, text = encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.response, eos=False)
+        room = min(max_length - len(prompt), max_response_length or max_length)
+        if room < 1 or (len(text) > room and not truncate):
+            dropped += 1
+            continue
+        cut += len(text) > room
+        encoded.append(EncodedResponse(prompt, [*text, tokenizer.eos_token_id][:room], row.reward))
+    if not encoded or dropped > max_dropped_share * len(rows):
+        raise DataError(
+            f"{dropped} of {len(rows)} responses would be dropped at max_length {max_length} and max_response_length "
+            f"{max_response_length} (tokens), more than the allowed share of {max_dropped_share:g}; raise the limits, "
+            "set over_length to truncate, or raise max_dropped_share"
+        )
+    counts = {"over length, dropped": dropped, "over length, cut": cut}
+    return encoded, {reason: count for reason, count in counts.items() if count}
+
+
+def response_pairs(rows: Sequence[EncodedResponse]) -> list[EncodedPair]:
+    """Pair the responses of each prompt, first with second, third with fourth and so on; equal rewards make no pair.
+
+    Returns:
+        Disjoint pairs, the better response as `chosen`, the difference of rewards as `margin`.
+    """
+    groups: dict[tuple[int, ...], list[EncodedResponse]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.prompt), []).append(row)
+    pairs = []
+    for group in groups.values():
+        for left, right in zip(group[::2], group[1::2], strict=False):
+            worse, better = sorted((left, right), key=lambda row: row.reward)
+            if worse.reward < better.reward:
+                margin = better.reward - worse.reward
+                pairs.append(EncodedPair(better.prompt, better.response, worse.response, margin))
+    return pairs
+
+
+class LoggedCollator:
+    """Stack responses into right-padded rows."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        """Keep the padding id; it is never attended to."""
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[EncodedResponse]) -> dict[str, Tensor]:
+        """Return input_ids, attention_mask and response_mask [R, S], and reward [R]."""
+        stacked = stack_rows([(row.prompt, row.response) for row in rows], self.pad_token_id)
+        return stacked | {"reward": torch.tensor([row.reward for row in rows], dtype=torch.float32)}

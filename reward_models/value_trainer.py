@@ -1,0 +1,122 @@
+"""Value training on transformers' Trainer: TD(lambda) targets of a slow target network, expectile regression.
+
+One forward a batch gives the value of every prefix, a second one without a graph those of the target network (left out
+at lambda 1, where no target value is read). The loss is a mean over all prefixes of an optimiser step, however they are
+spread over devices and accumulation steps. Checkpoints hold the target network beside the value.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import EvalPrediction, TrainerCallback
+
+from reward_models.pooling import prefix_columns
+from reward_models.trainer import ScoreTrainer
+from reward_models.value_config import ValueTraining
+from reward_models.value_losses import td_lambda_targets, value_loss
+from reward_models.value_model import EmaTarget
+from vgf_llm.errors import ConfigError
+
+TARGET_NAME = "target.safetensors"
+
+
+class ValueTrainer(ScoreTrainer):
+    """Trainer over `LoggedCollator` batches."""
+
+    def __init__(self, *args: Any, settings: ValueTraining, **kwargs: Any) -> None:
+        """Take the Trainer's arguments and the loss settings."""
+        super().__init__(*args, settings=settings, compute_metrics=last_value_figures, **kwargs)
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the count itself
+        self.target = EmaTarget(self.model)
+        self.add_callback(_MoveTarget(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Regress the value of every prefix on its target; outputs are the values of the whole responses."""
+        batch = {name: tensor for name, tensor in inputs.items() if name != "reward"}
+        values_RT1, mask_RT1 = prefix_columns(model(**batch, token_level=True), batch["response_mask"])
+        if self.settings.td_lambda < 1:
+            plain = self.accelerator.unwrap_model(model)
+            target_RS = self.target.call(plain, **batch, token_level=True)
+            target_values_RT1, _ = prefix_columns(target_RS, batch["response_mask"])
+        else:
+            target_values_RT1 = torch.zeros_like(values_RT1)
+        targets_RT1 = td_lambda_targets(target_values_RT1, inputs["reward"], mask_RT1[:, 1:], self.settings.td_lambda)
+        loss, metrics = value_loss(values_RT1, targets_RT1, mask_RT1, self.settings.expectile, num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over the devices
+        if model.training:
+            self.record(metrics)
+        lengths_R = mask_RT1.sum(dim=-1) - 1
+        return (loss, values_RT1.gather(1, lengths_R[:, None])[:, 0]) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Count the prefixes of an optimiser step, the prompt alone included, over all devices."""
+        if not batch_samples:
+            return None
+        count = sum(batch["response_mask"].sum() + len(batch["reward"]) for batch in batch_samples).to(device)
+        return self.accelerator.gather(count).sum() if self.accelerator.num_processes > 1 else count
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the loss, the values [R] of whole responses and their rewards [R]."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, values_R = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), values_R.detach(), inputs["reward"]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.target.state_dict(), folder / TARGET_NAME)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / TARGET_NAME
+        if not path.is_file():
+            raise ConfigError(
+                f"resume_from_checkpoint: '{path.parent}' has no {TARGET_NAME}; name a value's checkpoint"
+            )
+        self.target.load_state_dict(load_file(path))
+
+
+class _MoveTarget(TrainerCallback):
+    """Moves the target network after every optimiser step."""
+
+    def __init__(self, trainer: ValueTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Take over a share of the value."""
+        trainer = self.trainer
+        trainer.target.update(trainer.accelerator.unwrap_model(trainer.model), trainer.settings.target_tau)
+
+
+def last_value_figures(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the root mean squared error of values of whole responses, and the variance they explain (NaN: none)."""
+    values_R, rewards_R = (torch.as_tensor(array) for array in (prediction.predictions, prediction.label_ids))
+    return value_figures(values_R, rewards_R)
+
+
+def value_figures(values_R: Tensor, rewards_R: Tensor) -> dict[str, float]:
+    """Return `value_error` and `explained_variance` of the values of whole responses."""
+    ones_R1 = torch.ones_like(values_R)[:, None]
+    _, metrics = value_loss(values_R[:, None], rewards_R[:, None], ones_R1)
+    return {name: float(metrics[name]) for name in ("value_error", "explained_variance")}
