@@ -2,7 +2,8 @@
 
 `modelling` (the model), `loading`, `ensemble`, `functions` (Python rewards), `losses`, `fidelity` (does the input
 gradient predict a token change), `secant` (a fitted direction in its place), `card` (what is known about a trained
-model), `train` and `train_secant` (the entry points). Names load on first use, so that `losses` imports torch only and
+model), `value_losses` and `value_model` (a value of every prefix, learned from rewards), `train`, `train_value` and
+`train_secant` (the entry points). Names load on first use, so that `losses` imports torch only and
 `--help` answers at once.
 """
 
@@ -16,11 +17,16 @@ _EXPORTS = {
     "RewardModelConfig": "modelling",
     "RewardEnsemble": "ensemble",
     "RewardCard": "card",
+    "EmaTarget": "value_model",
     "bradley_terry": "losses",
+    "build_value_model": "value_model",
     "gradient_fidelity": "fidelity",
     "load_function": "functions",
     "load_reward_model": "loading",
     "save_reward_model": "loading",
+    "save_value_model": "value_model",
+    "td_lambda_targets": "value_losses",
+    "value_loss": "value_losses",
 }
 __all__ = sorted(_EXPORTS)
 

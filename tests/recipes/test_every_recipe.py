@@ -12,6 +12,7 @@ from vgf_llm import config
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "reward": "reward_models.train",
+    "value": "reward_models.train_value",
     "secant": "reward_models.train_secant",
     "generate": "vgf_llm.generate",
     "transport": "vgf_llm.transport",
