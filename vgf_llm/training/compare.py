@@ -21,7 +21,8 @@ from vgf_llm.training.manifest import MANIFEST_NAME
 
 # The manifest follows from the others, the pickled arguments and the card name the folder they were written for.
 _NOT_STATE = {MANIFEST_NAME, "training_args.bin", "README.md"}
-_WALL_CLOCK = ("runtime", "_per_second", "_sec", "_seconds", "best_model_checkpoint")
+_WALL_CLOCK = ("runtime", "_per_second", "_sec", "_seconds", "best_model_checkpoint", "peak_memory_gib")
+_STAGES = ".seconds/"
 _PICKLED = {".pt", ".pth", ".bin"}
 
 
@@ -74,7 +75,7 @@ def _compare_json(one: Path, other: Path) -> Iterator[str]:
         yield "bytes differ (not JSON)"
         return
     for tree in trees:
-        for key in [key for key in tree if key.endswith(_WALL_CLOCK)]:
+        for key in [key for key in tree if key.endswith(_WALL_CLOCK) or _STAGES in key]:
             del tree[key]
     yield from _compare_trees(*trees)
 

@@ -1,0 +1,189 @@
+"""Fine-tune a language model by Value Gradient Flow.
+
+    python -m vgf_llm.train --config recipes/<task>/vgf.yaml
+    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml \\
+        -m vgf_llm.train --config recipes/<task>/vgf.yaml
+
+Writes the adapter (or model), the learned value, metrics.jsonl, completions and checkpoints into output_dir, and ends
+with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vgf_llm.cli import run_main
+from vgf_llm.config import dump, parse
+from vgf_llm.errors import ConfigError, DataError
+from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
+
+if TYPE_CHECKING:
+    from vgf_llm.training.rollout import PromptRow
+    from vgf_llm.training.trainer import VGFTrainer
+
+CONFIG_NAME = "vgf_config.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return 0; errors that are the user's to mend are VGFErrors."""
+    settings = parse(
+        TrainScript,
+        PolicySettings,
+        VGFSettings,
+        OptimSettings,
+        SamplingSettings,
+        argv=argv,
+        prog="vgf-llm train",
+        description="Fine-tune a language model by Value Gradient Flow.",
+    )
+    run(*settings)
+    return 0
+
+
+def run(
+    script: TrainScript,
+    policy: PolicySettings,
+    method: VGFSettings,
+    optim: OptimSettings,
+    sampling: SamplingSettings,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, float]:
+    """Train, save and report; returns the last logged metrics.
+
+    Args:
+        script: Prompts, rewards, output.
+        policy: The model.
+        method: Budget, decoder, loss.
+        optim: Optimisation and checkpoints.
+        sampling: The law of responses.
+        callbacks: Further transformers TrainerCallbacks.
+
+    Raises:
+        VGFError: Something given is unusable; found before any training.
+    """
+    check_writable(script.output_dir)
+    from vgf_llm.training.resume import checkpoint_to_resume
+
+    trainer = build_trainer(script, policy, method, optim, sampling, callbacks)
+    checkpoint = checkpoint_to_resume(trainer, optim)
+    if trainer.is_world_process_zero():
+        write_json_atomic(f"{script.output_dir}/{CONFIG_NAME}", dump(script, policy, method, optim, sampling))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    lines = [row for row in trainer.state.log_history if "loss" in row]
+    last = {"steps": trainer.state.global_step} | (lines[-1] if lines else {})
+    if trainer.is_world_process_zero():
+        print_table(last, script.output_dir)
+        print(json.dumps(last))
+    return last
+
+
+def build_trainer(
+    script: TrainScript,
+    policy: PolicySettings,
+    method: VGFSettings,
+    optim: OptimSettings,
+    sampling: SamplingSettings,
+    callbacks: Sequence[Any] = (),
+) -> VGFTrainer:
+    """Load everything and put the trainer together.
+
+    Raises:
+        VGFError: Prompts, models or settings are unusable.
+    """
+    import torch
+    from transformers import set_seed
+
+    from reward_models.value_model import build_value_model
+    from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
+    from vgf_llm.training.arguments import training_arguments
+    from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
+    from vgf_llm.training.models import PolicyModels
+    from vgf_llm.training.resume import identity_of
+    from vgf_llm.training.rewards import load_rewards
+    from vgf_llm.training.trainer import VGFTrainer
+
+    arguments = training_arguments(optim, script.output_dir)
+    shard_on_cpu()
+    name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
+    tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)
+    base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
+    prompts = load_rows(script, tokenizer, base.config, sampling.max_new_tokens)
+    rewards = load_rewards(
+        script.rewards, script.reward_weights, tokenizer, gold=script.gold, dtype=dtype, device=arguments.device
+    )
+    set_seed(optim.seed)
+    eos_ids, learned = eos_token_ids(base, tokenizer), None
+    if method.value == "learned":
+        value = method.learned_value
+        learned = build_value_model(
+            base,
+            num_layers=value.num_layers,
+            pooling=value.pooling,
+            input_skip=value.input_skip,
+            lora_r=value.lora_r,
+            lora_alpha=value.lora_alpha,
+            seed=optim.seed,
+            start_from=value.start_from,
+            tokenizer=tokenizer,
+            base_name=name,
+            share=not fsdp_was_asked_for(),  # FSDP shards a parameter in one place only
+        )
+    models = PolicyModels(base, policy)
+    return VGFTrainer(
+        models,
+        learned,
+        rewards,
+        method,
+        sampling,
+        tokenizer,
+        eos_ids,
+        identity_of(script, policy, method, optim, sampling, prompts, tokenizer, arguments.world_size),
+        args=arguments,
+        train_dataset=prompts,
+        callbacks=list(callbacks),
+    )
+
+
+def load_rows(script: TrainScript, tokenizer: Any, config: Any, max_new_tokens: int) -> list[PromptRow]:
+    """Read and encode the prompts.
+
+    Raises:
+        DataError: A prompt is empty or leaves no room for a response.
+        ConfigError: There are no prompts.
+    """
+    from vgf_llm.data import check_prompt_fits, encode_prompt, load_prompts
+    from vgf_llm.pipeline import prompt_text
+    from vgf_llm.training.rollout import PromptRow
+
+    rows = []
+    limit = getattr(config, "max_position_embeddings", None)
+    for index, prompt in enumerate(load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)):
+        ids = encode_prompt(tokenizer, prompt)
+        if not ids:
+            raise DataError(f"prompt {index} of '{script.prompts}' is empty; remove it or write something")
+        check_prompt_fits(ids, limit, max_new_tokens, index)
+        rows.append(PromptRow(index, ids, prompt_text(prompt)))
+    if not rows:
+        raise ConfigError(f"prompts: '{script.prompts}' holds none")
+    return rows
+
+
+def print_table(metrics: dict[str, Any], output_dir: str) -> None:
+    """Print the last logged metrics as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Last log line; result in {output_dir}", show_header=False)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console(stderr=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,154 @@
+"""What one batch of prompts gave: originals, transported responses and their rewards, and the rows to learn from it.
+
+Nothing here holds weights; models are run by the trainer. Rows are padded as every causal language model takes them:
+prompts on the left, responses on the right, so that the last T columns are the response's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.text.protocols import Moved
+from vgf_llm.text.responses import Responses, changed_tokens, concatenate
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A training prompt: its row in the data, its token ids, and its text for reward functions and logs."""
+
+    index: int
+    ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one forward; opaque to what moves tensors between devices."""
+
+    rows: list[PromptRow]
+
+
+class ObservedPolicy(ImplicitPolicy):
+    """An implicit policy that keeps the first movement of its particles, for the distances that are logged."""
+
+    first_move: tuple[Responses, Moved] | None = None
+
+    def transport(self, value_prefix: object, responses: Responses) -> Moved:
+        """Move, and keep the first."""
+        moved = super().transport(value_prefix, responses)
+        if self.first_move is None:
+            self.first_move = (responses, moved)
+        return moved
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses to B prompts before and after transport.
+
+    Attributes:
+        prompts: B prompts.
+        outcome: Of the implicit policy: N originals, M transported responses a prompt.
+        original_scores: Rewards by name, each [B, N].
+        transported_scores: Rewards by name, each [B, M].
+        first_move: Particles and where the first flow carried them; None where nothing moved.
+        seconds: By stage.
+    """
+
+    prompts: list[PromptRow]
+    outcome: Outcome
+    original_scores: dict[str, Tensor]
+    transported_scores: dict[str, Tensor]
+    first_move: tuple[Responses, Moved] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> Responses:
+        """The original that each transported response was moved from, M a prompt."""
+        b, n = self.outcome.originals.tokens_BNT.shape[:2]
+        m = self.outcome.transported.tokens_BNT.shape[1]
+        device = self.outcome.originals.tokens_BNT.device
+        return self.outcome.originals.take((torch.arange(m, device=device) * n // m).expand(b, -1))
+
+    @property
+    def changed_BM(self) -> Tensor:
+        """Tokens that differ between each transported response and its original."""
+        return changed_tokens(self.sources, self.outcome.transported)
+
+    @property
+    def pool(self) -> Responses:
+        """Originals first, then the transported responses."""
+        return concatenate([self.outcome.originals, self.outcome.transported])
+
+    @property
+    def pool_rewards_BM(self) -> Tensor:
+        """The summed reward of the pool; minus infinity on transported responses that are still their original."""
+        transported_BM = self.transported_scores["reward"].masked_fill(self.changed_BM == 0, -torch.inf)
+        return torch.cat([self.original_scores["reward"], transported_BM], 1)
+
+
+def policy_rows(responses: Responses, keep_BM: Tensor) -> dict[str, Tensor]:
+    """Lay chosen responses out for a causal language model.
+
+    Args:
+        responses: A pool of M responses a prompt.
+        keep_BM: bool, those that are wanted, at least one.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` [R, P + T], and ``mask`` bool [R, T], in the order of ``keep_BM.nonzero()``.
+    """
+    prompt_R, index_R = keep_BM.nonzero(as_tuple=True)
+    mask_RT = responses.mask_BNT[prompt_R, index_R]
+    length = max(1, int(mask_RT.sum(-1).max()))
+    tokens_RT, mask_RT = responses.tokens_BNT[prompt_R, index_R][:, :length], mask_RT[:, :length]
+    prompts_BP, prompt_mask_BP = left_padded(responses.prompts, responses.pad_id, tokens_RT.device)
+    return {
+        "input_ids": torch.cat([prompts_BP[prompt_R], tokens_RT], 1),
+        "attention_mask": torch.cat([prompt_mask_BP[prompt_R], mask_RT], 1).long(),
+        "mask": mask_RT,
+    }
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return prompts as one tensor [B, P], padded on the left, and the bool mask of what is text."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    lengths_B1 = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(1)
+    return torch.tensor(ids, device=device), torch.arange(longest, device=device) >= longest - lengths_B1
+
+
+def value_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return rows of :func:`policy_rows` as a token-level value model takes them."""
+    prompt_columns = rows["input_ids"].shape[1] - rows["mask"].shape[1]
+    response_mask = torch.nn.functional.pad(rows["mask"], (prompt_columns, 0), value=False)
+    return {name: rows[name] for name in ("input_ids", "attention_mask")} | {"response_mask": response_mask}
+
+
+def best_pair(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Return the pair that DPO compares: the pool's best response and the worst original, by index in the pool, [B]."""
+    rewards_BM = rollout.pool_rewards_BM
+    n = rollout.original_scores["reward"].shape[1]
+    chosen_B = rewards_BM.argmax(1)
+    rejected_B = rewards_BM[:, :n].argmin(1)
+    return chosen_B, rejected_B
+
+
+def completions(rollout: Rollout, tokenizer: Any, step: int) -> list[dict[str, Any]]:
+    """Return one row a response, originals and transported, for the log of completions."""
+    rows: list[dict[str, Any]] = []
+    parts = (
+        ("original", rollout.outcome.originals, rollout.original_scores),
+        ("transported", rollout.outcome.transported, rollout.transported_scores),
+    )
+    for kind, responses, scores in parts:
+        for b, texts in enumerate(responses.texts(tokenizer)):
+            for n, text in enumerate(texts):
+                row = {"step": step, "index": rollout.prompts[b].index, "prompt": rollout.prompts[b].text}
+                row |= {"kind": kind, "particle": n, "completion": text}
+                rows.append(row | {name: float(values_BN[b, n]) for name, values_BN in scores.items()})
+    return rows

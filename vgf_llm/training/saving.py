@@ -1,0 +1,137 @@
+"""Saving and resuming of a trainer, whole or not at all; a mixin for transformers' Trainer.
+
+A checkpoint holds the policy as users load it (a PEFT adapter, or a transformers model), ``value/`` where a value is
+learned, ``trained.safetensors`` with what the policy's own files do not hold exactly, ``target.safetensors``, and the
+Trainer's optimiser, scheduler, random states and progress; under DeepSpeed and FSDP also their own shards. It is
+written beside its place and published by one rename (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from reward_models.value_model import save_value_model
+from vgf_llm.errors import CheckpointError
+from vgf_llm.training.checkpoint import publish, rotate, saving, staging_folder
+from vgf_llm.training.fsdp import require_sharding
+from vgf_llm.training.gather import full_tensors, whole_weights
+
+TRAINED_NAME, TARGET_NAME, VALUE_FOLDER = "trained.safetensors", "target.safetensors", "value"
+
+
+def _restore_on_cpu(storage: Any, location: str) -> Any:
+    """Processes of a CPU group call their device cpu:0, which torch.load does not know by itself."""
+    return storage if location.startswith("cpu:") else None
+
+
+torch.serialization.register_package(15, lambda storage: None, _restore_on_cpu)
+
+
+class SavesWhole:
+    """Publishes checkpoints by rename, and reads them back; expects the attributes of `VGFTrainer`."""
+
+    _staging: Path | None = None
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Return every trained parameter by name, whole and on the host, on every process."""
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return full_tensors(self.model, names)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy and, where one is learned, the value."""
+        folder = Path(output_dir or self.args.output_dir)
+        tensors = self.trained_tensors()
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.models.policy.save_pretrained(folder, state_dict=_under(tensors, "policy."))
+            self.tokenizer.save_pretrained(folder)
+            if _internal_call:
+                self._write_state(folder, tensors)
+        with whole_weights(self.accelerator, self.model_wrapped):
+            if self.args.should_save and self.learned is not None:
+                save_value_model(self.learned, folder / VALUE_FOLDER, self.tokenizer)
+        self.accelerator.wait_for_everyone()
+
+    def _write_state(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Write what a resumed run needs beyond what users load."""
+        own = tensors if self.models.is_lora else {k: v for k, v in tensors.items() if k.startswith("value.")}
+        save_file({name: tensor.contiguous() for name, tensor in own.items()}, folder / TRAINED_NAME)
+        if self.target is not None:
+            save_file(self.target.state_dict(), folder / TARGET_NAME)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, publish it, and delete those beyond the limit."""
+        step, output_dir = self.state.global_step, Path(self.args.output_dir)
+        if self.args.should_save:
+            staging_folder(output_dir, step)
+        self.accelerator.wait_for_everyone()
+        partial = output_dir / f".checkpoint-{step}.partial"
+        with saving(partial):
+            self._staging = partial
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            with saving(partial):
+                _lift(partial, partial / f"checkpoint-{step}")
+            publish(partial, output_dir, step, self.identity)
+            rotate(output_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is written, its parent is the folder beside its place."""
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read the trained parameters back, each of them."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        folder = Path(resume_from_checkpoint)
+        found = load_file(folder / TRAINED_NAME)
+        if not self.models.is_lora:
+            for path in sorted(folder.glob("model*.safetensors")):
+                found |= {f"policy.{name}": tensor for name, tensor in load_file(path).items()}
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        missing = sorted(set(parameters) - set(found))
+        if missing:
+            raise CheckpointError(f"'{folder}' lacks {missing[0]} and {len(missing) - 1} more; it is of another model")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(found[name])
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Prepare as the Trainer does, and read the value's target back."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
+        require_sharding(self.model_wrapped)
+        if resume_from_checkpoint is not None and self.target is not None:
+            self.target.load_state_dict(load_file(Path(resume_from_checkpoint) / TARGET_NAME))
+        self.journal.start(0 if resume_from_checkpoint is None else self.resumed_step(resume_from_checkpoint))
+        return prepared
+
+    @staticmethod
+    def resumed_step(folder: str) -> int:
+        """Return the step that a checkpoint stands for."""
+        return int(Path(folder).name.rpartition("-")[2])
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _lift(target: Path, inner: Path) -> None:
+    """Move what the Trainer wrote into its own subfolder up into the staging folder."""
+    for path in list(inner.iterdir()):
+        os.rename(path, target / path.name)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(inner)

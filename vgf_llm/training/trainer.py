@@ -1,0 +1,405 @@
+"""VGFTrainer: sample, transport, decode, score, learn the value, distil; on transformers' Trainer.
+
+An optimiser step takes its micro-batches of prompts first, rolls each out, counts what the losses are divided by over
+all of them and all processes, and only then runs forward and backward. So one process with a batch of 2B, two with B,
+and accumulation over two of B take the same step. Samples depend on the run's seed, the step and the prompt alone,
+which makes a resumed run the same run.
+
+Departs from TRL's GRPOTrainer: no policy gradient; what is learned from are transported responses, and the distance
+they went is part of every log line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from reward_models.loading import reward_model
+from reward_models.value_losses import td_lambda_targets, value_loss
+from reward_models.value_model import EmaTarget
+from vgf_llm.pipeline import make_decoder
+from vgf_llm.sampling import TransformersSampler
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.text import Reference, row_seeds
+from vgf_llm.text.implicit_policy import Outcome
+from vgf_llm.text.noise import combine_seeds
+from vgf_llm.text.particles import GradientSource, exact_gradient, token_spacing
+from vgf_llm.text.protocols import Value
+from vgf_llm.text.responses import Responses
+from vgf_llm.training.config import VGFSettings
+from vgf_llm.training.gather import whole_weights
+from vgf_llm.training.journal import Journal
+from vgf_llm.training.losses import dpo, group_weights, kl_anchor, weighted_nll
+from vgf_llm.training.metrics import (
+    MetricSums,
+    flow_metrics,
+    kl_estimate,
+    nll_a_token,
+    peak_memory_gib,
+    responses_tokens,
+    rollout_metrics,
+)
+from vgf_llm.training.models import PolicyAndValue, PolicyModels, response_logps
+from vgf_llm.training.rewards import Rewards
+from vgf_llm.training.rollout import (
+    ObservedPolicy,
+    PromptBatch,
+    PromptRow,
+    Rollout,
+    best_pair,
+    policy_rows,
+    value_rows,
+)
+from vgf_llm.training.saving import SavesWhole
+
+_POLICY_STREAM = 0x50  # the policy's own samples, drawn for the log
+
+
+class VGFTrainer(SavesWhole, Trainer):
+    """Fine-tune a policy, and a value if one is learned, on transported responses.
+
+    Args:
+        models: Policy and reference.
+        value: Token-level value model that is learned along, or None: the rewards' own models drive the flow.
+        rewards: What responses are scored by.
+        method: Budget, decoder, loss.
+        sampling: The law that responses are sampled from.
+        tokenizer: The policy's.
+        eos_ids: Every id that ends a response.
+        identity: What must not change when the run is resumed.
+        kwargs: For transformers' Trainer: args, train_dataset (of `PromptRow`), callbacks.
+    """
+
+    def __init__(
+        self,
+        models: PolicyModels,
+        value: nn.Module | None,
+        rewards: Rewards,
+        method: VGFSettings,
+        sampling: SamplingSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: tuple[int, ...],
+        identity: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model=PolicyAndValue(models.policy, value),
+            processing_class=tokenizer,
+            data_collator=PromptBatch,
+            **kwargs,
+        )
+        self.models, self.learned, self.rewards, self.method = models, value, rewards, method
+        self.sampling, self.tokenizer, self.eos_ids, self.identity = sampling, tokenizer, eos_ids, identity
+        self.model_accepts_loss_kwargs = True  # losses are divided by global counts, never by accumulation steps
+        models.to(self.args.device)
+        self.target = None if value is None else EmaTarget(value)
+        self._reward_value = rewards.value() if value is None else None
+        self._length_unit: float | None = None
+        self._metrics = MetricSums()
+        self.journal = Journal(self.args.output_dir, tokenizer, writes=self.is_world_process_zero())
+        self.add_callback(_AfterStep(self))
+
+    # One optimiser step: roll out every micro-batch, count, then learn ------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[PromptBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], dict[str, Tensor] | None]:
+        """Take the step's prompts, roll them out, and count what the losses are divided by over all processes."""
+        started = time.perf_counter()
+        batches = []
+        with whole_weights(self.accelerator, self.model_wrapped):
+            for _ in range(num_batches):
+                prompts = next(epoch_iterator, None)
+                if prompts is not None:
+                    batches.append(self.compute_targets(self.rollout(prompts.rows)))
+        if not batches:
+            return [], None
+        names = sorted(batches[0]["counts"])
+        counts = torch.stack([torch.stack([batch["counts"][name] for name in names]) for batch in batches]).sum(0)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        self._metrics.add("seconds/rollout", time.perf_counter() - started)
+        return batches, dict(zip(names, counts, strict=True))
+
+    def rollout(self, prompts: list[PromptRow]) -> Rollout:
+        """Sample, transport, decode and score."""
+        self.model.eval()
+        seeds_BN = self.seeds(prompts)
+        with self.particle_law() as law:
+            (originals, sample_sec) = _timed(lambda: self.sample(law, prompts, seeds_BN))
+            policy = self.implicit_policy(law)
+            (outcome, transport_sec) = _timed(lambda: self.transport(policy, originals, seeds_BN))
+        started = time.perf_counter()
+        original_scores, transported_scores = self.score(prompts, outcome)
+        seconds = {"sample": sample_sec, "transport": transport_sec, "score": time.perf_counter() - started}
+        done = Rollout(prompts, outcome, original_scores, transported_scores, policy.first_move, seconds)
+        self._metrics.update(rollout_metrics(done))
+        self._metrics.add("tokens", responses_tokens(outcome.originals, outcome.transported), 1)
+        if self.logs_this_step:
+            self.observe(done, policy.value)
+        return done
+
+    def seeds(self, prompts: list[PromptRow], stream: int = 0) -> Tensor:
+        """Return one seed a particle, [B, N], of the run's seed, this step and the prompts alone."""
+        run = combine_seeds(torch.tensor(self.args.seed), self.state.global_step)
+        seed = int(combine_seeds(run, stream))
+        return row_seeds(seed, [prompt.index for prompt in prompts], self.method.num_particles)
+
+    @contextlib.contextmanager
+    def particle_law(self) -> Iterator[Reference]:
+        """Yield the law that particles start from and are decoded by: the reference's, or the current policy's."""
+        if self.method.particles_from == "policy":
+            yield self.law_of(self.models.policy_lm)
+            return
+        with self.models.reference() as base:
+            yield self.law_of(base)
+
+    def law_of(self, model: nn.Module) -> Reference:
+        """Return a model as a law; a new one each time, since it remembers prompts under the weights of the moment."""
+        return Reference(model, self.sampling, self.eos_ids, self.tokenizer.pad_token_id)
+
+    def sample(self, law: Reference, prompts: list[PromptRow], seeds_BN: Tensor) -> Responses:
+        """Draw N responses to each prompt."""
+        return TransformersSampler(law).sample([prompt.ids for prompt in prompts], seeds_BN)
+
+    def flow_value(self) -> tuple[Value, GradientSource]:
+        """Return what the flow climbs, and where its direction comes from."""
+        if self._reward_value is not None:
+            return self._reward_value
+        return reward_model(self.learned), exact_gradient
+
+    def implicit_policy(self, law: Reference) -> ObservedPolicy:
+        """Return the policy that the training budget implies."""
+        value, gradient = self.flow_value()
+        if self._length_unit is None:
+            self._length_unit = token_spacing(value.embedding_table_VD)
+        return ObservedPolicy(
+            TransformersSampler(law),
+            value,
+            make_decoder(self.method.decoder, law, value, self.method.decoder_options),
+            self.method.budget,
+            gradient=gradient,
+            draws=self.method.draws,
+            length_unit=self._length_unit,
+        )
+
+    def transport(self, policy: ObservedPolicy, originals: Responses, seeds_BN: Tensor) -> Outcome:
+        """Move the particles by the training budget and decode them."""
+        return policy.improve(originals, seeds_BN)
+
+    def score(self, prompts: list[PromptRow], outcome: Outcome) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return all rewards of the originals and of the transported responses."""
+        texts = [prompt.text for prompt in prompts]
+        return self.rewards(texts, outcome.originals), self.rewards(texts, outcome.transported)
+
+    # Targets and losses -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compute_targets(self, rollout: Rollout) -> dict[str, Any]:
+        """Return the tensors of one forward, and the counts that its losses are to be divided by."""
+        started = time.perf_counter()
+        batch = self.dpo_batch(rollout) if self.method.loss == "dpo" else self.weighted_batch(rollout)
+        rows = batch["rows"]
+        if self.method.loss == "dpo" or self.method.kl_coefficient:
+            with self.models.reference() as base:
+                batch["reference_logps"] = response_logps(base, **_policy_inputs(rows)).masked_fill(~rows["mask"], 0)
+        if self.method.kl_coefficient:
+            batch["counts"]["tokens"] = rows["mask"].sum().float()
+        if self.target is not None:
+            batch |= self.value_batch(rollout, batch["counts"])
+        self._metrics.add("seconds/targets", time.perf_counter() - started)
+        return batch
+
+    def weighted_batch(self, rollout: Rollout) -> dict[str, Any]:
+        """Return rows and weights of the responses that are distilled by weighted likelihood."""
+        weights_BM = group_weights(rollout.pool_rewards_BM, self.method.weight_temperature, self.method.kept)
+        keep_BM = weights_BM > 0
+        rows, weights_R = policy_rows(rollout.pool, keep_BM), weights_BM[keep_BM]
+        self._metrics.add("distilled_reward", rollout.pool_rewards_BM[keep_BM] @ weights_R, float(len(weights_BM)))
+        count = (weights_R.unsqueeze(1) * rows["mask"]).sum()
+        return {"rows": rows, "weights": weights_R, "counts": {"policy": count}}
+
+    def dpo_batch(self, rollout: Rollout) -> dict[str, Any]:
+        """Return chosen and rejected rows, one below the other; ties have weight 0."""
+        chosen_B, rejected_B = best_pair(rollout)
+        pair_B2 = torch.stack([chosen_B, rejected_B], 1)
+        rewards_B2 = rollout.pool_rewards_BM.gather(1, pair_B2)
+        pool = rollout.pool.take(pair_B2)
+        every_B2 = torch.ones_like(pair_B2, dtype=torch.bool)
+        weights_B = (rewards_B2[:, 0] > rewards_B2[:, 1]).float()
+        return {"rows": policy_rows(pool, every_B2), "weights": weights_B, "counts": {"policy": weights_B.sum()}}
+
+    def value_batch(self, rollout: Rollout, counts: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the pool as the value model takes it, with TD(lambda) targets; adds to ``counts``."""
+        pool = rollout.pool
+        rows = policy_rows(pool, torch.ones_like(rollout.pool_rewards_BM, dtype=torch.bool))
+        inputs, mask_RT = value_rows(rows), rows["mask"]
+        values_RS = self.target.call(self.learned, **inputs, token_level=True)
+        values_BMT1 = values_RS[:, -mask_RT.shape[1] - 1 :].view(*rollout.pool_rewards_BM.shape, -1)
+        n = rollout.original_scores["reward"].shape[1]
+        lengths_BM1 = pool.lengths_BN.unsqueeze(-1)
+        transported_BM = values_BMT1.gather(-1, lengths_BM1).squeeze(-1)[:, n:]
+        prompt_targets_R = transported_BM.mean(1, keepdim=True).expand_as(rollout.pool_rewards_BM).flatten()
+        rewards_R = torch.cat([rollout.original_scores["reward"], rollout.transported_scores["reward"]], 1).flatten()
+        settings = self.method.learned_value
+        targets_RT1 = td_lambda_targets(
+            values_BMT1.flatten(0, 1), rewards_R, mask_RT, settings.td_lambda, prompt_targets_R
+        )
+        mask_RT1 = torch.nn.functional.pad(mask_RT, (1, 0), value=True)
+        counts["value"] = mask_RT1.sum().float()
+        return {"value_inputs": inputs, "value_targets": targets_RT1, "value_mask": mask_RT1}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return this forward's share of the step's loss, times the processes that gradients are averaged over."""
+        started = time.perf_counter()
+        counts = num_items_in_batch or inputs["counts"]
+        logps_RT, values_RS = model(_policy_inputs(inputs["rows"]), inputs.get("value_inputs"))
+        loss = self.amortisation_loss(logps_RT, inputs, counts)
+        if values_RS is not None:
+            values_RT1 = values_RS[:, -inputs["value_mask"].shape[1] :]
+            part, metrics = value_loss(
+                values_RT1,
+                inputs["value_targets"],
+                inputs["value_mask"],
+                self.method.learned_value.expectile,
+                counts["value"],
+            )
+            loss = loss + part
+            self._metrics.update({f"value/{name}": value for name, value in metrics.items()})
+        self._metrics.add("seconds/forward", time.perf_counter() - started)
+        return loss * self.accelerator.num_processes
+
+    def amortisation_loss(self, logps_RT: Tensor, inputs: dict[str, Any], counts: dict[str, Tensor]) -> Tensor:
+        """Return the distillation loss, with the KL anchor where one is set."""
+        mask_RT, weights = inputs["rows"]["mask"], inputs["weights"]
+        if self.method.loss == "dpo":
+            policy_B2 = logps_RT.masked_fill(~mask_RT, 0).sum(-1).view(-1, 2)
+            reference_B2 = inputs["reference_logps"].sum(-1).view(-1, 2)
+            loss, metrics = dpo(
+                *policy_B2.unbind(1), *reference_B2.unbind(1), self.method.dpo_beta, weights, counts["policy"]
+            )
+        else:
+            loss, metrics = weighted_nll(logps_RT, mask_RT, weights, counts["policy"])
+        if self.method.kl_coefficient:
+            penalty, more = kl_anchor(logps_RT, inputs["reference_logps"], mask_RT, counts["tokens"])
+            loss, metrics = loss + self.method.kl_coefficient * penalty, metrics | more
+        self._metrics.update(metrics)
+        return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Rollouts are on the device already, and losses keep their float32 under every engine."""
+        return inputs
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the Trainer's optimiser, with the learned value's body and heads at rates of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        if self.learned is None:
+            return optimizer
+        settings = self.method.learned_value
+        names = {id(p): name for name, p in (self.model if model is None else model).named_parameters()}
+        value = {i for i, name in names.items() if "value" in name.split(".")[:2]}
+        heads = {i for i in value if {"head", "skip_head"} & set(names[i].split("."))}
+        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in value]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in value]
+        body = [p for p in own if id(p) not in heads]
+        if body:
+            optimizer.add_param_group({"params": body, "lr": settings.learning_rate, "weight_decay": 0.0})
+        head = [p for p in own if id(p) in heads]
+        optimizer.add_param_group({"params": head, "lr": settings.head_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        """Clip the policy's and the value's gradients apart: the scale of a reward must not slow the policy.
+
+        DeepSpeed clips in its engine, all together.
+        """
+        if self.learned is None or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.clip_grad_norm_(self.learned.parameters(), self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_(self.models.policy.parameters(), self.args.max_grad_norm)
+
+    def update_target(self) -> None:
+        """Let the value's target follow it."""
+        if self.target is not None:
+            with whole_weights(self.accelerator, self.model_wrapped):
+                self.target.update(self.learned, self.method.learned_value.target_rate)
+
+    # Logging ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the step under way ends in a log line."""
+        step = self.state.global_step + 1
+        return step % self.args.logging_steps == 0 or (self.args.logging_first_step and step == 1)
+
+    @torch.no_grad()
+    def observe(self, rollout: Rollout, value: Value) -> None:
+        """Add what a log line needs beside the rollout: likelihoods, distances, and the policy's own samples."""
+        started = time.perf_counter()
+        prompts, sums = rollout.prompts, self._metrics
+        seeds_B1 = self.seeds(prompts, _POLICY_STREAM)[:, :1]
+        law = self.law_of(self.models.policy_lm)
+        own = self.sample(law, prompts, seeds_B1)
+        own_logps_BNT = law.logps(law.prefix(own.prompts), own)
+        with self.models.reference() as base:
+            law = self.law_of(base)
+            prefix = law.prefix(own.prompts)
+            parts = {"original": rollout.outcome.originals, "transported": rollout.outcome.transported, "policy": own}
+            logps = {name: law.logps(prefix, part) for name, part in parts.items()}
+        for name, part in parts.items():
+            sums.add(f"nll/{name}", nll_a_token(logps[name].flatten(0, 1), part.mask_BNT.flatten(0, 1)))
+        kl_BN = kl_estimate(own_logps_BNT, logps["policy"])
+        sums.add("policy/kl", kl_BN)
+        sums.add("policy/kl_samples", kl_BN.numel(), 1 / self.accelerator.num_processes)
+        for name, values_BN in self.rewards([prompt.text for prompt in prompts], own).items():
+            sums.add(f"{name}/policy", values_BN)
+        sums.update(flow_metrics(rollout, value, self.method.budget))
+        self.journal.completions(rollout, self.state.global_step + 1)
+        sums.add("seconds/observe", time.perf_counter() - started)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last line over all processes; write metrics.jsonl."""
+        if "loss" in logs:
+            metrics = self._metrics.means(self.accelerator)
+            metrics["peak_memory_gib"] = peak_memory_gib()
+            logs |= {name: round(value, 5) for name, value in metrics.items()}
+            self.journal.metrics(self.state.global_step, self.state.epoch, logs)
+        super().log(logs, start_time)
+
+
+class _AfterStep(TrainerCallback):
+    """Updates the value's target before a checkpoint of the step is written."""
+
+    def __init__(self, trainer: VGFTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.update_target()
+
+
+def _policy_inputs(rows: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "input_ids": rows["input_ids"],
+        "attention_mask": rows["attention_mask"],
+        "length": rows["mask"].shape[1],
+    }
+
+
+def _timed(function: Any) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return function(), time.perf_counter() - started
