@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.training_job import RESULT_NAME, Job, Method, identity
+from benchmarks.training_job import RESULT_NAME, Clock, Job, Method, identity
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError
@@ -52,6 +52,8 @@ class BenchmarkSettings:
     """Training time of each, in minutes, above 0."""
     tune_minutes: float = 3.0
     """Training time of each try of the stage tune, in minutes, above 0."""
+    clock: Clock = "wall"
+    """wall, or processor: on a shared machine, where a method's wall time is also that of its neighbours."""
     learning_rates: dict[str, list[float]] = field(default_factory=lambda: dict(RATES))
     """Rates tried for each method, as many for one as for another; the first is used where nothing was tuned."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -110,6 +112,7 @@ class Benchmark:
             output_dir=str(folder),
             learning_rate=rate,
             minutes=self.settings.tune_minutes if tuning else self.settings.minutes,
+            clock=self.settings.clock,
             prompts=self.settings.train_prompts,
             recipe=self.settings.recipe,
             seed=seed,

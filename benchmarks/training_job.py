@@ -17,6 +17,7 @@ from vgf_llm.settings import ModelSettings, SamplingSettings
 
 RESULT_NAME = "result.json"
 Method = Literal["vgf", "grpo", "rloo", "dpo"]
+Clock = Literal["wall", "processor"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Job:
     """Constant learning rate of AdamW, above 0."""
     minutes: float = 10.0
     """Training time in minutes, above 0."""
+    clock: Clock = "wall"
+    """wall, or processor: on a shared machine, where a method's wall time is also that of its neighbours."""
     prompts: str = "recipes/smollm2_sentiment/data/prompts_train.jsonl"
     """Training prompts."""
     recipe: str = "recipes/smollm2_sentiment/vgf.yaml"

@@ -66,7 +66,9 @@ def summarise(
             "tuned": tuned.get(method),
             "seeds": [job.seed for job in runs],
             "minutes": runs[0].minutes,
+            "clock": runs[0].clock,
             "seconds_a_step": _mean([result["seconds_a_step"] for result in of]),
+            "processor_seconds_a_step": _mean([result["processor_seconds_a_step"] for result in of]),
             "peak_memory_gib": max(result["peak_memory_gib"] for result in of),
             "kl_samples": sum(row["kl_samples"] for row in last) * len(runs),
             **{key: value for key, value in marks[-1].items() if key in (*MEASURES, "steps")},
@@ -117,10 +119,11 @@ def write_report(summary: dict[str, Any], output_dir: Path, record: str | None) 
 
 def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the comparison's header and rows as text."""
-    minutes = next(iter(summary["methods"].values()))["minutes"]
+    one = next(iter(summary["methods"].values()))
+    minutes, clock = one["minutes"], "" if one["clock"] == "wall" else " of processor time"
     header = [
-        "method", "rate", "steps", "s a step", "peak GiB", f"gold after {minutes:g} min", "gold - base", "reward",
-        "KL a response", "NLL a token",
+        "method", "rate", "steps", "s a step", "peak GiB", f"gold after {minutes:g} min{clock}", "gold - base",
+        "reward", "KL a response", "NLL a token",
     ]  # fmt: skip
     base = summary[BASE]
     rows = [[TITLES[BASE], "", "0", "", "", *(_text(base[key]) for key in ("gold",)), "", _text(base["reward"]), "0"]]

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +70,7 @@ def run(job: Job, models: ModelSettings, sampling: SamplingSettings) -> dict[str
     check_writable(job.output_dir)
     from transformers import set_seed
 
-    from benchmarks.training_marks import TimeMarks, write_result
+    from benchmarks.training_marks import CLOCKS, TimeMarks, write_result
     from vgf_llm.data import load_prompts
     from vgf_llm.dialogue import as_messages, as_text
     from vgf_llm.pipeline import load_pipeline
@@ -80,7 +79,7 @@ def run(job: Job, models: ModelSettings, sampling: SamplingSettings) -> dict[str
     pipeline = load_pipeline(models, sampling)
     shape = as_messages if pipeline.tokenizer.chat_template else as_text
     prompts = [shape(prompt) for prompt in load_prompts(job.prompts)]
-    marks = TimeMarks(job.output_dir, job.minutes, job.marks)
+    marks = TimeMarks(job.output_dir, job.minutes, job.marks, clock=CLOCKS[job.clock])
     facts = trainers[job.method](job, models, sampling, pipeline, prompts, marks)
     return write_result(job, models, sampling, marks, facts)
 
@@ -135,9 +134,9 @@ def _dpo(
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    started = time.perf_counter()
-    pairs, sampled = sample_pairs(job, pipeline, prompts, job.minutes * 60 * SAMPLING_SHARE)
-    marks.spent_sec = time.perf_counter() - started
+    started = marks.clock()
+    pairs, sampled = sample_pairs(job, pipeline, prompts, job.minutes * 60 * SAMPLING_SHARE, marks.clock)
+    marks.spent_sec = marks.clock() - started
     if not pairs:
         raise DataError(f"{job.prompts}: the reward is the same for all responses to every prompt; nothing to prefer")
     batch = job.prompts_per_step * job.num_generations // 2
@@ -154,7 +153,7 @@ def _dpo(
 
 
 def sample_pairs(
-    job: Job, pipeline: Pipeline, prompts: list[Any], limit_sec: float
+    job: Job, pipeline: Pipeline, prompts: list[Any], limit_sec: float, clock: Callable[[], float]
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Sample groups of responses until the time is up and pair the best of each group with the worst.
 
@@ -163,6 +162,7 @@ def sample_pairs(
         pipeline: Reference and value.
         prompts: Text or messages.
         limit_sec: Seconds after which no further batch is begun; one is always sampled.
+        clock: Seconds that only grow.
 
     Returns:
         Pairs as DPOTrainer's collator takes them, without groups of equal rewards, and how many responses were sampled.
@@ -172,10 +172,10 @@ def sample_pairs(
     from vgf_llm.text import row_seeds
 
     encoded = encode_prompts(pipeline, prompts)
-    sampler, pairs, sampled, started = TransformersSampler(pipeline.reference), [], 0, time.perf_counter()
+    sampler, pairs, sampled, started = TransformersSampler(pipeline.reference), [], 0, clock()
     while True:
         for start in range(0, len(encoded), _PROMPTS_A_BATCH):
-            if sampled and time.perf_counter() - started >= limit_sec:
+            if sampled and clock() - started >= limit_sec:
                 return pairs, sampled
             indices = list(range(start, min(start + _PROMPTS_A_BATCH, len(encoded))))
             # A later pass continues the numbering of prompts, so its noise is new.

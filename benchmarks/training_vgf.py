@@ -46,7 +46,7 @@ def run(job: Job, models: ModelSettings, sampling: SamplingSettings) -> dict[str
     if models.reward_model is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
     check_writable(job.output_dir)
-    from benchmarks.training_marks import TimeMarks, write_result
+    from benchmarks.training_marks import CLOCKS, TimeMarks, write_result
     from vgf_llm import train
     from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
@@ -59,7 +59,7 @@ def run(job: Job, models: ModelSettings, sampling: SamplingSettings) -> dict[str
         argv=arguments(job, models, sampling),
         prog="python -m vgf_llm.train",
     )
-    marks = TimeMarks(job.output_dir, job.minutes, job.marks)
+    marks = TimeMarks(job.output_dir, job.minutes, job.marks, clock=CLOCKS[job.clock])
     train.run(*settings, callbacks=[marks])
     return write_result(job, models, sampling, marks, {})
 

@@ -55,6 +55,14 @@ def test_trl_takes_steps_and_leaves_adapters(method, models, prompts, tmp_path):
         assert result["pairs"] > 0 and result["seconds_before_training"] > 0
 
 
+def test_our_trainer_takes_steps_under_the_same_clock(models, prompts, recipe, tmp_path):
+    from benchmarks import training_vgf
+
+    result = training_vgf.run(job("vgf", tmp_path, prompts, recipe=recipe), models, SAMPLING)
+    assert [mark["mark"] for mark in result["marks"]] == [1, 2] and result["steps"] == 1
+    assert (tmp_path / "vgf" / "mark_2" / "adapter_model.safetensors").is_file()
+
+
 def test_rewards_are_those_of_the_sampled_tokens(models, prompts):
     from vgf_llm.pipeline import encode_prompts, load_pipeline
     from vgf_llm.sampling import TransformersSampler
