@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from reward_models.card import read_card
 from reward_models.loading import load_reward_model
@@ -20,6 +24,7 @@ from reward_models.value_trainer import TARGET_NAME, ValueTrainer
 from vgf_llm.cli import run_main
 from vgf_llm.errors import ConfigError, DataError
 
+ROOT = Path(__file__).parents[2]
 FILLER = ["the", "a", "dog", "sea", "is"]
 
 
@@ -171,6 +176,26 @@ def test_lambda_one_needs_no_target_values(tiny_lm, tiny_tokenizer, tmp_path, mo
     trainer = make_trainer(tiny_lm, tiny_tokenizer, tmp_path, td_lambda=1.0, max_steps=1)
     monkeypatch.setattr(trainer.target, "call", lambda *args, **kwargs: pytest.fail("the target was asked"))
     trainer.train()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(workplace, tmp_path):
+    rows = toy_rows(64)
+    for index, row in enumerate(rows):  # of 1 to 4 words: the global count is not twice the local one
+        row["response"] = " ".join(row["response"].split()[: 1 + index % 4])
+    write(tmp_path / "train.jsonl", rows)
+    folders = []
+    for processes, size in ((1, 8), (2, 4)):
+        folders.append(tmp_path / f"by_{processes}")
+        changes = {"max_steps": 4, "per_device_train_batch_size": size, "output_dir": folders[-1], "lora_r": 2}
+        flags = workplace(**changes, warmup_ratio=0.0, fidelity_responses=0)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launch, "-m", "reward_models.train_value", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=0, msg=name)
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
