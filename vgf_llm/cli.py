@@ -19,6 +19,8 @@ COMMANDS = {
     "reward": ("reward_models.train", "train a reward model on preference pairs"),
     "value": ("reward_models.train_value", "train a token-level value from logged responses and their rewards"),
     "secant": ("reward_models.train_secant", "fit a head whose direction predicts what token changes do to a reward"),
+    "train": ("vgf_llm.train", "fine-tune a model on transported responses"),
+    "verify-resume": ("vgf_llm.verify_resume", "resume a checkpoint twice and compare the results bit for bit"),
     "generate": ("vgf_llm.generate", "answer prompts under a transport budget"),
     "transport": ("vgf_llm.transport", "write transported responses as datasets for SFT and DPO training"),
     "evaluate": ("vgf_llm.evaluate", "compare budgets with best-of-N and controls"),
@@ -80,7 +82,7 @@ def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<15}{text}" for name, (_, text) in COMMANDS.items())
     return (
         "usage: vgf-llm <command> [--config recipe.yaml] [--key value ...]\n\n"
         "Value Gradient Flow for language models: move sampled responses along a reward's gradient within a budget.\n\n"

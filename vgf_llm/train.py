@@ -1,7 +1,7 @@
-"""Fine-tune a language model by Value Gradient Flow.
+r"""Fine-tune a language model by Value Gradient Flow.
 
     python -m vgf_llm.train --config recipes/<task>/vgf.yaml
-    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml \\
+    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml \
         -m vgf_llm.train --config recipes/<task>/vgf.yaml
 
 Writes the adapter (or model), the learned value, metrics.jsonl, completions and checkpoints into output_dir, and ends

@@ -30,7 +30,7 @@ class StopAt(TrainerCallback):
         self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
+        control.should_training_stop |= state.global_step >= self.step
 
 
 @pytest.fixture
@@ -90,3 +90,15 @@ def test_metrics_hold_each_step_once_after_a_resume(tmp_path):
 def test_resuming_where_nothing_is_yet_starts_anew(tmp_path, capsys):
     assert tiny_run(tmp_path, max_steps=1, resume_from_checkpoint=True)["steps"] == 1
     assert "starting anew" in capsys.readouterr().err
+
+
+def test_verify_resume_goes_on_twice_and_leaves_the_run_as_it_was(tmp_path, capsys):
+    from vgf_llm.verify_resume import main
+
+    tiny_run(tmp_path, max_steps=6, save_steps=3, callbacks=(StopAt(3),))
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert main(["--checkpoint", str(tmp_path / "out" / "checkpoint-3"), "--steps", "2"]) == 0
+    assert '"differences": 0' in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    with pytest.raises(ConfigError, match="ends at step 6"):
+        main(["--checkpoint", str(tmp_path / "out" / "checkpoint-3"), "--steps", "9"])

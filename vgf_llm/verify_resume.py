@@ -1,0 +1,115 @@
+r"""Prove on this machine that a run can be resumed: go on from a checkpoint twice, and compare what comes of it.
+
+    vgf-llm verify-resume --checkpoint outputs/<run>/checkpoint-50 --steps 2
+    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml \
+        -m vgf_llm.verify_resume --checkpoint outputs/<run>/checkpoint-50
+
+The checkpoint is verified against its manifest first and not changed. Both continuations write into a temporary folder
+beside it, which is removed. Exit code 0: bit for bit the same; 1: they differ, and the first differences are printed
+(as on a GPU with kernels that are not deterministic). The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vgf_llm.cli import run_main
+from vgf_llm.config import parse
+from vgf_llm.errors import ConfigError
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """Which checkpoint, and how far."""
+
+    checkpoint: str
+    """Folder of a checkpoint, in the output folder of its run."""
+    steps: int = 2
+    """Optimiser steps of each continuation, at least 1."""
+
+    def __post_init__(self) -> None:
+        """Validate; raises ValueError naming the key and the value."""
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 where the continuations agree, 1 where they differ."""
+    (settings,) = parse(
+        VerifySettings, argv=argv, prog="vgf-llm verify-resume", description="Resume a checkpoint twice and compare."
+    )
+    differences = run(settings)
+    for difference in differences[:_SHOWN]:
+        print(difference, file=sys.stderr)
+    print(json.dumps({"steps": settings.steps, "differences": len(differences)}))
+    return 1 if differences else 0
+
+
+def run(settings: VerifySettings) -> list[str]:
+    """Continue twice and return what differs; empty on processes other than the first.
+
+    Raises:
+        ConfigError: The run's vgf_config.json is missing.
+        CheckpointError: The checkpoint is not whole.
+    """
+    from vgf_llm.train import CONFIG_NAME
+    from vgf_llm.training.compare import compare_checkpoints
+    from vgf_llm.training.manifest import verify
+
+    checkpoint = Path(settings.checkpoint)
+    first = verify(checkpoint).step
+    config = checkpoint.parent / CONFIG_NAME
+    if not config.is_file():
+        raise ConfigError(f"checkpoint: '{config}' is missing; name a checkpoint in the output folder of its run")
+    folders = [checkpoint.parent / f".verify-resume-{number}" for number in (1, 2)]
+    try:
+        last = [_go_on(config, checkpoint, folder, first + settings.steps) for folder in folders]
+        if not last[-1][1]:
+            return []
+        return compare_checkpoints(last[0][0], last[1][0])
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> tuple[Path, bool]:
+    """Train on to a step; returns the checkpoint written there, and whether this process is the first."""
+    from transformers import TrainerCallback
+
+    from vgf_llm.train import build_trainer
+    from vgf_llm.training.resume import checkpoint_to_resume
+
+    class StopAt(TrainerCallback):
+        """Saves and stops."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step >= until:
+                control.should_save = control.should_training_stop = True
+
+    script, policy, method, optim, sampling = parse(
+        TrainScript, PolicySettings, VGFSettings, OptimSettings, SamplingSettings, argv=["--config", str(config)]
+    )
+    script = dataclasses.replace(script, output_dir=str(folder))
+    optim = dataclasses.replace(optim, resume_from_checkpoint=str(checkpoint), report_to="none")
+    trainer = build_trainer(script, policy, method, optim, sampling, [StopAt()])
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, optim))
+    trainer.accelerator.wait_for_everyone()
+    step = trainer.state.global_step
+    if step < until:
+        raise ConfigError(f"steps: the run ends at step {step}; verify an earlier checkpoint, or fewer steps")
+    return folder / f"checkpoint-{step}", trainer.is_world_process_zero()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
