@@ -48,9 +48,10 @@ from reward_models.secant_fit import (
     secant_targets,
 )
 from reward_models.train import load_pairs, untrained_model
-from reward_models.trainer import add_embedding_noise, training_arguments
+from reward_models.trainer import add_embedding_noise
 from vgf_llm.data import encode_prompt, load_prompts
 from vgf_llm.flow.trajectory import ValueGradient
+from vgf_llm.hf_arguments import training_arguments
 from vgf_llm.io import check_writable, write_json_atomic
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
 from vgf_llm.settings import SamplingSettings

@@ -59,7 +59,8 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
 
     from reward_models.folder import check_is_ours
     from reward_models.pairs import PairCollator, check_max_length
-    from reward_models.trainer import RewardTrainer, checkpoint_to_resume, training_arguments
+    from reward_models.trainer import RewardTrainer, checkpoint_to_resume
+    from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
 
     check_is_ours(output_dir)

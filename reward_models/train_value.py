@@ -59,8 +59,9 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from reward_models.folder import check_is_ours
     from reward_models.logged import LoggedCollator
     from reward_models.pairs import check_max_length
-    from reward_models.trainer import checkpoint_to_resume, training_arguments
+    from reward_models.trainer import checkpoint_to_resume
     from reward_models.value_trainer import ValueTrainer
+    from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
 
     check_is_ours(output_dir)

@@ -9,16 +9,13 @@ under LoRA too, and checkpoints hold the reward model's own config.json.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -113,55 +110,6 @@ def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Return the share of pairs whose chosen response scores higher."""
     chosen_B, rejected_B = prediction.predictions.T
     return {"accuracy": float((chosen_B > rejected_B).mean())}
-
-
-def training_arguments(training: TrainerSettings, output_dir: str | Path) -> TrainingArguments:
-    """Translate the settings into transformers' TrainingArguments.
-
-    Raises:
-        ConfigError: trainer_arguments names a field that does not exist, one that has a key of its own, or a bad value.
-    """
-    fields: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "learning_rate": training.learning_rate,
-        "max_steps": training.max_steps,
-        "num_train_epochs": training.num_train_epochs,
-        "per_device_train_batch_size": training.per_device_train_batch_size,
-        "per_device_eval_batch_size": training.per_device_eval_batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "warmup_steps": training.warmup_ratio,
-        "weight_decay": training.weight_decay,
-        "bf16": training.bf16,
-        "gradient_checkpointing": training.gradient_checkpointing,
-        "logging_steps": training.logging_steps,
-        "eval_strategy": "steps" if training.eval_steps else "no",
-        "eval_steps": training.eval_steps,
-        "save_strategy": "steps" if training.save_steps else "no",
-        "save_steps": training.save_steps or 500,
-        "seed": training.seed,
-        "report_to": training.report_to,
-        "disable_tqdm": not sys.stderr.isatty(),
-        "remove_unused_columns": False,
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    if training.gradient_checkpointing:
-        fields["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    own = {field.name for field in dataclasses.fields(training)} | {
-        "output_dir",
-        "warmup_steps",
-        "remove_unused_columns",
-    }
-    for name in training.trainer_arguments:
-        if name in own:
-            raise ConfigError(f"trainer_arguments: {name!r} has a key of its own here, or is fixed; set that one")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"trainer_arguments: transformers' TrainingArguments has no {name!r} (nearest: {near!r})")
-    try:
-        return TrainingArguments(**(fields | training.trainer_arguments))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"trainer_arguments {training.trainer_arguments}: {error}") from error
 
 
 def checkpoint_to_resume(training: TrainerSettings, output_dir: str | Path, adapter: bool = False) -> str | None:

@@ -100,15 +100,15 @@ def build_trainer(
     from transformers import set_seed
 
     from reward_models.value_model import build_value_model
+    from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
-    from vgf_llm.training.arguments import training_arguments
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
     from vgf_llm.training.models import PolicyModels
     from vgf_llm.training.resume import identity_of
     from vgf_llm.training.rewards import load_rewards
     from vgf_llm.training.trainer import VGFTrainer
 
-    arguments = training_arguments(optim, script.output_dir)
+    arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
     shard_on_cpu()
     name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
     tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)

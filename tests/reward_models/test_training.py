@@ -15,10 +15,11 @@ from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator, encode_pairs, hold_out
 from reward_models.train import main, run
-from reward_models.trainer import RewardTrainer, add_embedding_noise, checkpoint_to_resume, training_arguments
+from reward_models.trainer import RewardTrainer, add_embedding_noise, checkpoint_to_resume
 from vgf_llm.cli import run_main
 from vgf_llm.data import PreferencePair
 from vgf_llm.errors import ConfigError, DataError
+from vgf_llm.hf_arguments import training_arguments
 
 GOOD, BAD, FILLER = (
     ["good", "great", "happy", "love"],

@@ -90,7 +90,7 @@ class LearnedValueSettings:
     """Lambda of the returns, in [0, 1]: 1 regresses every prefix on the final reward, 0 on the next prefix's value."""
     expectile: float = 0.5
     """Expectile of the regression, in (0, 1): 0.5 is the mean, more is optimistic."""
-    target_rate: float = 0.05
+    target_tau: float = 0.05
     """Share by which the target moves to the value at each step, in (0, 1]."""
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class LearnedValueSettings:
         _require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
         _require(0 <= self.td_lambda <= 1, "td_lambda", self.td_lambda, "in [0, 1]")
         _require(0 < self.expectile < 1, "expectile", self.expectile, "in (0, 1)")
-        _require(0 < self.target_rate <= 1, "target_rate", self.target_rate, "in (0, 1]")
+        _require(0 < self.target_tau <= 1, "target_tau", self.target_rate, "in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,7 @@ class VGFTrainer(SavesWhole, Trainer):
         """Let the value's target follow it."""
         if self.target is not None:
             with whole_weights(self.accelerator, self.model_wrapped):
-                self.target.update(self.learned, self.method.learned_value.target_rate)
+                self.target.update(self.learned, self.method.learned_value.target_tau)
 
     # Logging ----------------------------------------------------------------------------------------------------------
 
