@@ -12,13 +12,14 @@ its documentation recommends where that differs, and these are the reasons:
     num_generations     8, GRPO's default; RLOO's default of 2 is that of the smallest group, and a larger group has
                         the less noisy baseline at the same number of responses a step
     batch               4 prompts x 8 responses = 32 (LoRA without regret: LoRA tolerates large batches less, stay at
-                        about 32); for DPO 16 pairs, as many responses a forward
+                        about 32), forwards of 8, the default, accumulated: as fast here as one forward of 32, at 3.4
+                        GiB in place of 5.8; for DPO 16 pairs, as many responses, 4 pairs a forward
     beta                defaults: GRPO 0 (no KL term), RLOO 0.05 (KL in the reward), DPO 0.1
     loss, scaling       defaults: GRPO's dapo with group-scaled rewards, RLOO without normalisation, DPO's sigmoid
     mask_truncated...   False, the default. Most responses here reach 24 tokens; masking them would leave nothing
     steps_per_generation, num_iterations  1: every step is on-policy
-    gradient_checkpointing  False, against the default: it trades a fifth of the speed for memory, and time is what is
-                        equal here. It makes peak memory larger
+    gradient_checkpointing  False, against the default: it trades speed for memory, and time is what is equal here. Our
+                        trainer has it off too
     bf16, use_cpu       autocast where the parameters are bfloat16, as TRL's default has it; CPU where there is no GPU
 
 DPO samples for the first fifth of its time, pass after pass over the prompts, with this package's sampler (which is
@@ -29,6 +30,7 @@ were sampled: TRL's own preparation would close texts that were cut at 24 tokens
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 SAMPLING_SHARE = 0.2  # of DPO's time; below a quarter, so that its first mark has trained
 _PROMPTS_A_BATCH = 8
+_RESPONSES_A_FORWARD = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,10 +142,10 @@ def _dpo(
     marks.spent_sec = marks.clock() - started
     if not pairs:
         raise DataError(f"{job.prompts}: the reward is the same for all responses to every prompt; nothing to prefer")
-    batch = job.prompts_per_step * job.num_generations // 2
+    pairs_a_step = job.prompts_per_step * job.num_generations // 2
     trainer = SampledPairs(
         model=pipeline.reference.model,
-        args=DPOConfig(**_common(job, models), per_device_train_batch_size=batch, beta=0.1),
+        args=DPOConfig(**_common(job, models), **_batch(pairs_a_step, _RESPONSES_A_FORWARD // 2), beta=0.1),
         train_dataset=Dataset.from_list(pairs),
         processing_class=pipeline.tokenizer,
         peft_config=_lora(job),
@@ -248,8 +251,14 @@ def _online(job: Job, sampling: SamplingSettings) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "max_completion_length": sampling.max_new_tokens,
         "num_generations": job.num_generations,
-        "per_device_train_batch_size": job.prompts_per_step * job.num_generations,
+        **_batch(job.prompts_per_step * job.num_generations, _RESPONSES_A_FORWARD),
     }
+
+
+def _batch(rows: int, at_once: int) -> dict[str, int]:
+    """Split the rows of a step into equal forwards of at most ``at_once``."""
+    forward = math.gcd(rows, at_once)
+    return {"per_device_train_batch_size": forward, "gradient_accumulation_steps": rows // forward}
 
 
 def _lora(job: Job) -> Any:

@@ -40,7 +40,7 @@ def recipe(tmp_path):
 
 
 def job(method, tmp_path, prompts, **changes):
-    settings = {"minutes": 1e-4, "max_steps": 1, "prompts_per_step": 2, "num_generations": 4, "marks": 2}
+    settings = {"minutes": 1e-4, "max_steps": 1, "prompts_per_step": 3, "num_generations": 4, "marks": 2}
     return Job(method, str(tmp_path / method), 1e-2, prompts=prompts, **(settings | changes))
 
 
@@ -53,6 +53,12 @@ def test_trl_takes_steps_and_leaves_adapters(method, models, prompts, tmp_path):
     assert all((tmp_path / method / f"mark_{n}" / "adapter_model.safetensors").is_file() for n in (1, 2))
     if method == "dpo":
         assert result["pairs"] > 0 and result["seconds_before_training"] > 0
+
+
+def test_a_step_is_split_into_equal_forwards():
+    assert training_trl._batch(32, 8) == {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    assert training_trl._batch(12, 8) == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    assert training_trl._batch(3, 4) == {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
 
 
 def test_our_trainer_takes_steps_under_the_same_clock(models, prompts, recipe, tmp_path):

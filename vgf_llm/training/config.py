@@ -101,7 +101,7 @@ class LearnedValueSettings:
         _require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
         _require(0 <= self.td_lambda <= 1, "td_lambda", self.td_lambda, "in [0, 1]")
         _require(0 < self.expectile < 1, "expectile", self.expectile, "in (0, 1)")
-        _require(0 < self.target_tau <= 1, "target_tau", self.target_rate, "in (0, 1]")
+        _require(0 < self.target_tau <= 1, "target_tau", self.target_tau, "in (0, 1]")
 
 
 @dataclass(frozen=True)

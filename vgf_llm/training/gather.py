@@ -72,16 +72,18 @@ def full_tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def _full(parameter: Any) -> Tensor:
-    if hasattr(parameter, "full_tensor"):  # DTensor
-        parameter = parameter.detach().full_tensor()
-    if hasattr(parameter, "ds_id"):
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+    with contextlib.ExitStack() as stack:
+        whole: Tensor = parameter.detach()
+        if hasattr(parameter, "full_tensor"):  # DTensor
+            whole = parameter.detach().full_tensor()
+        elif hasattr(parameter, "ds_id"):
+            from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
-        # a weight that is whole already (inside whole_weights, or too small to be split) must not be split here
-        split = parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
-        with GatheredParameters([parameter], enabled=split):
-            return parameter.detach().cpu().clone()
-    return parameter.detach().cpu().clone()
+            # one that is whole already (inside whole_weights, or too small to be split) must not be split here
+            split = parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
+            stack.enter_context(GatheredParameters([parameter], enabled=split))
+            whole = parameter.detach()
+        return whole.cpu().clone()
 
 
 def _zero_offload(model: nn.Module) -> Any | None:
