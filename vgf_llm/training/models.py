@@ -39,6 +39,12 @@ class PolicyAndValue(nn.Module):
         """The policy's configuration."""
         return self.policy.config
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP shards as units of their own; accelerate asks the outermost module."""
+        models = [part for part in self.modules() if isinstance(part, PreTrainedModel)]
+        return sorted({name for model in models for name in model._no_split_modules or ()})
+
     def forward(
         self, policy_inputs: dict[str, Tensor], value_inputs: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
