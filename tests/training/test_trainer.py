@@ -131,3 +131,16 @@ def test_functions_alone_cannot_move_responses_without_a_learned_value(tmp_path)
 def test_an_empty_training_budget_distils_the_best_of_n(tmp_path):
     last = tiny_run(tmp_path, budget=TransportBudget.none())
     assert last["changed_tokens"] == 0
+
+
+def test_a_trained_adapter_is_loaded_by_its_folder_wherever_a_model_is_named(tmp_path):
+    from vgf_llm.models import load_causal_lm, load_tokenizer
+
+    trainer = tiny_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    ids = torch.tensor([[5, 9, 12, 20, 31]])
+    trainer.model.eval()
+    loaded = load_causal_lm(str(tmp_path / "out"))
+    torch.testing.assert_close(loaded(ids).logits, trainer.models.policy(ids).logits, atol=1e-5, rtol=1e-5)
+    assert load_tokenizer(str(tmp_path / "out")).eos_token == "<eos>"
