@@ -47,6 +47,7 @@ def settings(folder: Path, **changes: Any) -> tuple[Any, ...]:
         "max_steps": 4,
         "per_device_train_batch_size": 2,
         "max_new_tokens": 8,
+        "logging_steps": 1,
         "top_k": 20,
         "learned_value": LearnedValueSettings(
             **({"num_layers": 1, "learning_rate": 1e-3} | changes.pop("learned", {}))

@@ -171,8 +171,8 @@ class OptimSettings:
     """Autocast to bfloat16 in training (parameters keep their dtype)."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more time."""
-    logging_steps: int = 1
-    """Steps between log lines, each with completions and a sample of the policy."""
+    logging_steps: int = 10
+    """Steps between log lines, each with completions and samples of the policy, which take time."""
     save_steps: int | None = None
     """Steps between checkpoints; null saves the result only."""
     save_total_limit: int | None = 2

@@ -59,6 +59,7 @@ from vgf_llm.training.rollout import (
 from vgf_llm.training.saving import SavesWhole
 
 _POLICY_STREAM = 0x50  # the policy's own samples, drawn for the log
+_OWN_SAMPLES = 4  # of these a prompt, at most
 
 
 class VGFTrainer(SavesWhole, Trainer):
@@ -352,9 +353,9 @@ class VGFTrainer(SavesWhole, Trainer):
         """Add what a log line needs beside the rollout: likelihoods, distances, and the policy's own samples."""
         started = time.perf_counter()
         prompts, sums = rollout.prompts, self._metrics
-        seeds_B1 = self.seeds(prompts, _POLICY_STREAM)[:, :1]
+        seeds_BN = self.seeds(prompts, _POLICY_STREAM)[:, :_OWN_SAMPLES]
         law = self.law_of(self.models.policy_lm)
-        own = self.sample(law, prompts, seeds_B1)
+        own = self.sample(law, prompts, seeds_BN)
         own_logps_BNT = law.logps(law.prefix(own.prompts), own)
         with self.models.reference() as base:
             law = self.law_of(base)
