@@ -8,11 +8,13 @@ the body from. `load_reward_model` reads either. PEFT is imported only when an a
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.body import linear_names
@@ -62,9 +64,12 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def save_reward_model(model: Any, folder: str | Path) -> None:
-    """Save a full model, or the adapter and the head of a LoRA, with the reward model's config.json beside it."""
-    model.save_pretrained(folder)
+def save_reward_model(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Save a full model, or the adapter and the head of a LoRA, with the reward model's config.json beside it.
+
+    `state_dict` holds its weights where an engine has split them; None: its own.
+    """
+    model.save_pretrained(folder, state_dict=state_dict)
     reward_model(model).config.save_pretrained(folder)
 
 

@@ -113,10 +113,16 @@ def _go_on(
     return model.unfreeze().eval()
 
 
-def save_value_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_value_model(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a value and its tokenizer as a folder that `load_reward_model(folder, tokenizer=...)` reads.
 
-    Weights, card and secant head of an earlier model in the folder are removed first.
+    Weights, card and secant head of an earlier model in the folder are removed first. `state_dict` holds the weights
+    where an engine has split them (a LoRA's trained ones, else all); None: the model's own.
 
     Raises:
         OutputError: the folder holds another kind of model, or cannot be written.
@@ -126,7 +132,7 @@ def save_value_model(model: nn.Module, folder: str | Path, tokenizer: PreTrained
 
     check_is_ours(check_writable(str(folder)))
     clear_earlier_run(folder, keep_checkpoints=True)
-    save_reward_model(model, folder)
+    save_reward_model(model, folder, state_dict)
     tokenizer.save_pretrained(folder)
 
 

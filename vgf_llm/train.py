@@ -103,6 +103,7 @@ def build_trainer(
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
+    from vgf_llm.training.gather import loaded_whole
     from vgf_llm.training.models import PolicyModels
     from vgf_llm.training.resume import identity_of
     from vgf_llm.training.rewards import load_rewards
@@ -111,29 +112,30 @@ def build_trainer(
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
     shard_on_cpu()
     name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
-    tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)
-    base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
-    prompts = load_rows(script, tokenizer, base.config, sampling.max_new_tokens)
-    rewards = load_rewards(
-        script.rewards, script.reward_weights, tokenizer, gold=script.gold, dtype=dtype, device=arguments.device
-    )
-    set_seed(optim.seed)
-    eos_ids, learned = eos_token_ids(base, tokenizer), None
-    if method.value == "learned":
-        value = method.learned_value
-        learned = build_value_model(
-            base,
-            num_layers=value.num_layers,
-            pooling=value.pooling,
-            input_skip=value.input_skip,
-            lora_r=value.lora_r,
-            lora_alpha=value.lora_alpha,
-            seed=optim.seed,
-            start_from=value.start_from,
-            tokenizer=tokenizer,
-            base_name=name,
-            share=not fsdp_was_asked_for(),  # FSDP shards a parameter in one place only
+    with loaded_whole():
+        tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)
+        base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
+        prompts = load_rows(script, tokenizer, base.config, sampling.max_new_tokens)
+        rewards = load_rewards(
+            script.rewards, script.reward_weights, tokenizer, gold=script.gold, dtype=dtype, device=arguments.device
         )
+        set_seed(optim.seed)
+        eos_ids, learned = eos_token_ids(base, tokenizer), None
+        if method.value == "learned":
+            value = method.learned_value
+            learned = build_value_model(
+                base,
+                num_layers=value.num_layers,
+                pooling=value.pooling,
+                input_skip=value.input_skip,
+                lora_r=value.lora_r,
+                lora_alpha=value.lora_alpha,
+                seed=optim.seed,
+                start_from=value.start_from,
+                tokenizer=tokenizer,
+                base_name=name,
+                share=not fsdp_was_asked_for(),  # FSDP shards a parameter in one place only
+            )
     models = PolicyModels(base, policy)
     return VGFTrainer(
         models,

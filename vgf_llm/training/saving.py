@@ -22,7 +22,7 @@ from reward_models.value_model import save_value_model
 from vgf_llm.errors import CheckpointError
 from vgf_llm.training.checkpoint import publish, rotate, saving, staging_folder
 from vgf_llm.training.fsdp import require_sharding
-from vgf_llm.training.gather import full_tensors, whole_weights
+from vgf_llm.training.gather import full_tensors
 
 TRAINED_NAME, TARGET_NAME, VALUE_FOLDER = "trained.safetensors", "target.safetensors", "value"
 
@@ -45,19 +45,26 @@ class SavesWhole:
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         return full_tensors(self.model, names)
 
+    def value_tensors(self) -> dict[str, Tensor]:
+        """Return what the value's folder holds, whole and on the host, on every process; empty without a value."""
+        if self.learned is None:
+            return {}
+        only_trained = hasattr(self.learned, "peft_config")
+        named = self.learned.named_parameters()
+        return full_tensors(self.learned, [name for name, p in named if p.requires_grad or not only_trained])
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy and, where one is learned, the value."""
         folder = Path(output_dir or self.args.output_dir)
-        tensors = self.trained_tensors()
+        tensors, value = self.trained_tensors(), self.value_tensors()
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.models.policy.save_pretrained(folder, state_dict=_under(tensors, "policy."))
             self.tokenizer.save_pretrained(folder)
+            if self.learned is not None:
+                save_value_model(self.learned, folder / VALUE_FOLDER, self.tokenizer, value)
             if _internal_call:
                 self._write_state(folder, tensors)
-        with whole_weights(self.accelerator, self.model_wrapped):
-            if self.args.should_save and self.learned is not None:
-                save_value_model(self.learned, folder / VALUE_FOLDER, self.tokenizer)
         self.accelerator.wait_for_everyone()
 
     def _write_state(self, folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,118 @@
+"""What a process of a distributed test runs: fine-tunings of the tiny model, one after another in the same processes.
+
+    accelerate launch ... tests/training/vgf_worker.py <folder> <job> [<job> ...]
+
+Every job's report goes to <folder>/<job>.json and its trained tensors to <folder>/<job>.safetensors, by rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tests.training.tiny import settings
+from vgf_llm.train import build_trainer
+from vgf_llm.training.resume import checkpoint_to_resume
+
+PROMPTS = (
+    "dog",
+    "write one sentence about the old red house and the sea",
+    "the cat",
+    "write about rain",
+    "coffee with tea",
+    "it is a happy day and it smells of rain with the old train",
+    "night",
+    "like this bicycle",
+    "a new blue chair is not a table",
+)
+COMMON: dict[str, Any] = {"max_grad_norm": 0, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 3}
+SGD = {"trainer_arguments": {"disable_tqdm": True, "optim": "sgd"}, "learning_rate": 0.1}
+SGD |= {"learned": {"learning_rate": 0.01, "head_learning_rate": 0.1}}
+ADAM = {"learning_rate": 1e-3, "learned": {"learning_rate": 1e-4, "head_learning_rate": 1e-3}}
+RESUMED = {"max_steps": 4, "save_steps": 2, "learned": {"learning_rate": 1e-3, "target_tau": 0.5}}
+JOBS: dict[str, dict[str, Any]] = {
+    "lora_sgd": SGD | {"kl_coefficient": 0.1},
+    "lora_adam": ADAM,
+    "full_sgd": SGD | {"lora_r": 0, "learning_rate": 0.01},
+    "dpo_sgd": SGD | {"loss": "dpo"},
+    "whole": RESUMED,
+    "resumed": RESUMED,
+}
+
+
+def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str, Any]:
+    """Run one job as the command does and return its report, the same on every process."""
+    prompts = folder / "rows.txt"
+    changes = COMMON | JOBS[job] | {"learned": dict(JOBS[job]["learned"])}
+    resume = str(folder / "whole" / "checkpoint-2") if job == "resumed" else False
+    parts = settings(
+        folder,
+        prompts=str(prompts),
+        output_dir=str(folder / job),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        resume_from_checkpoint=resume,
+        **changes,
+    )
+    trainer = build_trainer(*parts)
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:  # else everything is small enough to stay whole
+        plugin.deepspeed_config["zero_optimization"].update(stage3_param_persistence_threshold=0)
+    seen = watch(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, parts[3]))
+    engine = trainer.model_wrapped
+    tensors = trainer.trained_tensors() | {f"target.{name}": w.clone() for name, w in trainer.target.weights.items()}
+    report = {
+        "engine": type(engine).__name__,
+        "stage": engine.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
+        "clipping": engine.gradient_clipping() if trainer.is_deepspeed_enabled else None,
+        "processes": trainer.accelerator.num_processes,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "prompts": everywhere(seen),
+        "norms": {name: float(tensor.double().norm()) for name, tensor in tensors.items()},
+    }
+    if trainer.is_world_process_zero():
+        save_file(tensors, folder / f"{job}.safetensors")
+        (folder / f"{job}.json").write_text(json.dumps(report))
+    spread = everywhere([report["norms"]])
+    assert all(norms == spread[0] for norms in spread), "the processes hold different weights"
+    return report
+
+
+def watch(trainer: Any) -> list[tuple[int, int, list[int]]]:
+    """Note step, rank and prompts of every rollout from now on."""
+    seen: list[tuple[int, int, list[int]]] = []
+    rollout = trainer.rollout
+
+    def noted(prompts: Any) -> Any:
+        step, rank = trainer.state.global_step, trainer.accelerator.process_index
+        seen.append((step, rank, [prompt.index for prompt in prompts]))
+        return rollout(prompts)
+
+    trainer.rollout = noted
+    return seen
+
+
+def everywhere(items: list[Any]) -> list[Any]:
+    """Concatenate the lists of all processes."""
+    if not torch.distributed.is_initialized():
+        return items
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    for job in sys.argv[2:]:
+        train(folder, job, batch=2)
+
+
+if __name__ == "__main__":
+    main()
