@@ -76,7 +76,7 @@ def response_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
         length: T, columns of the responses.
 
     Returns:
-        logps_RT, float32; of no meaning at padding.
+        logps_RT, at least float32; of no meaning at padding.
     """
     logits_RTV = model(
         input_ids=input_ids,
@@ -85,7 +85,7 @@ def response_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
         use_cache=False,
         logits_to_keep=length + 1,
     ).logits[:, :-1]
-    logits_RTV = logits_RTV.float()
+    logits_RTV = logits_RTV.to(torch.promote_types(logits_RTV.dtype, torch.float32))
     own_RT = logits_RTV.gather(-1, input_ids[:, -length:].unsqueeze(-1)).squeeze(-1)
     return own_RT - logits_RTV.logsumexp(-1)
 
