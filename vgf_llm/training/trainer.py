@@ -308,10 +308,16 @@ class VGFTrainer(SavesWhole, Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        if self.learned is None:
-            return optimizer
+        if self.learned is not None:
+            self._give_value_its_rates(optimizer, self.model if model is None else model)
+        # FSDP2 cannot read a group without parameters back
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _give_value_its_rates(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Move the learned value's parameters into groups of their own."""
         settings = self.method.learned_value
-        names = {id(p): name for name, p in (self.model if model is None else model).named_parameters()}
+        names = {id(p): name for name, p in model.named_parameters()}
         value = {i for i, name in names.items() if "value" in name.split(".")[:2]}
         heads = {i for i in value if {"head", "skip_head"} & set(names[i].split("."))}
         own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in value]
@@ -322,7 +328,6 @@ class VGFTrainer(SavesWhole, Trainer):
             optimizer.add_param_group({"params": body, "lr": settings.learning_rate, "weight_decay": 0.0})
         head = [p for p in own if id(p) in heads]
         optimizer.add_param_group({"params": head, "lr": settings.head_learning_rate, "weight_decay": 0.0})
-        return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip the policy's and the value's gradients apart: the scale of a reward must not slow the policy.
