@@ -8,8 +8,10 @@ sum_t [log pi - log p], untruncated, at temperature 1.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
+        self._totals: set[str] = set()
+        self._muted = False
 
     def add(self, name: str, values: Tensor | float, count: float | None = None) -> None:
         """Add all numbers of a tensor (NaN ones left out), or a sum of ``count`` numbers."""
@@ -37,6 +41,8 @@ class MetricSums:
             total, count = float(numbers.sum()), float(numbers.numel())
         else:
             total = float(values)
+        if self._muted:
+            total = count = 0.0
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
@@ -44,6 +50,20 @@ class MetricSums:
         """Add several."""
         for name, values in metrics.items():
             self.add(name, values)
+
+    def total(self, name: str, value: float) -> None:
+        """Add to a figure that is summed over the processes, not averaged."""
+        self._totals.add(name)
+        self.add(name, value, 1)
+
+    @contextlib.contextmanager
+    def muted(self, muted: bool = True) -> Iterator[None]:
+        """Let additions inside name their figures only, for a process that has no part in them."""
+        before, self._muted = self._muted, muted
+        try:
+            yield
+        finally:
+            self._muted = before
 
     def means(self, accelerator) -> dict[str, float]:  # noqa: ANN001 - an accelerate.Accelerator
         """Return the means over all processes, and start anew; called by all of them."""
@@ -54,6 +74,9 @@ class MetricSums:
         if accelerator.num_processes > 1 and names:
             table = accelerator.reduce(table.to(accelerator.device), reduction="sum").cpu()
         self._sums, self._counts = {}, {}
+        for i, name in enumerate(names):
+            if name in self._totals:
+                table[1, i] = 1
         return {name: float(table[0, i] / table[1, i]) for i, name in enumerate(names) if table[1, i] > 0}
 
 

@@ -92,6 +92,31 @@ class Rollout:
         return torch.cat([self.original_scores["reward"], transported_BM], 1)
 
 
+def own_rows(rows: list[PromptRow], process: int, left: int) -> tuple[list[PromptRow], bool]:
+    """Return the prompts of a forward without those that were repeated to give every process a whole batch.
+
+    Where an epoch's prompts do not fill the last batches, the data loader goes on with the epoch's first ones.
+
+    Args:
+        rows: B prompts of this process.
+        process: Its rank; it holds prompts ``process * B`` and on of the forward's.
+        left: Prompts that all processes together have in this forward; 0 means all that they hold.
+
+    Returns:
+        Rows, at least one, and whether they count: a process with none of its own still takes part in the step.
+    """
+    own = rows[: max(0, left - process * len(rows))] if left > 0 else rows
+    return (own, True) if own else (rows[:1], False)
+
+
+def without_effect(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a forward's tensors with nothing that counts in its losses."""
+    nothing = {name: torch.zeros_like(batch[name]) for name in ("weights", "value_mask") if name in batch}
+    rows = batch["rows"] | {"mask": torch.zeros_like(batch["rows"]["mask"])}
+    counts = {name: torch.zeros_like(count) for name, count in batch["counts"].items()}
+    return batch | nothing | {"rows": rows, "counts": counts, "without_effect": True}
+
+
 def policy_rows(responses: Responses, keep_BM: Tensor) -> dict[str, Tensor]:
     """Lay chosen responses out for a causal language model.
 

@@ -53,8 +53,10 @@ from vgf_llm.training.rollout import (
     PromptRow,
     Rollout,
     best_pair,
+    own_rows,
     policy_rows,
     value_rows,
+    without_effect,
 )
 from vgf_llm.training.saving import SavesWhole
 
@@ -118,7 +120,7 @@ class VGFTrainer(SavesWhole, Trainer):
             for _ in range(num_batches):
                 prompts = next(epoch_iterator, None)
                 if prompts is not None:
-                    batches.append(self.compute_targets(self.rollout(prompts.rows)))
+                    batches.append(self.micro_batch(prompts.rows))
         if not batches:
             return [], None
         names = sorted(batches[0]["counts"])
@@ -127,6 +129,16 @@ class VGFTrainer(SavesWhole, Trainer):
             counts = self.accelerator.reduce(counts, reduction="sum")
         self._metrics.add("seconds/rollout", time.perf_counter() - started)
         return batches, dict(zip(names, counts, strict=True))
+
+    def micro_batch(self, rows: list[PromptRow]) -> dict[str, Any]:
+        """Roll out what is this process's own of its prompts, and return the tensors of their forward."""
+        left = 0
+        if self.accelerator.gradient_state.end_of_dataloader:
+            left = len(self.train_dataset) % (len(rows) * self.accelerator.num_processes)
+        rows, count = own_rows(rows, self.accelerator.process_index, left)
+        with self._metrics.muted(not count):
+            batch = self.compute_targets(self.rollout(rows))
+        return batch if count else without_effect(batch)
 
     def rollout(self, prompts: list[PromptRow]) -> Rollout:
         """Sample, transport, decode and score."""
@@ -266,6 +278,13 @@ class VGFTrainer(SavesWhole, Trainer):
         """Return this forward's share of the step's loss, times the processes that gradients are averaged over."""
         started = time.perf_counter()
         counts = num_items_in_batch or inputs["counts"]
+        with self._metrics.muted(inputs.get("without_effect", False)):
+            loss = self.share_of_loss(model, inputs, counts)
+            self._metrics.add("seconds/forward", time.perf_counter() - started)
+        return loss * self.accelerator.num_processes
+
+    def share_of_loss(self, model: nn.Module, inputs: dict[str, Any], counts: dict[str, Tensor]) -> Tensor:
+        """Run policy and value, and return their losses over the step's counts."""
         logps_RT, values_RS = model(_policy_inputs(inputs["rows"]), inputs.get("value_inputs"))
         loss = self.amortisation_loss(logps_RT, inputs, counts)
         if values_RS is not None:
@@ -279,8 +298,7 @@ class VGFTrainer(SavesWhole, Trainer):
             )
             loss = loss + part
             self._metrics.update({f"value/{name}": value for name, value in metrics.items()})
-        self._metrics.add("seconds/forward", time.perf_counter() - started)
-        return loss * self.accelerator.num_processes
+        return loss
 
     def amortisation_loss(self, logps_RT: Tensor, inputs: dict[str, Any], counts: dict[str, Tensor]) -> Tensor:
         """Return the distillation loss, with the KL anchor where one is set."""
@@ -371,7 +389,7 @@ class VGFTrainer(SavesWhole, Trainer):
             sums.add(f"nll/{name}", nll_a_token(logps[name].flatten(0, 1), part.mask_BNT.flatten(0, 1)))
         kl_BN = kl_estimate(own_logps_BNT, logps["policy"])
         sums.add("policy/kl", kl_BN)
-        sums.add("policy/kl_samples", kl_BN.numel(), 1 / self.accelerator.num_processes)
+        sums.total("policy/kl_samples", kl_BN.numel())
         for name, values_BN in self.rewards([prompt.text for prompt in prompts], own).items():
             sums.add(f"{name}/policy", values_BN)
         sums.update(flow_metrics(rollout, value, self.method.budget))
