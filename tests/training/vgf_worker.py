@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.training.tiny import settings
-from vgf_llm.train import build_trainer
+from tests.training.tiny import settings, write_inputs
+from vgf_llm.config import dump
+from vgf_llm.io import write_json_atomic
+from vgf_llm.train import CONFIG_NAME, build_trainer
 from vgf_llm.training.resume import checkpoint_to_resume
 
 PROMPTS = (
@@ -42,6 +44,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "dpo_sgd": SGD | {"loss": "dpo"},
     "whole": RESUMED,
     "resumed": RESUMED,
+    "whole_full": RESUMED | {"lora_r": 0},
+    "resumed_full": RESUMED | {"lora_r": 0},
 }
 
 
@@ -49,17 +53,19 @@ def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str
     """Run one job as the command does and return its report, the same on every process."""
     prompts = folder / "rows.txt"
     changes = COMMON | JOBS[job] | {"learned": dict(JOBS[job]["learned"])}
-    resume = str(folder / "whole" / "checkpoint-2") if job == "resumed" else False
+    first = folder / job.replace("resumed", "whole") / "checkpoint-2"
     parts = settings(
         folder,
         prompts=str(prompts),
         output_dir=str(folder / job),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        resume_from_checkpoint=resume,
+        resume_from_checkpoint=str(first) if job.startswith("resumed") else False,
         **changes,
     )
     trainer = build_trainer(*parts)
+    if trainer.is_world_process_zero():
+        write_json_atomic(folder / job / CONFIG_NAME, dump(*parts))
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:  # else everything is small enough to stay whole
         plugin.deepspeed_config["zero_optimization"].update(stage3_param_persistence_threshold=0)
@@ -85,17 +91,28 @@ def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str
 
 
 def watch(trainer: Any) -> list[tuple[int, int, list[int]]]:
-    """Note step, rank and prompts of every rollout from now on."""
+    """Note step, rank and prompts of everything that is learned from, from now on."""
     seen: list[tuple[int, int, list[int]]] = []
-    rollout = trainer.rollout
+    compute_loss = trainer.compute_loss
+    compute_targets = trainer.compute_targets
 
-    def noted(prompts: Any) -> Any:
+    def with_prompts(rollout: Any) -> dict[str, Any]:
+        return compute_targets(rollout) | {"prompts": [prompt.index for prompt in rollout.prompts]}
+
+    def noted(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+        counted = inputs["rows"]["mask"].any()
         step, rank = trainer.state.global_step, trainer.accelerator.process_index
-        seen.append((step, rank, [prompt.index for prompt in prompts]))
-        return rollout(prompts)
+        seen.append((step, rank, inputs["prompts"] if counted else []))
+        return compute_loss(model, inputs, **kwargs)
 
-    trainer.rollout = noted
+    trainer.compute_loss, trainer.compute_targets = noted, with_prompts
     return seen
+
+
+def prepare(folder: Path) -> None:
+    """Write the model and the prompts of all jobs."""
+    write_inputs(folder)
+    (folder / "rows.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
 
 
 def everywhere(items: list[Any]) -> list[Any]:
