@@ -77,14 +77,18 @@ def checkpoint_to_resume(trainer: VGFTrainer, optim: OptimSettings) -> str | Non
         CheckpointError: The one that is named is not whole.
         ConfigError: It is of another run; names what differs. Or there is none of that name.
     """
+    from accelerate.utils import broadcast_object_list
+
     wanted = optim.resume_from_checkpoint
     if wanted is False:
         return None
     folder: Path | None
     if wanted is True:
-        folder = newest_whole(trainer.args.output_dir)
+        first = trainer.is_world_process_zero()
+        (folder,) = broadcast_object_list([newest_whole(trainer.args.output_dir) if first else None])
         if folder is None:
-            print(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew", file=sys.stderr)
+            if first:
+                print(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew", file=sys.stderr)
             return None
     else:
         folder = Path(wanted)
