@@ -33,7 +33,7 @@ def test_help_and_version(capsys):
 def test_no_command_and_an_unknown_one(capsys):
     assert main([]) == 2
     assert main(["evalute"]) == 2
-    told = "unknown command 'evalute'; commands: demo, reward, value, secant, generate, transport, evaluate"
+    told = "unknown command 'evalute'; commands: demo, reward, value, secant, train, verify-resume, generate, transport, evaluate"
     assert told in capsys.readouterr().err
 
 

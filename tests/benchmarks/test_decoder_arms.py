@@ -55,7 +55,8 @@ def test_sizes_stay_near_their_level(name):
     one = decodings(0.1)[name]
     for level, arm in zip(LEVELS, level_arms(0.1, [name]), strict=True):
         cost = PASSES[one.decoder](arm.num_particles, arm.draws, arm.transport.rounds)
-        assert 0.75 * level <= cost <= 1.25 * level, (arm.name, cost)
+        low, high = (0.5, 1.0) if "by time" in name else (0.75, 1.25)  # its passes take longer than their FLOPs say
+        assert low * level <= cost <= high * level, (arm.name, cost)
 
 
 @pytest.mark.parametrize("options", [{"few_prompts": 3}, {"extras": []}, {"others": ["prior"], "main": ["pivot"]}])
