@@ -12,7 +12,9 @@ Every adapter is measured alike, whoever trained it, and ``base`` stands for the
 
 Noise depends on prompt, seed and position alone, so policies share it and their differences are paired. The figures go
 to ``evaluation_<prompt file>.json`` in the adapter's folder (the base's: in output_dir), one number a prompt; what is
-there already under the same settings is kept. The last line of standard output is one JSON object.
+there already under the same settings is kept. The last line of standard output is one JSON object of means; with
+``--record`` the summary, paired differences from the base with 95% intervals over prompts and some responses among it,
+goes to docs/results/<name>.json.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 BASE = "base"
 MEASURES = ("gold", "reward", "nll", "kl")
 _KL_STREAM = 0x40000
+_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class EvaluationSettings:
     """Seed of the samples; another one than that of training."""
     batch_prompts: int = 10
     """Prompts a batch, at least 1."""
+    record: str | None = None
+    """Also write the summary to docs/results/<record>.json."""
 
     def __post_init__(self) -> None:
         """Validate ranges.
@@ -91,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Measure fine-tuned policies: gold, reward, KL to the base, likelihood under the base.",
     )
     results = run(settings, models, sampling)
+    if settings.record:
+        write_json_atomic(Path("docs/results") / f"{settings.record}.json", summary(results))
     print(json.dumps({name: means(result) for name, result in results.items()}))
     return 0
 
@@ -126,6 +133,28 @@ def means(result: dict[str, Any]) -> dict[str, float]:
     """Return each measure's mean over the prompts."""
     rows = result["prompts"]
     return {key: round(sum(row[key] for row in rows) / len(rows), 4) for key in MEASURES}
+
+
+def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return means with intervals of every policy, and its paired differences from the base where that is there."""
+    from dataclasses import asdict
+
+    from vgf_llm.evaluation.bootstrap import bootstrap_mean
+    from vgf_llm.evaluation.work import hardware
+
+    found: dict[str, Any] = {"hardware": hardware()}
+    base = results.get(BASE)
+    for name, result in results.items():
+        rows = result["prompts"]
+        entry = {key: asdict(bootstrap_mean([row[key] for row in rows])) for key in MEASURES}
+        if base is not None and name != BASE:
+            pairs = list(zip(rows, base["prompts"], strict=True))
+            for key in ("gold", "reward", "nll"):
+                entry[f"{key} - base"] = asdict(bootstrap_mean([own[key] - other[key] for own, other in pairs]))
+        samples = sum(row["kl_samples"] for row in rows)
+        shown = [row["response"] for row in rows[:_SHOWN]]
+        found[name] = entry | {"kl_samples": samples, "responses": shown, "settings": result["settings"]}
+    return found
 
 
 @contextlib.contextmanager
@@ -204,7 +233,7 @@ def measure(
 def _identity(settings: EvaluationSettings, models: ModelSettings, sampling: SamplingSettings) -> dict[str, Any]:
     """Return what decides the figures."""
     config = dump(settings, models, sampling)
-    for key in ("adapter", "output_dir", "batch_prompts"):
+    for key in ("adapter", "output_dir", "batch_prompts", "record"):
         config.pop(key)
     return {**config, "contents": contents(settings.prompts, models.reward_model)}
 

