@@ -29,9 +29,9 @@ def check_writable(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write_test_") as handle:
+        # unbuffered: on a full disk a buffer would be written again when the file is closed, and fail again
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write_test_", buffering=0) as handle:
             handle.write(b"ok")
-            handle.flush()
     except FileExistsError as error:
         raise OutputError(f"output folder '{folder}' is a file; name another folder") from error
     except OSError as error:

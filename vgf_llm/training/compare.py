@@ -23,6 +23,7 @@ from vgf_llm.training.manifest import MANIFEST_NAME
 _NOT_STATE = {MANIFEST_NAME, "training_args.bin", "README.md"}
 _WALL_CLOCK = ("runtime", "_per_second", "_sec", "_seconds", "best_model_checkpoint", "peak_memory_gib")
 _STAGES = ".seconds/"
+_SETS = ("target_modules", "modules_to_save")  # PEFT writes them in another order in every process
 _PICKLED = {".pt", ".pth", ".bin"}
 
 
@@ -70,7 +71,10 @@ def _compare_file(one: Path, other: Path) -> Iterator[str]:
 
 def _compare_json(one: Path, other: Path) -> Iterator[str]:
     try:
-        trees = [dict(_flatten(json.loads(path.read_bytes()))) for path in (one, other)]
+        contents = [json.loads(path.read_bytes()) for path in (one, other)]
+        for content in contents:
+            content |= {name: sorted(content[name]) for name in _SETS if isinstance(content.get(name), list)}
+        trees = [dict(_flatten(content)) for content in contents]
     except ValueError:
         yield "bytes differ (not JSON)"
         return
