@@ -17,9 +17,12 @@ def blocks(language):
 
 
 def commands():
-    """Every `vgf-llm` line of the README's shell blocks, continued lines joined."""
+    """Every `vgf-llm` or `accelerate` line of the README's shell blocks, continued lines joined."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith("vgf-llm")]
+    return [line for line in lines if line.startswith(("vgf-llm", "accelerate"))]
+
+
+MODULES = {"vgf-llm": "vgf_llm.cli", "accelerate": "accelerate.commands.accelerate_cli"}
 
 
 def test_a_cpu_command_stands_by_line_40_and_the_readme_is_short():
@@ -37,9 +40,10 @@ def test_linked_files_exist():
 def test_every_command_and_the_python_example_run(tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     found = commands()
-    assert [command.split()[1] for command in found] == ["reward", "secant", "generate", "evaluate"]
+    assert [command.split()[1] for command in found] == ["reward", "secant", "generate", "evaluate", "launch"]
     for command in found:
-        shell = command.replace("vgf-llm", f"{sys.executable} -m vgf_llm.cli", 1)
+        program = command.split()[0]
+        shell = command.replace(program, f"{sys.executable} -m {MODULES[program]}", 1)
         output = run(shell, tmp_path)
         json.loads(output.splitlines()[-1])
     (example,) = blocks("python")
