@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.training.launch import ROOT, free_port
 from tests.training.tiny import settings, tiny_run
@@ -209,5 +210,5 @@ def test_a_killed_rank_ends_the_others_with_its_name_and_the_run_can_be_resumed(
     assert launcher.wait(90) == 0, log.read_text()[-3000:]
     assert "going on from" in log.read_text()
     assert steps_saved(folder) == list(range(2, STEPS + 1, 2))
-    rows = [list(read_jsonl(run / "metrics.jsonl"))[-1]["loss"] for run in (whole, folder)]
-    assert rows[1] == pytest.approx(rows[0], abs=1e-3)
+    expected, found = (load_file(run / f"checkpoint-{STEPS}" / "trained.safetensors") for run in (whole, folder))
+    assert max((found[name] - expected[name]).abs().max() for name in expected) < 1e-5  # measured: 1.8e-7
