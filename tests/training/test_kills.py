@@ -114,7 +114,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(whole: Path, tmp_
     arguments = [*command(whole, folder), "--resume_from_checkpoint", "true"]
     seed = random.SystemRandom().randrange(10**6)  # the run above has seeded the common generator
     rng = random.Random(seed)
-    step, delay = rng.randint(1, 7), rng.uniform(0, 0.3)
+    step, delay = rng.randint(3, 7), rng.uniform(0, 0.2)  # a checkpoint is there, and more are to come
     print(f"seed {seed}: killed {delay:.3f} s after step {step}")
     process = start(arguments, log)
     wait_until(lambda: steps_logged(folder) >= step, process, log)
