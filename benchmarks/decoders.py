@@ -191,19 +191,23 @@ def samples_markdown(rows: list[dict[str, Any]], moved_arm: str) -> str:
     each = -(-_SHOWN // max(1, len(indices)))
     lines = [
         "## Texts, unfiltered",
-        f"The first samples of each prompt (o) and what `{moved_arm}` made of them (t), with gold and NLL a token.",
+        "",
+        f"The first samples of each prompt and what `{moved_arm}` made of them, each with gold and NLL a token.",
+        "",
+        "| | prompt | sample | transported |",
+        "|---|---|---|---|",
     ]
     for index in indices:
         original, moved = found[BASE, index], found[moved_arm, index]
-        lines.append(f"**{index + 1}. {original['prompt']}**")
-        lines.append(
-            "\n".join(
-                f"- {mark} ({row['gold'][n]:+.2f}, {row['nll'][n]:.2f}): {' '.join(row['texts'][n].split())}"
-                for n in range(min(each, len(moved["texts"])))
-                for mark, row in (("o", original), ("t", moved))
-            )
-        )
-    return "\n\n".join(lines) + "\n"
+        for n in range(min(each, len(moved["texts"]))):
+            cells = [_text_cell(row, n) for row in (original, moved)]
+            lines.append(f"| {index + 1} | {original['prompt']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text_cell(row: dict[str, Any], n: int) -> str:
+    text = " ".join(row["texts"][n].split()).replace("|", "\\|")
+    return f"{text} ({row['gold'][n]:+.2f}, {row['nll'][n]:.2f})"
 
 
 def time_arms(
