@@ -52,7 +52,7 @@ def test_the_slurm_example_is_valid_shell_and_names_a_configuration_that_exists(
 
 @functools.cache
 def _report(name: str, kind: str, folder: Path) -> dict[str, Any]:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     output = launch(CONFIGS / f"{name}.yaml", "--mixed_precision", "no", WORKER, kind, folder, timeout=180)
     line = next(line for line in output.splitlines() if line.startswith("REPORT "))
     return dict(json.loads(line.removeprefix("REPORT ")))
