@@ -63,6 +63,8 @@ def run(settings: VerifySettings) -> list[str]:
         ConfigError: The run's vgf_config.json is missing.
         CheckpointError: The checkpoint is not whole.
     """
+    from accelerate import PartialState
+
     from vgf_llm.train import CONFIG_NAME
     from vgf_llm.training.compare import compare_checkpoints
     from vgf_llm.training.manifest import verify
@@ -74,17 +76,18 @@ def run(settings: VerifySettings) -> list[str]:
         raise ConfigError(f"checkpoint: '{config}' is missing; name a checkpoint in the output folder of its run")
     folders = [checkpoint.parent / f".verify-resume-{number}" for number in (1, 2)]
     try:
-        last = [_go_on(config, checkpoint, folder, first + settings.steps) for folder in folders]
-        if not last[-1][1]:
-            return []
-        return compare_checkpoints(last[0][0], last[1][0])
+        one, other = [_go_on(config, checkpoint, folder, first + settings.steps) for folder in folders]
+        state = PartialState()
+        differences = compare_checkpoints(one, other) if state.is_main_process else []
+        state.wait_for_everyone()  # nobody removes what the first process still reads
+        return differences
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> tuple[Path, bool]:
-    """Train on to a step; returns the checkpoint written there, and whether this process is the first."""
+def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
+    """Train on to a step; returns the checkpoint written there."""
     from transformers import TrainerCallback
 
     from vgf_llm.train import build_trainer
@@ -108,7 +111,7 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> tuple[Pa
     step = trainer.state.global_step
     if step < until:
         raise ConfigError(f"steps: the run ends at step {step}; verify an earlier checkpoint, or fewer steps")
-    return folder / f"checkpoint-{step}", trainer.is_world_process_zero()
+    return folder / f"checkpoint-{step}"
 
 
 if __name__ == "__main__":
