@@ -1,4 +1,4 @@
-"""Targets and loss of a token-level value: tensors in, tensors out.
+"""Targets and losses of a token-level value, and of a secant head beside it: tensors in, tensors out.
 
 TD(lambda) targets (Sutton, 1988) for an undiscounted reward at the end of the response, where the target at the prompt
 may be the mean of the target value over transported particles (Value Gradient Flow, arXiv 2604.14265), and expectile
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
 
 
 def td_lambda_targets(
@@ -102,6 +103,38 @@ def value_loss(
     count = mask_RT1.sum().clamp(min=1) if num_items is None else num_items
     loss = (weight_RT1 * error_RT1.square()).sum() / count
     return loss, _metrics(values_RT1.detach().float(), targets_RT1.detach().float(), mask_RT1)
+
+
+def secant_loss(
+    directions_RSD: Tensor,
+    steps_RSD: Tensor,
+    targets_RS: Tensor,
+    known_RS: Tensor,
+    mask_RS: Tensor,
+    num_items: Tensor | int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the regression of directions on exact changes: what a step along them should have done to the value.
+
+        L = (1/n) sum smooth_l1( <o, e_v - e_y>, exact - known )
+
+    Args:
+        directions_RSD: o, a head's directions at the substituted tokens, with a graph.
+        steps_RSD: e_v - e_y, in the units that the directions are in.
+        targets_RS: what is known beforehand leaves of the exact changes.
+        known_RS: what is known beforehand; for the metric only.
+        mask_RS: bool, substitutions that count.
+        num_items: n, the count of substitutions in the whole batch of all devices and accumulation steps; None: here.
+
+    Returns:
+        The scalar loss (0 where nothing counts), and `secant_correlation`, detached: Pearson's correlation of predicted
+        and exact changes (NaN where either does not vary).
+    """
+    predicted_RS = (directions_RSD.float() * steps_RSD).sum(-1)
+    errors_RS = smooth_l1_loss(predicted_RS, targets_RS, reduction="none").masked_fill(~mask_RS, 0.0)
+    loss = errors_RS.sum() / (mask_RS.sum().clamp(min=1) if num_items is None else num_items)
+    predicted_X, exact_X = (predicted_RS.detach() + known_RS)[mask_RS], (targets_RS + known_RS)[mask_RS]
+    predicted_X, exact_X = predicted_X - predicted_X.mean(), exact_X - exact_X.mean()
+    return loss, {"secant_correlation": (predicted_X * exact_X).sum() / (predicted_X.norm() * exact_X.norm())}
 
 
 def _metrics(values_RT1: Tensor, targets_RT1: Tensor, mask_RT1: Tensor) -> dict[str, Tensor]:

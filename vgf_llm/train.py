@@ -104,6 +104,7 @@ def build_trainer(
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
     from vgf_llm.training.gather import loaded_whole
+    from vgf_llm.training.learned_value import LearnedValue
     from vgf_llm.training.models import PolicyModels
     from vgf_llm.training.resume import identity_of
     from vgf_llm.training.rewards import load_rewards
@@ -123,7 +124,7 @@ def build_trainer(
         eos_ids, learned = eos_token_ids(base, tokenizer), None
         if method.value == "learned":
             value = method.learned_value
-            learned = build_value_model(
+            model = build_value_model(
                 base,
                 num_layers=value.num_layers,
                 pooling=value.pooling,
@@ -136,6 +137,7 @@ def build_trainer(
                 base_name=name,
                 share=not fsdp_was_asked_for(),  # FSDP shards a parameter in one place only
             )
+            learned = LearnedValue(model, value, optim.seed)
     models = PolicyModels(base, policy)
     return VGFTrainer(
         models,

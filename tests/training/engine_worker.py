@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from tests.conftest import build_llama
+from vgf_llm.processes import leave_process_group
 from vgf_llm.training.fsdp import require_sharding, shard_on_cpu
 from vgf_llm.training.gather import full_tensors, whole_weights
 
@@ -152,6 +153,7 @@ def main() -> None:
     if plain.is_world_process_zero():
         torch.save(start, folder / "weights.pt")
         print("REPORT " + json.dumps(report), flush=True)
+    leave_process_group()
 
 
 if __name__ == "__main__":

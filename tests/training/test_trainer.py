@@ -49,7 +49,7 @@ def test_every_trainable_parameter_moves_and_no_frozen_one(tmp_path, lora, value
 def test_under_lora_one_copy_of_the_base_serves_policy_value_and_reference(tmp_path):
     trainer = tiny_trainer(tmp_path, learned={"lora_r": 2, "num_layers": 2})
     frozen = {p.data_ptr() for p in trainer.models.policy.parameters() if not p.requires_grad}
-    shared = [p for p in trainer.learned.parameters() if not p.requires_grad and p.dim() == 2]
+    shared = [p for p in trainer.learned.model.parameters() if not p.requires_grad and p.dim() == 2]
     in_base = [p for p in shared if p.data_ptr() in frozen]
     assert len(in_base) >= 2 * 7
     with trainer.models.reference() as base:
@@ -144,3 +144,21 @@ def test_a_trained_adapter_is_loaded_by_its_folder_wherever_a_model_is_named(tmp
     loaded = load_causal_lm(str(tmp_path / "out"))
     torch.testing.assert_close(loaded(ids).logits, trainer.models.policy(ids).logits, atol=1e-5, rtol=1e-5)
     assert load_tokenizer(str(tmp_path / "out")).eos_token == "<eos>"
+
+
+def test_a_secant_head_is_trained_along_and_drives_the_flow_without_a_backward(tmp_path):
+    """Its predictions come to follow the exact changes; it moves particles, and is found in the value's folder."""
+    from reward_models import load_reward_model
+    from vgf_llm.pipeline import load_gradient
+
+    learned = {"gradient": "secant", "secant_substitutions": 32}
+    tiny_run(tmp_path, max_steps=40, per_device_train_batch_size=8, kept=2, weight_temperature=0.1, learned=learned)
+    found = lines(tmp_path)
+    correlations = [line["value/secant_correlation"] for line in found[2:]]  # a value that is 0 has no changes
+    assert sum(correlations[-10:]) / 10 > max(0.6, sum(correlations[:5]) / 5)
+    assert found[-1]["nats/response"] > 0
+    assert (
+        sum(line["reward/policy"] for line in found[-10:]) / 10 > sum(line["reward/policy"] for line in found[:5]) / 5
+    )
+    value = load_reward_model(tmp_path / "out" / "value")
+    assert load_gradient(tmp_path / "out" / "value", value).passes < 2  # one forward and a small head

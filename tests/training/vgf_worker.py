@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tests.training.tiny import settings, write_inputs
 from vgf_llm.config import dump
 from vgf_llm.io import write_json_atomic
+from vgf_llm.processes import leave_process_group
 from vgf_llm.train import CONFIG_NAME, build_trainer
 from vgf_llm.training.resume import checkpoint_to_resume
 
@@ -33,17 +34,18 @@ PROMPTS = (
     "a new blue chair is not a table",
 )
 COMMON: dict[str, Any] = {"max_grad_norm": 0, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 3}
-SGD = {"trainer_arguments": {"disable_tqdm": True, "optim": "sgd"}, "learning_rate": 0.1}
+SGD: dict[str, Any] = {"trainer_arguments": {"disable_tqdm": True, "optim": "sgd"}, "learning_rate": 0.1}
 SGD |= {"learned": {"learning_rate": 0.01, "head_learning_rate": 0.1}}
 ADAM = {"learning_rate": 1e-3, "learned": {"learning_rate": 1e-4, "head_learning_rate": 1e-3}}
-RESUMED = {"max_steps": 4, "save_steps": 2, "learned": {"learning_rate": 1e-3, "target_tau": 0.5}}
+SECANT = {"gradient": "secant", "secant_learning_rate": 0.1}
+RESUMED: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "learned": {"learning_rate": 1e-3, "target_tau": 0.5}}
 JOBS: dict[str, dict[str, Any]] = {
     "lora_sgd": SGD | {"kl_coefficient": 0.1},
     "lora_adam": ADAM,
     "full_sgd": SGD | {"lora_r": 0, "learning_rate": 0.01},
-    "dpo_sgd": SGD | {"loss": "dpo"},
-    "whole": RESUMED,
-    "resumed": RESUMED,
+    "dpo_sgd": SGD | {"loss": "dpo", "learned": SGD["learned"] | SECANT},
+    "whole": RESUMED | {"learned": RESUMED["learned"] | SECANT},
+    "resumed": RESUMED | {"learned": RESUMED["learned"] | SECANT},
     "whole_full": RESUMED | {"lora_r": 0},
     "resumed_full": RESUMED | {"lora_r": 0},
 }
@@ -72,7 +74,9 @@ def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str
     seen = watch(trainer)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, parts[3]))
     engine = trainer.model_wrapped
-    tensors = trainer.trained_tensors() | {f"target.{name}": w.clone() for name, w in trainer.target.weights.items()}
+    tensors = trainer.trained_tensors() | {
+        f"target.{name}": w.clone() for name, w in trainer.learned.target.weights.items()
+    }
     report = {
         "engine": type(engine).__name__,
         "stage": engine.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
@@ -129,6 +133,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in sys.argv[2:]:
         train(folder, job, batch=2)
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -92,11 +92,19 @@ class LearnedValueSettings:
     """Expectile of the regression, in (0, 1): 0.5 is the mean, more is optimistic."""
     target_tau: float = 0.05
     """Share by which the target moves to the value at each step, in (0, 1]."""
+    gradient: Literal["exact", "secant"] = "exact"
+    """What moves the particles: the value's input gradient, or a secant head that is trained along (no backward)."""
+    secant_substitutions: int = 8
+    """Token changes a response and step that the secant head learns from, each a forward of the value; at least 1."""
+    secant_learning_rate: float = 3.0e-4
+    """Peak learning rate of the secant head, above 0."""
 
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
         _require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
-        for key in ("learning_rate", "head_learning_rate", "lora_alpha"):
+        _require(self.gradient in ("exact", "secant"), "gradient", self.gradient, '"exact" or "secant"')
+        _require(self.secant_substitutions >= 1, "secant_substitutions", self.secant_substitutions, "at least 1")
+        for key in ("learning_rate", "head_learning_rate", "secant_learning_rate", "lora_alpha"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
         _require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
         _require(0 <= self.td_lambda <= 1, "td_lambda", self.td_lambda, "in [0, 1]")

@@ -27,12 +27,14 @@ class PolicyAndValue(nn.Module):
     Args:
         policy: A causal language model, or a PEFT model around one.
         value: A token-level value model, or None.
+        secant: The value's secant head, or None.
     """
 
-    def __init__(self, policy: nn.Module, value: nn.Module | None = None) -> None:
+    def __init__(self, policy: nn.Module, value: nn.Module | None = None, secant: nn.Module | None = None) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
+        self.secant = secant
 
     @property
     def config(self) -> Any:
@@ -46,18 +48,25 @@ class PolicyAndValue(nn.Module):
         return sorted({name for model in models for name in model._no_split_modules or ()})
 
     def forward(
-        self, policy_inputs: dict[str, Tensor], value_inputs: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the policy's log-probabilities [R, T] of responses, and the token-level values [R', S'] of others.
+        self,
+        policy_inputs: dict[str, Tensor],
+        value_inputs: dict[str, Tensor] | None = None,
+        secant_features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run all that trains; what has no inputs gives None.
 
         Args:
             policy_inputs: See :func:`response_logps`.
             value_inputs: ``input_ids``, ``attention_mask``, ``response_mask`` [R', S'], for the value.
+            secant_features: Inputs of the secant head, [..., F].
+
+        Returns:
+            The policy's log-probabilities [R, T] of responses; the token-level values [R', S'] of others; and the
+            secant head's directions [..., D].
         """
         logps_RT = response_logps(self.policy, **policy_inputs)
-        if value_inputs is None or self.value is None:
-            return logps_RT, None
-        return logps_RT, self.value(**value_inputs, token_level=True)
+        values_RS = None if value_inputs is None else self.value(**value_inputs, token_level=True)
+        return logps_RT, values_RS, None if secant_features is None else self.secant(secant_features)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute the policy's activations in backward; the value, some layers deep, keeps its own."""

@@ -86,6 +86,11 @@ class Rollout:
         return concatenate([self.outcome.originals, self.outcome.transported])
 
     @property
+    def all_rewards_BM(self) -> Tensor:
+        """The summed reward of the pool."""
+        return torch.cat([self.original_scores["reward"], self.transported_scores["reward"]], 1)
+
+    @property
     def pool_rewards_BM(self) -> Tensor:
         """The summed reward of the pool; minus infinity on transported responses that are still their original."""
         transported_BM = self.transported_scores["reward"].masked_fill(self.changed_BM == 0, -torch.inf)
@@ -111,7 +116,8 @@ def own_rows(rows: list[PromptRow], process: int, left: int) -> tuple[list[Promp
 
 def without_effect(batch: dict[str, Any]) -> dict[str, Any]:
     """Return a forward's tensors with nothing that counts in its losses."""
-    nothing = {name: torch.zeros_like(batch[name]) for name in ("weights", "value_mask") if name in batch}
+    counted = ("weights", "value_mask", "secant_mask_RS")
+    nothing = {name: torch.zeros_like(batch[name]) for name in counted if name in batch}
     rows = batch["rows"] | {"mask": torch.zeros_like(batch["rows"]["mask"])}
     counts = {name: torch.zeros_like(count) for name, count in batch["counts"].items()}
     return batch | nothing | {"rows": rows, "counts": counts, "without_effect": True}

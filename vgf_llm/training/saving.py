@@ -49,9 +49,10 @@ class SavesWhole:
         """Return what the value's folder holds, whole and on the host, on every process; empty without a value."""
         if self.learned is None:
             return {}
-        only_trained = hasattr(self.learned, "peft_config")
-        named = self.learned.named_parameters()
-        return full_tensors(self.learned, [name for name, p in named if p.requires_grad or not only_trained])
+        model = self.learned.model
+        only_trained = hasattr(model, "peft_config")
+        named = model.named_parameters()
+        return full_tensors(model, [name for name, p in named if p.requires_grad or not only_trained])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy and, where one is learned, the value."""
@@ -62,17 +63,18 @@ class SavesWhole:
             self.models.policy.save_pretrained(folder, state_dict=_under(tensors, "policy."))
             self.tokenizer.save_pretrained(folder)
             if self.learned is not None:
-                save_value_model(self.learned, folder / VALUE_FOLDER, self.tokenizer, value)
+                save_value_model(self.learned.model, folder / VALUE_FOLDER, self.tokenizer, value)
+                self.learned.save_secant(folder / VALUE_FOLDER, _under(tensors, "secant."))
             if _internal_call:
                 self._write_state(folder, tensors)
         self.accelerator.wait_for_everyone()
 
     def _write_state(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write what a resumed run needs beyond what users load."""
-        own = tensors if self.models.is_lora else {k: v for k, v in tensors.items() if k.startswith("value.")}
+        own = tensors if self.models.is_lora else {k: v for k, v in tensors.items() if not k.startswith("policy.")}
         save_file({name: tensor.contiguous() for name, tensor in own.items()}, folder / TRAINED_NAME)
-        if self.target is not None:
-            save_file(self.target.state_dict(), folder / TARGET_NAME)
+        if self.learned is not None:
+            save_file(self.learned.target.state_dict(), folder / TARGET_NAME)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, publish it, and delete those beyond the limit."""
@@ -121,8 +123,8 @@ class SavesWhole:
         """Prepare as the Trainer does, and read the value's target back."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
         require_sharding(self.model_wrapped)
-        if resume_from_checkpoint is not None and self.target is not None:
-            self.target.load_state_dict(load_file(Path(resume_from_checkpoint) / TARGET_NAME))
+        if resume_from_checkpoint is not None and self.learned is not None:
+            self.learned.target.load_state_dict(load_file(Path(resume_from_checkpoint) / TARGET_NAME))
         self.journal.start(0 if resume_from_checkpoint is None else self.resumed_step(resume_from_checkpoint))
         return prepared
 

@@ -12,6 +12,7 @@ they went is part of every log line.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,32 +21,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from reward_models.loading import reward_model
-from reward_models.value_losses import td_lambda_targets, value_loss
-from reward_models.value_model import EmaTarget
 from vgf_llm.pipeline import make_decoder
 from vgf_llm.sampling import TransformersSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
 from vgf_llm.text.implicit_policy import Outcome
+from vgf_llm.text.law import Shortlist
 from vgf_llm.text.noise import combine_seeds
-from vgf_llm.text.particles import GradientSource, exact_gradient, token_spacing
+from vgf_llm.text.particles import GradientSource, token_spacing
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
 from vgf_llm.training.config import VGFSettings
 from vgf_llm.training.gather import whole_weights
 from vgf_llm.training.journal import Journal
+from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.losses import dpo, group_weights, kl_anchor, weighted_nll
-from vgf_llm.training.metrics import (
-    MetricSums,
-    flow_metrics,
-    kl_estimate,
-    nll_a_token,
-    peak_memory_gib,
-    responses_tokens,
-    rollout_metrics,
-)
+from vgf_llm.training.metrics import MetricSums, responses_tokens, rollout_metrics
 from vgf_llm.training.models import PolicyAndValue, PolicyModels, response_logps
+from vgf_llm.training.observing import Observes
 from vgf_llm.training.rewards import Rewards
 from vgf_llm.training.rollout import (
     ObservedPolicy,
@@ -55,21 +48,20 @@ from vgf_llm.training.rollout import (
     best_pair,
     own_rows,
     policy_rows,
-    value_rows,
     without_effect,
 )
 from vgf_llm.training.saving import SavesWhole
 
-_POLICY_STREAM = 0x50  # the policy's own samples, drawn for the log
-_OWN_SAMPLES = 4  # of these a prompt, at most
+_SECANT_STREAM = 0x5EC  # the token changes that a secant head learns from
+_SHORTLIST = 50  # likeliest tokens these come from, where the sampler's own law is too wide to be kept
 
 
-class VGFTrainer(SavesWhole, Trainer):
+class VGFTrainer(SavesWhole, Observes, Trainer):
     """Fine-tune a policy, and a value if one is learned, on transported responses.
 
     Args:
         models: Policy and reference.
-        value: Token-level value model that is learned along, or None: the rewards' own models drive the flow.
+        learned: The value that is learned along, or None: the rewards' own models drive the flow.
         rewards: What responses are scored by.
         method: Budget, decoder, loss.
         sampling: The law that responses are sampled from.
@@ -82,7 +74,7 @@ class VGFTrainer(SavesWhole, Trainer):
     def __init__(
         self,
         models: PolicyModels,
-        value: nn.Module | None,
+        learned: LearnedValue | None,
         rewards: Rewards,
         method: VGFSettings,
         sampling: SamplingSettings,
@@ -92,19 +84,20 @@ class VGFTrainer(SavesWhole, Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            model=PolicyAndValue(models.policy, value),
+            model=PolicyAndValue(models.policy, *(() if learned is None else (learned.model, learned.secant))),
             processing_class=tokenizer,
             data_collator=PromptBatch,
             **kwargs,
         )
-        self.models, self.learned, self.rewards, self.method = models, value, rewards, method
+        self.models, self.learned, self.rewards, self.method = models, learned, rewards, method
         self.sampling, self.tokenizer, self.eos_ids, self.identity = sampling, tokenizer, eos_ids, identity
         self.model_accepts_loss_kwargs = True  # losses are divided by global counts, never by accumulation steps
         models.to(self.args.device)
-        self.target = None if value is None else EmaTarget(value)
-        self._reward_value = rewards.value() if value is None else None
+        self._reward_value = rewards.value() if learned is None else None
+        if learned is not None:
+            learned.start()
         self._length_unit: float | None = None
-        self._metrics = MetricSums()
+        self.metrics = MetricSums()
         self.journal = Journal(self.args.output_dir, tokenizer, writes=self.is_world_process_zero())
         self.add_callback(_AfterStep(self))
 
@@ -127,7 +120,7 @@ class VGFTrainer(SavesWhole, Trainer):
         counts = torch.stack([torch.stack([batch["counts"][name] for name in names]) for batch in batches]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        self._metrics.add("seconds/rollout", time.perf_counter() - started)
+        self.metrics.add("seconds/rollout", time.perf_counter() - started)
         return batches, dict(zip(names, counts, strict=True))
 
     def micro_batch(self, rows: list[PromptRow]) -> dict[str, Any]:
@@ -136,7 +129,7 @@ class VGFTrainer(SavesWhole, Trainer):
         if self.accelerator.gradient_state.end_of_dataloader:
             left = len(self.train_dataset) % (len(rows) * self.accelerator.num_processes)
         rows, count = own_rows(rows, self.accelerator.process_index, left)
-        with self._metrics.muted(not count):
+        with self.metrics.muted(not count):
             batch = self.compute_targets(self.rollout(rows))
         return batch if count else without_effect(batch)
 
@@ -152,8 +145,8 @@ class VGFTrainer(SavesWhole, Trainer):
         original_scores, transported_scores = self.score(prompts, outcome)
         seconds = {"sample": sample_sec, "transport": transport_sec, "score": time.perf_counter() - started}
         done = Rollout(prompts, outcome, original_scores, transported_scores, policy.first_move, seconds)
-        self._metrics.update(rollout_metrics(done))
-        self._metrics.add("tokens", responses_tokens(outcome.originals, outcome.transported), 1)
+        self.metrics.update(rollout_metrics(done))
+        self.metrics.add("tokens", responses_tokens(outcome.originals, outcome.transported), 1)
         if self.logs_this_step:
             self.observe(done, policy.value)
         return done
@@ -183,9 +176,7 @@ class VGFTrainer(SavesWhole, Trainer):
 
     def flow_value(self) -> tuple[Value, GradientSource]:
         """Return what the flow climbs, and where its direction comes from."""
-        if self._reward_value is not None:
-            return self._reward_value
-        return reward_model(self.learned), exact_gradient
+        return self._reward_value if self.learned is None else self.learned.flow()
 
     def implicit_policy(self, law: Reference) -> ObservedPolicy:
         """Return the policy that the training budget implies."""
@@ -224,9 +215,10 @@ class VGFTrainer(SavesWhole, Trainer):
                 batch["reference_logps"] = response_logps(base, **_policy_inputs(rows)).masked_fill(~rows["mask"], 0)
         if self.method.kl_coefficient:
             batch["counts"]["tokens"] = rows["mask"].sum().float()
-        if self.target is not None:
-            batch |= self.value_batch(rollout, batch["counts"])
-        self._metrics.add("seconds/targets", time.perf_counter() - started)
+        if self.learned is not None:
+            tensors, counts = self.value_batch(rollout)
+            batch |= tensors | {"counts": batch["counts"] | counts}
+        self.metrics.add("seconds/targets", time.perf_counter() - started)
         return batch
 
     def weighted_batch(self, rollout: Rollout) -> dict[str, Any]:
@@ -234,7 +226,7 @@ class VGFTrainer(SavesWhole, Trainer):
         weights_BM = group_weights(rollout.pool_rewards_BM, self.method.weight_temperature, self.method.kept)
         keep_BM = weights_BM > 0
         rows, weights_R = policy_rows(rollout.pool, keep_BM), weights_BM[keep_BM]
-        self._metrics.add("distilled_reward", rollout.pool_rewards_BM[keep_BM] @ weights_R, float(len(weights_BM)))
+        self.metrics.add("distilled_reward", rollout.pool_rewards_BM[keep_BM] @ weights_R, float(len(weights_BM)))
         count = (weights_R.unsqueeze(1) * rows["mask"]).sum()
         return {"rows": rows, "weights": weights_R, "counts": {"policy": count}}
 
@@ -248,25 +240,23 @@ class VGFTrainer(SavesWhole, Trainer):
         weights_B = (rewards_B2[:, 0] > rewards_B2[:, 1]).float()
         return {"rows": policy_rows(pool, every_B2), "weights": weights_B, "counts": {"policy": weights_B.sum()}}
 
-    def value_batch(self, rollout: Rollout, counts: dict[str, Tensor]) -> dict[str, Any]:
-        """Return the pool as the value model takes it, with TD(lambda) targets; adds to ``counts``."""
-        pool = rollout.pool
-        rows = policy_rows(pool, torch.ones_like(rollout.pool_rewards_BM, dtype=torch.bool))
-        inputs, mask_RT = value_rows(rows), rows["mask"]
-        values_RS = self.target.call(self.learned, **inputs, token_level=True)
-        values_BMT1 = values_RS[:, -mask_RT.shape[1] - 1 :].view(*rollout.pool_rewards_BM.shape, -1)
-        n = rollout.original_scores["reward"].shape[1]
-        lengths_BM1 = pool.lengths_BN.unsqueeze(-1)
-        transported_BM = values_BMT1.gather(-1, lengths_BM1).squeeze(-1)[:, n:]
-        prompt_targets_R = transported_BM.mean(1, keepdim=True).expand_as(rollout.pool_rewards_BM).flatten()
-        rewards_R = torch.cat([rollout.original_scores["reward"], rollout.transported_scores["reward"]], 1).flatten()
-        settings = self.method.learned_value
-        targets_RT1 = td_lambda_targets(
-            values_BMT1.flatten(0, 1), rewards_R, mask_RT, settings.td_lambda, prompt_targets_R
-        )
-        mask_RT1 = torch.nn.functional.pad(mask_RT, (1, 0), value=True)
-        counts["value"] = mask_RT1.sum().float()
-        return {"value_inputs": inputs, "value_targets": targets_RT1, "value_mask": mask_RT1}
+    def value_batch(self, rollout: Rollout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what the learned value, and its secant head, learn from, and what their losses are divided by."""
+        batch, counts = self.learned.value_batch(rollout)
+        if self.learned.secant is not None:
+            originals = rollout.outcome.originals
+            seeds_BN = self.seeds(rollout.prompts, _SECANT_STREAM)
+            tensors, more = self.learned.secant_batch(originals, self.shortlists(originals), seeds_BN)
+            batch, counts = batch | tensors, counts | more
+        return batch, counts
+
+    def shortlists(self, originals: Responses) -> Shortlist:
+        """Return the likeliest tokens at every position of the originals: those the sampler kept, or by a forward."""
+        if originals.law is not None:
+            return originals.law
+        with self.particle_law() as law:
+            sampling = dataclasses.replace(self.sampling, top_k=_SHORTLIST)
+            return law.shortlists(law.prefix(originals.prompts), originals, sampling)
 
     def compute_loss(
         self,
@@ -278,26 +268,21 @@ class VGFTrainer(SavesWhole, Trainer):
         """Return this forward's share of the step's loss, times the processes that gradients are averaged over."""
         started = time.perf_counter()
         counts = num_items_in_batch or inputs["counts"]
-        with self._metrics.muted(inputs.get("without_effect", False)):
+        with self.metrics.muted(inputs.get("without_effect", False)):
             loss = self.share_of_loss(model, inputs, counts)
-            self._metrics.add("seconds/forward", time.perf_counter() - started)
+            self.metrics.add("seconds/forward", time.perf_counter() - started)
         return loss * self.accelerator.num_processes
 
     def share_of_loss(self, model: nn.Module, inputs: dict[str, Any], counts: dict[str, Tensor]) -> Tensor:
         """Run policy and value, and return their losses over the step's counts."""
-        logps_RT, values_RS = model(_policy_inputs(inputs["rows"]), inputs.get("value_inputs"))
+        logps_RT, values_RS, directions_RSD = model(
+            _policy_inputs(inputs["rows"]), inputs.get("value_inputs"), inputs.get("secant_features_RSF")
+        )
         loss = self.amortisation_loss(logps_RT, inputs, counts)
         if values_RS is not None:
-            values_RT1 = values_RS[:, -inputs["value_mask"].shape[1] :]
-            part, metrics = value_loss(
-                values_RT1,
-                inputs["value_targets"],
-                inputs["value_mask"],
-                self.method.learned_value.expectile,
-                counts["value"],
-            )
+            part, metrics = self.learned.loss(values_RS, directions_RSD, inputs, counts)
             loss = loss + part
-            self._metrics.update({f"value/{name}": value for name, value in metrics.items()})
+            self.metrics.update(metrics)
         return loss
 
     def amortisation_loss(self, logps_RT: Tensor, inputs: dict[str, Any], counts: dict[str, Tensor]) -> Tensor:
@@ -314,7 +299,7 @@ class VGFTrainer(SavesWhole, Trainer):
         if self.method.kl_coefficient:
             penalty, more = kl_anchor(logps_RT, inputs["reference_logps"], mask_RT, counts["tokens"])
             loss, metrics = loss + self.method.kl_coefficient * penalty, metrics | more
-        self._metrics.update(metrics)
+        self.metrics.update(metrics)
         return loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -322,30 +307,15 @@ class VGFTrainer(SavesWhole, Trainer):
         return inputs
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the Trainer's optimiser, with the learned value's body and heads at rates of their own."""
+        """Create the Trainer's optimiser, with the learned value's parts at rates of their own."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
         if self.learned is not None:
-            self._give_value_its_rates(optimizer, self.model if model is None else model)
+            self.learned.give_rates(optimizer)
         # FSDP2 cannot read a group without parameters back
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
-
-    def _give_value_its_rates(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Move the learned value's parameters into groups of their own."""
-        settings = self.method.learned_value
-        names = {id(p): name for name, p in model.named_parameters()}
-        value = {i for i, name in names.items() if "value" in name.split(".")[:2]}
-        heads = {i for i in value if {"head", "skip_head"} & set(names[i].split("."))}
-        own = [p for group in optimizer.param_groups for p in group["params"] if id(p) in value]
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in value]
-        body = [p for p in own if id(p) not in heads]
-        if body:
-            optimizer.add_param_group({"params": body, "lr": settings.learning_rate, "weight_decay": 0.0})
-        head = [p for p in own if id(p) in heads]
-        optimizer.add_param_group({"params": head, "lr": settings.head_learning_rate, "weight_decay": 0.0})
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip the policy's and the value's gradients apart: the scale of a reward must not slow the policy.
@@ -354,56 +324,15 @@ class VGFTrainer(SavesWhole, Trainer):
         """
         if self.learned is None or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
-        self.accelerator.clip_grad_norm_(self.learned.parameters(), self.args.max_grad_norm)
+        for part in self.learned.trained:
+            self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
         return self.accelerator.clip_grad_norm_(self.models.policy.parameters(), self.args.max_grad_norm)
 
     def update_target(self) -> None:
         """Let the value's target follow it."""
-        if self.target is not None:
+        if self.learned is not None:
             with whole_weights(self.accelerator, self.model_wrapped):
-                self.target.update(self.learned, self.method.learned_value.target_tau)
-
-    # Logging ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def logs_this_step(self) -> bool:
-        """Whether the step under way ends in a log line."""
-        step = self.state.global_step + 1
-        return step % self.args.logging_steps == 0 or (self.args.logging_first_step and step == 1)
-
-    @torch.no_grad()
-    def observe(self, rollout: Rollout, value: Value) -> None:
-        """Add what a log line needs beside the rollout: likelihoods, distances, and the policy's own samples."""
-        started = time.perf_counter()
-        prompts, sums = rollout.prompts, self._metrics
-        seeds_BN = self.seeds(prompts, _POLICY_STREAM)[:, :_OWN_SAMPLES]
-        law = self.law_of(self.models.policy_lm)
-        own = self.sample(law, prompts, seeds_BN)
-        own_logps_BNT = law.logps(law.prefix(own.prompts), own)
-        with self.models.reference() as base:
-            law = self.law_of(base)
-            prefix = law.prefix(own.prompts)
-            parts = {"original": rollout.outcome.originals, "transported": rollout.outcome.transported, "policy": own}
-            logps = {name: law.logps(prefix, part) for name, part in parts.items()}
-        for name, part in parts.items():
-            sums.add(f"nll/{name}", nll_a_token(logps[name].flatten(0, 1), part.mask_BNT.flatten(0, 1)))
-        kl_BN = kl_estimate(own_logps_BNT, logps["policy"])
-        sums.add("policy/kl", kl_BN)
-        sums.total("policy/kl_samples", kl_BN.numel())
-        for name, values_BN in self.rewards([prompt.text for prompt in prompts], own).items():
-            sums.add(f"{name}/policy", values_BN)
-        sums.update(flow_metrics(rollout, value, self.method.budget))
-        self.journal.completions(rollout, self.state.global_step + 1)
-        sums.add("seconds/observe", time.perf_counter() - started)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last line over all processes; write metrics.jsonl."""
-        if "loss" in logs:
-            metrics = self._metrics.means(self.accelerator)
-            metrics["peak_memory_gib"] = peak_memory_gib()
-            logs |= {name: round(value, 5) for name, value in metrics.items()}
-            self.journal.metrics(self.state.global_step, self.state.epoch, logs)
-        super().log(logs, start_time)
+                self.learned.follow()
 
 
 class _AfterStep(TrainerCallback):
