@@ -100,9 +100,19 @@ def call_function(function: RewardFunction, prompts: list[str], responses: list[
     if len(rewards) != len(responses):
         raise ModelError(f"reward function {name} returned {len(rewards)} rewards for {len(responses)} responses")
     for index, reward in enumerate(rewards):
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
+        if not _is_finite_number(reward):
             raise ModelError(
                 f"reward function {name} returned {reward!r} for response {index} ({responses[index][:60]!r}); "
                 "every reward must be a finite number"
             )
     return [float(reward) for reward in rewards]
+
+
+def _is_finite_number(reward: Any) -> bool:
+    """Whether it is a number, also NumPy's, or a tensor of one element; a text is not, whatever it says."""
+    if isinstance(reward, str | bytes):
+        return False
+    try:
+        return math.isfinite(reward)
+    except (TypeError, ValueError, RuntimeError):
+        return False

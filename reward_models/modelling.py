@@ -335,7 +335,7 @@ class RewardModel(PreTrainedModel):
     def _read_skip(self, u: Tensor) -> Tensor:
         """Apply the skip's head in float32 to embeddings [..., D], in root mean squares of the table."""
         with torch.autocast(u.device.type, enabled=False):
-            return self.skip_head(u / self.table_scale).squeeze(-1).float()
+            return self.skip_head((u / self.table_scale).to(self.skip_head.weight.dtype)).squeeze(-1).float()
 
     @property
     def table_scale(self) -> float:

@@ -28,6 +28,10 @@ class OutputError(VGFError):
     """An output folder or file cannot be written."""
 
 
+class DivergedError(VGFError):
+    """A loss or gradient of training became infinite or NaN."""
+
+
 class NonFiniteError(VGFError):
     """A value or gradient became infinite or NaN during the flow.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def training_arguments(settings: Any, output_dir: str | Path, **fixed: Any) -> T
         "remove_unused_columns": False,
         "use_cpu": not torch.cuda.is_available(),
     }
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        fields["bf16"] = True  # what the launch configuration asks for; DeepSpeed refuses to be told two things
     if settings.gradient_checkpointing:
         fields["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     for name in settings.trainer_arguments:

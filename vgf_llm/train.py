@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgf_llm.cli import run_main
@@ -110,6 +111,7 @@ def build_trainer(
     from vgf_llm.training.rewards import load_rewards
     from vgf_llm.training.trainer import VGFTrainer
 
+    refuse_adapter_on_adapter(policy)
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
     shard_on_cpu()
     name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
@@ -118,7 +120,13 @@ def build_trainer(
         base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
         prompts = load_rows(script, tokenizer, base.config, sampling.max_new_tokens)
         rewards = load_rewards(
-            script.rewards, script.reward_weights, tokenizer, gold=script.gold, dtype=dtype, device=arguments.device
+            script.rewards,
+            script.reward_weights,
+            tokenizer,
+            gold=script.gold,
+            foreign=method.value == "learned",
+            dtype=dtype,
+            device=arguments.device,
         )
         set_seed(optim.seed)
         eos_ids, learned = eos_token_ids(base, tokenizer), None
@@ -135,7 +143,8 @@ def build_trainer(
                 start_from=value.start_from,
                 tokenizer=tokenizer,
                 base_name=name,
-                share=not fsdp_was_asked_for(),  # FSDP shards a parameter in one place only
+                # FSDP shards a parameter in one place only, and a policy trained in full moves what would be shared
+                share=policy.lora_r > 0 and not fsdp_was_asked_for(),
             )
             learned = LearnedValue(model, value, optim.seed)
     models = PolicyModels(base, policy)
@@ -152,6 +161,20 @@ def build_trainer(
         train_dataset=prompts,
         callbacks=list(callbacks),
     )
+
+
+def refuse_adapter_on_adapter(policy: PolicySettings) -> None:
+    """A new adapter is saved without the one below it, and would be loaded on the wrong base.
+
+    Raises:
+        ConfigError: The model is an adapter, and another one is to be trained on it.
+    """
+    folder = Path(policy.model_name_or_path)
+    if policy.lora_r and (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model_name_or_path: '{folder}' is an adapter, and the new one would be saved without it; merge it into a "
+            "model first (docs/training.md shows how), or train in full with lora_r: 0"
+        )
 
 
 def load_rows(script: TrainScript, tokenizer: Any, config: Any, max_new_tokens: int) -> list[PromptRow]:

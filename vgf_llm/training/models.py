@@ -68,9 +68,12 @@ class PolicyAndValue(nn.Module):
         values_RS = None if value_inputs is None else self.value(**value_inputs, token_level=True)
         return logps_RT, values_RS, None if secant_features is None else self.secant(secant_features)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute the policy's activations in backward; the value, some layers deep, keeps its own."""
-        self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute the policy's activations in backward; the value, some layers deep, keeps its own.
+
+        Takes what transformers' models take.
+        """
+        self.policy.gradient_checkpointing_enable(*args, **kwargs)
         if hasattr(self.policy, "enable_input_require_grads") and hasattr(self.policy, "peft_config"):
             self.policy.enable_input_require_grads()
 

@@ -5,6 +5,7 @@ A mixin for transformers' Trainer. What costs a forward is done only in the step
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import torch
@@ -20,29 +21,40 @@ _OWN_SAMPLES = 4  # of these a prompt, at most
 class Observes:
     """Measures and logs; expects the attributes of `VGFTrainer`."""
 
+    logged_at: float = 0.0
+    """When the last line was written, or training began, by `time.perf_counter`."""
+
     @property
     def logs_this_step(self) -> bool:
         """Whether the step under way ends in a log line."""
         step = self.state.global_step + 1
-        return step % self.args.logging_steps == 0 or (self.args.logging_first_step and step == 1)
+        wanted = step % self.args.logging_steps == 0 or (self.args.logging_first_step and step == 1)
+        return wanted or step >= self.state.max_steps
 
     @torch.no_grad()
     def observe(self, rollout: Rollout, value: Value) -> None:
-        """Add what a log line needs beside the rollout: likelihoods, distances, and the policy's own samples."""
+        """Add what a log line needs beside the rollout: likelihoods, distances, and the policy's own samples.
+
+        Rewards are of samples under the run's sampling law, as users will draw them; the KL is of samples of the
+        untruncated policy at temperature 1, without which its estimate would be biased.
+        """
         started = time.perf_counter()
         prompts, sums = rollout.prompts, self.metrics
         seeds_BN = self.seeds(prompts, _POLICY_STREAM)[:, :_OWN_SAMPLES]
-        law = self.law_of(self.models.policy_lm)
-        own = self.sample(law, prompts, seeds_BN)
-        own_logps_BNT = law.logps(law.prefix(own.prompts), own)
+        own = self.sample(self.law_of(self.models.policy_lm), prompts, seeds_BN)
+        whole = dataclasses.replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0)
+        law = self.law_of(self.models.policy_lm, whole)
+        free = self.sample(law, prompts, seeds_BN)
+        free_logps_BNT = law.logps(law.prefix(free.prompts), free)
+        outcome = rollout.outcome
+        parts = {"original": outcome.originals, "transported": outcome.transported, "policy": own, "free": free}
         with self.models.reference() as base:
             law = self.law_of(base)
             prefix = law.prefix(own.prompts)
-            parts = {"original": rollout.outcome.originals, "transported": rollout.outcome.transported, "policy": own}
             logps = {name: law.logps(prefix, part) for name, part in parts.items()}
-        for name, part in parts.items():
-            sums.add(f"nll/{name}", nll_a_token(logps[name].flatten(0, 1), part.mask_BNT.flatten(0, 1)))
-        kl_BN = kl_estimate(own_logps_BNT, logps["policy"])
+        kl_BN = kl_estimate(free_logps_BNT, logps.pop("free"))
+        for name, logps_BNT in logps.items():
+            sums.add(f"nll/{name}", nll_a_token(logps_BNT.flatten(0, 1), parts[name].mask_BNT.flatten(0, 1)))
         sums.add("policy/kl", kl_BN)
         sums.total("policy/kl_samples", kl_BN.numel())
         for name, values_BN in self.rewards([prompt.text for prompt in prompts], own).items():
@@ -51,11 +63,18 @@ class Observes:
         self.journal.completions(rollout, self.state.global_step + 1)
         sums.add("seconds/observe", time.perf_counter() - started)
 
+    def largest(self, value: float) -> float:
+        """Return the largest value of all processes."""
+        return float(self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).max())
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last line over all processes; write metrics.jsonl."""
         if "loss" in logs:
             metrics = self.metrics.means(self.accelerator)
-            metrics["peak_memory_gib"] = peak_memory_gib()
+            now = time.perf_counter()
+            metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / (now - self.logged_at)
+            self.logged_at = now
+            metrics["peak_memory_gib"] = self.largest(peak_memory_gib())
             logs |= {name: round(value, 5) for name, value in metrics.items()}
             self.journal.metrics(self.state.global_step, self.state.epoch, logs)
         super().log(logs, start_time)  # type: ignore[misc]

@@ -9,7 +9,7 @@ reward itself it climbs the models' part of the sum; a sum of functions alone ne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reward_models.foreign import foreign_reward
 from reward_models.functions import RewardFunction, call_function, load_function
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.weighted import WeightedRewards
-from vgf_llm.errors import ConfigError
+from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.pipeline import load_gradient
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Value
@@ -69,21 +70,22 @@ class Rewards:
             ModelError: A function raises, or returns something else than finite numbers.
         """
         texts = responses.texts(self.tokenizer)
-        found = {member.name: self._one(member.scorer, prompts, texts, responses) for member in self.members}
+        found = {member.name: self._one(member, prompts, texts, responses) for member in self.members}
         weighted = [member.weight * found[member.name] for member in self.members]
         scores = {"reward": torch.stack(weighted).sum(0)}
         if len(self.members) > 1:
             scores |= {f"reward_{name}": values_BN for name, values_BN in found.items()}
         if self.gold is not None:
-            scores["gold"] = self._one(self.gold, prompts, texts, responses)
+            scores["gold"] = self._one(NamedReward("gold", 1.0, self.gold, "gold"), prompts, texts, responses)
         return scores
 
     @staticmethod
-    def _one(
-        scorer: RewardModel | RewardFunction, prompts: list[str], texts: list[list[str]], responses: Responses
-    ) -> Tensor:
+    def _one(member: NamedReward, prompts: list[str], texts: list[list[str]], responses: Responses) -> Tensor:
+        scorer = member.scorer
         if isinstance(scorer, RewardModel):
-            return scorer.score(scorer.prefix(responses.prompts), responses.tokens_BNT, responses.mask_BNT).float()
+            scores_BN = scorer.score(scorer.prefix(responses.prompts), responses.tokens_BNT, responses.mask_BNT).float()
+            _refuse_non_finite(member, scores_BN, prompts)
+            return scores_BN
         flat_prompts = [prompt for prompt, group in zip(prompts, texts, strict=True) for _ in group]
         rewards = call_function(scorer, flat_prompts, [text for group in texts for text in group])
         return torch.tensor(rewards, device=responses.tokens_BNT.device).view(responses.tokens_BNT.shape[:2])
@@ -113,6 +115,7 @@ def load_rewards(
     tokenizer: PreTrainedTokenizerBase,
     *,
     gold: str | None = None,
+    foreign: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Rewards:
@@ -121,8 +124,9 @@ def load_rewards(
     Args:
         names: Folders and functions.
         weights: One each; empty weighs all by 1.
-        tokenizer: The policy's; reward models must have been trained with it.
+        tokenizer: The policy's; reward models must have been trained with it, unless ``foreign``.
         gold: A function that is only looked at.
+        foreign: Whether a model of another tokenizer may score texts; it cannot move particles.
         dtype: Of the reward models' bodies.
         device: Where they go.
 
@@ -134,11 +138,24 @@ def load_rewards(
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
         if Path(name).is_dir():
-            scorer = load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device)
+            scorer = foreign_reward(name, tokenizer, device, dtype) if foreign else None
+            scorer = scorer or load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device)
         else:
             scorer = _function(name)
         members.append(NamedReward(_short(name), float(weight), scorer, name))
+    if len({member.name for member in members}) < len(members):  # folders are often called alike
+        members = [replace(member, name=f"{member.name}_{i}") for i, member in enumerate(members)]
     return Rewards(members, tokenizer, None if gold is None else load_function(gold))
+
+
+def _refuse_non_finite(member: NamedReward, scores_BN: Tensor, prompts: list[str]) -> None:
+    bad = (~torch.isfinite(scores_BN)).nonzero()
+    if len(bad):
+        b, n = bad[0].tolist()
+        raise ModelError(
+            f"reward {member.name} ({member.source}) gave {float(scores_BN[b, n])} to response {n} of the prompt "
+            f"{prompts[b][:60]!r}; a reward must be finite: train the model again, or load it in another dtype"
+        )
 
 
 def _function(name: str) -> Callable:

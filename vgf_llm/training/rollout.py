@@ -160,13 +160,17 @@ def value_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: rows[name] for name in ("input_ids", "attention_mask")} | {"response_mask": response_mask}
 
 
-def best_pair(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Return the pair that DPO compares: the pool's best response and the worst original, by index in the pool, [B]."""
+def best_pair(rollout: Rollout) -> Tensor:
+    """Return the pair that DPO compares, [B, 2] by index in the pool: a transported response, and its original.
+
+    It is the pair whose reward was raised most. The two differ by what the transport changed; the worst original in
+    place of the source would mostly teach the order of the base's own samples, which needs no transport.
+    """
+    n, m = (scores["reward"].shape[1] for scores in (rollout.original_scores, rollout.transported_scores))
     rewards_BM = rollout.pool_rewards_BM
-    n = rollout.original_scores["reward"].shape[1]
-    chosen_B = rewards_BM.argmax(1)
-    rejected_B = rewards_BM[:, :n].argmin(1)
-    return chosen_B, rejected_B
+    source_M = torch.arange(m, device=rewards_BM.device) * n // m
+    best_B = (rewards_BM[:, n:] - rewards_BM[:, source_M]).argmax(1)
+    return torch.stack([n + best_B, source_M[best_B]], 1)
 
 
 def completions(rollout: Rollout, tokenizer: Any, step: int) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from vgf_llm.errors import DivergedError
 from vgf_llm.pipeline import make_decoder
 from vgf_llm.sampling import TransformersSampler
 from vgf_llm.settings import SamplingSettings
@@ -126,8 +127,8 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
     def micro_batch(self, rows: list[PromptRow]) -> dict[str, Any]:
         """Roll out what is this process's own of its prompts, and return the tensors of their forward."""
         left = 0
-        if self.accelerator.gradient_state.end_of_dataloader:
-            left = len(self.train_dataset) % (len(rows) * self.accelerator.num_processes)
+        if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
+            left = len(self.train_dataset) % (self._train_batch_size * self.accelerator.num_processes)
         rows, count = own_rows(rows, self.accelerator.process_index, left)
         with self.metrics.muted(not count):
             batch = self.compute_targets(self.rollout(rows))
@@ -146,7 +147,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         seconds = {"sample": sample_sec, "transport": transport_sec, "score": time.perf_counter() - started}
         done = Rollout(prompts, outcome, original_scores, transported_scores, policy.first_move, seconds)
         self.metrics.update(rollout_metrics(done))
-        self.metrics.add("tokens", responses_tokens(outcome.originals, outcome.transported), 1)
+        self.metrics.total("tokens", responses_tokens(outcome.originals, outcome.transported))
         if self.logs_this_step:
             self.observe(done, policy.value)
         return done
@@ -166,9 +167,9 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         with self.models.reference() as base:
             yield self.law_of(base)
 
-    def law_of(self, model: nn.Module) -> Reference:
+    def law_of(self, model: nn.Module, sampling: SamplingSettings | None = None) -> Reference:
         """Return a model as a law; a new one each time, since it remembers prompts under the weights of the moment."""
-        return Reference(model, self.sampling, self.eos_ids, self.tokenizer.pad_token_id)
+        return Reference(model, sampling or self.sampling, self.eos_ids, self.tokenizer.pad_token_id)
 
     def sample(self, law: Reference, prompts: list[PromptRow], seeds_BN: Tensor) -> Responses:
         """Draw N responses to each prompt."""
@@ -211,7 +212,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         batch = self.dpo_batch(rollout) if self.method.loss == "dpo" else self.weighted_batch(rollout)
         rows = batch["rows"]
         if self.method.loss == "dpo" or self.method.kl_coefficient:
-            with self.models.reference() as base:
+            with self.models.reference() as base, self.accelerator.autocast():  # as the policy's own forward
                 batch["reference_logps"] = response_logps(base, **_policy_inputs(rows)).masked_fill(~rows["mask"], 0)
         if self.method.kl_coefficient:
             batch["counts"]["tokens"] = rows["mask"].sum().float()
@@ -231,9 +232,11 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         return {"rows": rows, "weights": weights_R, "counts": {"policy": count}}
 
     def dpo_batch(self, rollout: Rollout) -> dict[str, Any]:
-        """Return chosen and rejected rows, one below the other; ties have weight 0."""
-        chosen_B, rejected_B = best_pair(rollout)
-        pair_B2 = torch.stack([chosen_B, rejected_B], 1)
+        """Return rows of the best transported response and its original, one below the other, a pair a prompt.
+
+        A pair whose transport did not raise the reward has weight 0.
+        """
+        pair_B2 = best_pair(rollout)
         rewards_B2 = rollout.pool_rewards_BM.gather(1, pair_B2)
         pool = rollout.pool.take(pair_B2)
         every_B2 = torch.ones_like(pair_B2, dtype=torch.bool)
@@ -271,7 +274,20 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         with self.metrics.muted(inputs.get("without_effect", False)):
             loss = self.share_of_loss(model, inputs, counts)
             self.metrics.add("seconds/forward", time.perf_counter() - started)
+        self.refuse_to_diverge("loss", loss)
         return loss * self.accelerator.num_processes
+
+    def refuse_to_diverge(self, name: str, value: Tensor) -> None:
+        """Stop before weights that are not numbers are trained on, or saved.
+
+        Raises:
+            DivergedError: The value is infinite or NaN.
+        """
+        if not torch.isfinite(value):
+            raise DivergedError(
+                f"step {self.state.global_step + 1}: the {name} is {float(value.detach())}; lower learning_rate (now "
+                f"{self.args.learning_rate:g}), or set max_grad_norm; checkpoints written before are whole"
+            )
 
     def share_of_loss(self, model: nn.Module, inputs: dict[str, Any], counts: dict[str, Tensor]) -> Tensor:
         """Run policy and value, and return their losses over the step's counts."""
@@ -328,6 +344,13 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
             self.accelerator.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
         return self.accelerator.clip_grad_norm_(self.models.policy.parameters(), self.args.max_grad_norm)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> float | None:
+        """Return the gradient's norm, which must be finite (but where float16's loss scale is still being found)."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not self.args.fp16:
+            self.refuse_to_diverge("gradient's norm", torch.as_tensor(norm))
+        return norm
+
     def update_target(self) -> None:
         """Let the value's target follow it."""
         if self.learned is not None:
@@ -336,13 +359,18 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Updates the value's target before a checkpoint of the step is written."""
+    """Updates the value's target before a checkpoint of the step is written, and logs the last step."""
 
     def __init__(self, trainer: VGFTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.logged_at = time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.update_target()
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 def _policy_inputs(rows: dict[str, Tensor]) -> dict[str, Any]:
