@@ -45,7 +45,7 @@ class PolicySettings:
     model_name_or_path: str = "default"
     """Base model: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Parameter dtype of the base and the reward models; adapters and heads are float32 (under DeepSpeed as it says)."""
+    """Parameter dtype of base and reward models; adapters and heads are float32 (under DeepSpeed what it says)."""
     lora_r: int = 16
     """LoRA rank; 0 trains all weights beside a frozen copy of the base."""
     lora_alpha: float = 32.0
