@@ -1,4 +1,4 @@
-"""What stops a run, or leaves it unharmed: diverging, non-finite rewards, equal names, shared weights, a short batch."""
+"""What stops a run or leaves it unharmed: diverging, non-finite rewards, equal names, shared weights, a short batch."""
 
 from __future__ import annotations
 
