@@ -20,7 +20,7 @@ from vgf_llm.control.settings import AgentSettings, TrainSettings
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.progress import track
 
-_POOL = 16  # environments at a time
+_POOL = 25  # environments at a time
 _EPISODE_SEED = 1_000_003  # keeps the episodes' seeds of neighbouring runs apart
 
 
