@@ -48,7 +48,7 @@ class RowPlan:
 
     def encoded(self) -> str:
         """Return the plan as text: base64 of a safetensors file whose metadata hold kind and rule."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors.items()}
         rule = json.dumps(self.rule, sort_keys=True)
         return base64.b64encode(save(tensors, metadata={"kind": self.kind, "rule": rule})).decode()
 
