@@ -10,6 +10,7 @@ state is masked and never looked at.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vgf_llm.control.data import Transitions, check_actions, check_episodes, che
 from vgf_llm.control.envs import Bounds, is_ogbench
 from vgf_llm.errors import ConfigError, DataError
 
+_PATIENCE_SEC = 30.0
 _ROW = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
 
 
@@ -143,6 +145,8 @@ def _fetch(env_name: str) -> str:
     name = "-".join([*parts[: parts.index("singletask")], parts[-1]])
     path = Path(DEFAULT_DATASET_DIR).expanduser() / f"{name}.npz"
     if not path.exists():
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_PATIENCE_SEC)  # the package waits for ever where no network answers
         try:
             download_datasets([name])
         except OSError as error:
@@ -150,6 +154,8 @@ def _fetch(env_name: str) -> str:
                 f"data: '{name}' cannot be fetched ({error}); bring the file and give its path, or make one with "
                 "python -m vgf_llm.control.collect"
             ) from error
+        finally:
+            socket.setdefaulttimeout(patience)
     return str(path)
 
 
