@@ -9,6 +9,8 @@ from vgf_llm.errors import ConfigError
 
 DecoderName = Literal["prior", "block", "edit", "edit_greedy", "pivot", "nearest"]
 
+BackendName = Literal["transformers", "vllm"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
