@@ -1,4 +1,4 @@
-"""Sampling with transformers: Gumbel-max over the truncated law, with noise hashed from a seed a row."""
+"""Sampling from a reference: Gumbel-max over the truncated law, with noise hashed from a seed a row."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _KEPT_COLUMNS = 512  # a longer shortlist is not kept: 12 bytes a column and tok
 
 
 class TransformersSampler:
-    """The protocol's in-process backend; any device, any causal language model of transformers.
+    """Draws where the reference runs: a model of transformers in this process, or an engine.
 
     Args:
-        reference: The frozen base model and its law.
+        reference: The frozen base model and its law (:class:`vgf_llm.sampling.engine_reference.EngineReference` too).
     """
 
     def __init__(self, reference: Reference) -> None:

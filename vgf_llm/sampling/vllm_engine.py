@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import tempfile
 import threading
@@ -144,6 +145,7 @@ class VLLMEngine:
 
 
 def _start(options: dict[str, Any]) -> Any:
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the newer runner has another interface for logits processors
     try:
         from vllm import LLM
     except ImportError as error:

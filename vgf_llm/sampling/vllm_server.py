@@ -3,7 +3,7 @@
 Every text is a request to ``/v1/completions`` of its own, as many at a time as the server writes side by side; its
 continuous batching does the rest. The server must run the plan processor and report enough log-probabilities:
 
-    python -m vllm.entrypoints.openai.api_server --model MODEL --max-logprobs 64
+    VLLM_USE_V2_MODEL_RUNNER=0 python -m vllm.entrypoints.openai.api_server --model MODEL --max-logprobs 64
         --logits-processors vgf_llm.sampling.vllm_processor:PlanProcessor
         --additional-config '{"vgf_table": "FOLDER"}'
 
