@@ -2,10 +2,10 @@
 
     python -m vgf_llm.control.report --runs outputs/control/cube_single/0 outputs/control/cube_single/1 ...
 
-An interval is a bootstrap over episodes, resampled within every seed; differences to the clone and to best-of-N are
-taken episode by episode, since all arms of a seed meet the same episodes. The budget that is best on the training seeds
-is also the one that luck has favoured there, so "best budget" takes for each seed the budget that scores best on the
-others.
+An interval is a bootstrap over episodes, resampled within every seed (the agents are taken as given); differences to
+the clone and to best-of-N are taken episode by episode, since all arms of a seed meet the same episodes. The budget
+that scores best on some seeds is also the one that luck has favoured there, so "best budget" takes for each seed the
+budget that scores best on the others.
 """
 
 from __future__ import annotations
