@@ -21,8 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.cost_models import CostModels
 from reward_models import modelling
 from vgf_llm.evaluation.arms import Arm
-from vgf_llm.sampling import transformers_sampler
-from vgf_llm.text import implicit_policy, tilted_path
+from vgf_llm.text import choosing, implicit_policy, tilted_path, tilted_step
 from vgf_llm.text import reference as reference_module
 from vgf_llm.text.prefix import PromptPrefix
 from vgf_llm.text.tilted_path import TiltedPath
@@ -34,15 +33,15 @@ _CALLS: tuple[tuple[Any, str, str], ...] = (
     (modelling, "compute_prefix", "prompts, once"),
     (PromptPrefix, "select", "copies of the prompt cache"),
     (PromptPrefix, "cache", "copies of the prompt cache"),
-    (transformers_sampler, "truncate", "top-k and log-softmax"),
+    (choosing, "truncate", "top-k and log-softmax"),
     (tilted_path, "truncate", "top-k and log-softmax"),
     (reference_module, "truncate", "top-k and log-softmax"),
-    (transformers_sampler, "gumbel_noise", "noise"),
+    (choosing, "gumbel_noise", "noise"),
     (implicit_policy, "gumbel_noise", "noise"),
-    (tilted_path, "ends_here", "noise"),
-    (TiltedPath, "_noise", "noise"),
+    (tilted_step, "ends_here", "noise"),
+    (tilted_step, "_noise", "noise"),
     (TiltedPath, "calibrate", "tilt: calibration"),
-    (TiltedPath, "_tilted", "tilt: each token"),
+    (tilted_step, "_tilted", "tilt: each token"),
     (implicit_policy, "move_particles", "flow around the value"),
 )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.progress import track
-from vgf_llm.settings import DecoderName, ModelSettings, SamplingSettings
+from vgf_llm.settings import BackendName, DecoderName, EngineSettings, ModelSettings, SamplingSettings
 
 Row = dict[str, Any]
 
@@ -47,6 +48,10 @@ class AnswerSettings:
     """Seed; a prompt's answer depends on it and on the prompt's position, not on the batch."""
     batch_prompts: int = 4
     """Prompts a batch, at least 1."""
+    backend: BackendName = "transformers"
+    """What runs the base model: transformers in this process, or a vllm engine."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """The vllm engine."""
 
     def __post_init__(self) -> None:
         """Validate ranges.
@@ -92,7 +97,7 @@ def answer(
     from vgf_llm.sampling import TransformersSampler
     from vgf_llm.text import ImplicitPolicy, row_seeds
 
-    pipeline = load_pipeline(models, sampling)
+    pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     encoded = encode_prompts(pipeline, list(prompts))
     todo = list(range(len(encoded)) if indices is None else indices)
     policy = ImplicitPolicy(
@@ -109,13 +114,14 @@ def answer(
         file=sys.stderr,
     )
     batches = [todo[start : start + settings.batch_prompts] for start in range(0, len(todo), settings.batch_prompts)]
-    for batch in track(batches, description):
-        try:
-            outcome = policy([encoded[i] for i in batch], row_seeds(settings.seed, batch, settings.num_particles))
-        except NonFiniteError as error:
-            index = batch[error.group]
-            raise NonFiniteError(f"prompt {index}: {error}", group=index, step=error.step) from error
-        yield batch, _rows([prompt_text(prompts[i]) for i in batch], outcome, pipeline.tokenizer)
+    with closing(pipeline):
+        for batch in track(batches, description):
+            try:
+                outcome = policy([encoded[i] for i in batch], row_seeds(settings.seed, batch, settings.num_particles))
+            except NonFiniteError as error:
+                index = batch[error.group]
+                raise NonFiniteError(f"prompt {index}: {error}", group=index, step=error.step) from error
+            yield batch, _rows([prompt_text(prompts[i]) for i in batch], outcome, pipeline.tokenizer)
 
 
 def _rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[Row]:

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vgf_llm.attention import group_attention
 from vgf_llm.errors import ModelError
@@ -80,9 +87,7 @@ def _with_adapter(folder: Path, dtype: torch.dtype, device: str, trust_remote_co
     from safetensors import SafetensorError
 
     try:
-        base_name = json.loads((folder / ADAPTER_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        base_name = DEFAULT_MODEL if Path(base_name).name == _EMBEDDED_FOLDER else base_name
-        base = load_causal_lm(base_name, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        base = load_causal_lm(base_model_name(str(folder)), dtype=torch.float32, trust_remote_code=trust_remote_code)
         adapted = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(_not_loaded("adapter", str(folder), error)) from error
@@ -90,6 +95,46 @@ def _with_adapter(folder: Path, dtype: torch.dtype, device: str, trust_remote_co
     for parameter in merged.parameters():  # buffers (rotary frequencies) stay in float32
         parameter.data = parameter.data.to(dtype)
     return merged.to(device).eval().requires_grad_(False)
+
+
+def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return a causal language model without weights: its configuration, its shapes and how it ends a text.
+
+    For a model that runs elsewhere. A folder that holds a PEFT adapter gives its base model's.
+
+    Raises:
+        ModelError: As for :func:`load_causal_lm`.
+    """
+    resolved = _resolve(base_model_name(name))
+    try:
+        config = AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        if (Path(resolved) / "generation_config.json").is_file() or not Path(resolved).is_dir():
+            model.generation_config = GenerationConfig.from_pretrained(resolved)
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_loaded("model", name, error)) from error
+    return model.eval().requires_grad_(False)
+
+
+def base_model_name(name: str) -> str:
+    """Return the base model of a folder that holds a PEFT adapter, and any other name as it is.
+
+    Raises:
+        ModelError: If the adapter does not say what it belongs to.
+    """
+    if name == DEFAULT_MODEL or not (Path(name) / ADAPTER_NAME).is_file():
+        return name
+    try:
+        found = json.loads((Path(name) / ADAPTER_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_loaded("adapter", name, error)) from error
+    return DEFAULT_MODEL if Path(found).name == _EMBEDDED_FOLDER else found
+
+
+def resolved_name(name: str) -> str:
+    """Return what other libraries know a model by: the folder of the embedded default, any other name as it is."""
+    return _resolve(name)
 
 
 def load_tokenizer(

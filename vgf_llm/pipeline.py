@@ -16,8 +16,10 @@ from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.errors import ConfigError, DataError, ModelError
-from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
-from vgf_llm.settings import DecoderName, ModelSettings, SamplingSettings, resolve_device
+from vgf_llm.models import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer
+from vgf_llm.sampling.backend import engine_reference
+from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.settings import DecoderName, EngineSettings, ModelSettings, SamplingSettings, resolve_device
 from vgf_llm.text.decoders import (
     BlockDecoder,
     EditDecoder,
@@ -38,14 +40,24 @@ class Pipeline:
     The gradient is the reward model's secant head where its folder has one, else the exact one.
     """
 
-    reference: Reference
+    reference: Reference | EngineReference
     value: RewardModel
     tokenizer: PreTrainedTokenizerBase
     gradient: GradientSource
 
+    def close(self) -> None:
+        """Let go of the engine, where there is one."""
+        if isinstance(self.reference, EngineReference):
+            self.reference.engine.close()
 
-def load_pipeline(models: ModelSettings, sampling: SamplingSettings) -> Pipeline:
+
+def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: EngineSettings | None = None) -> Pipeline:
     """Load the base model and the reward model.
+
+    Args:
+        models: Their names, dtype and device.
+        sampling: The reference law.
+        engine: Runs the base model in a vLLM engine; in this process without it.
 
     Raises:
         ConfigError: If no reward model is named.
@@ -63,16 +75,22 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings) -> Pipeline
         models.model_name_or_path, pad_token=models.pad_token, trust_remote_code=models.trust_remote_code
     )
     value = load_reward_model(models.reward_model, tokenizer=tokenizer, dtype=dtype, device=device)
-    base = load_causal_lm(
-        models.model_name_or_path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code
-    )
+    if engine is None:
+        base = load_causal_lm(
+            models.model_name_or_path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code
+        )
+    else:
+        base = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
     table_V, own_V = len(value.embedding_table_VD), base.get_input_embeddings().weight.shape[0]
     if table_V < len(tokenizer):
         raise ModelError(
             f"the reward model's table has {table_V} tokens, the tokenizer {len(tokenizer)} (base model: {own_V}); "
             "train the reward model on this base model"
         )
-    reference = Reference(base, sampling, eos_token_ids(base, tokenizer), tokenizer.pad_token_id)
+    if engine is None:
+        reference = Reference(base, sampling, eos_token_ids(base, tokenizer), tokenizer.pad_token_id)
+    else:
+        reference = engine_reference(models, sampling, engine, tokenizer, value.embedding_table_VD, device)
     return Pipeline(reference, value, tokenizer, load_gradient(models.reward_model, value))
 
 
@@ -91,7 +109,7 @@ def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
 
 
 def make_decoder(
-    name: DecoderName, reference: Reference, value: Value, options: dict[str, Any] | None = None
+    name: DecoderName, reference: Reference | EngineReference, value: Value, options: dict[str, Any] | None = None
 ) -> Decoder:
     """Return the decoder of that name.
 

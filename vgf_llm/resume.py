@@ -12,7 +12,7 @@ from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.io import write_json_atomic
 
 Config = dict[str, Any]
-_HOW = ("resume", "record", "batch_prompts", "output_dir")  # how a run is made, not what it makes
+_HOW = ("resume", "record", "batch_prompts", "output_dir", "engine")  # how a run is made, not what it makes
 
 
 def no_changes(before: Config, now: Config) -> list[str]:

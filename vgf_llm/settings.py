@@ -9,6 +9,8 @@ from vgf_llm.errors import ConfigError
 
 DecoderName = Literal["prior", "block", "edit", "edit_greedy", "pivot", "nearest"]
 
+BackendName = Literal["transformers", "vllm"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -55,6 +57,49 @@ class SamplingSettings:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """A vLLM engine: started here, or behind a URL."""
+
+    url: str | None = None
+    """URL of a running server, for example http://127.0.0.1:8000; an engine is started here when unset."""
+    served_model: str | None = None
+    """Name of the model, or of a LoRA, at that server; its first model when unset."""
+    memory_share: float = 0.3
+    """Share of the device's memory that the engine may take, in (0, 1]."""
+    kv_cache_gib: float | None = None
+    """Memory for keys and values, in GiB above 0; what the share leaves when unset (set it on a CPU)."""
+    tensor_parallel: int = 1
+    """Devices that share the model, at least 1."""
+    max_sequences: int = 64
+    """Texts written side by side, at least 1."""
+    eager: bool = False
+    """Start without compiling the model: sooner ready, slower after."""
+    timeout_sec: float = 300.0
+    """Seconds without a sign of life after which the engine is given up, above 0."""
+    start_timeout_sec: float = 1200.0
+    """Seconds that the engine may take to start, above 0."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"memory_share must be in (0, 1], got {self.memory_share}")
+        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
+            raise ValueError(f"kv_cache_gib must be null or above 0, got {self.kv_cache_gib}")
+        for name in ("tensor_parallel", "max_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("timeout_sec", "start_timeout_sec"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url must start with http:// or https://, got {self.url!r}")
 
 
 def resolve_device(device: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.settings import BackendName, EngineSettings
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class EvaluateSettings:
     """Seed of the first repetition; repetition i uses seed + i."""
     batch_prompts: int = 6
     """Prompts a batch, at least 1."""
+    backend: BackendName = "transformers"
+    """What runs the base model: transformers in this process, or a vllm engine."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """The vllm engine."""
     resume: bool = False
     """Go on with the rows that output_dir already holds; without it they are an error."""
     record: str | None = None

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -40,16 +41,17 @@ def work(
     todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     if not todo:
         return
-    pipeline = load_pipeline(models, sampling)
+    pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
     sizes = Sizes.of(pipeline.reference.model, pipeline.value)
     experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
     arms_left = sum(len(arms) for _, _, arms in todo)
     print(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go", file=sys.stderr)
-    for seed, indices, arms in track(todo, "evaluating"):
-        batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
-        for rows in experiment.rows(arms, batch, seed):
-            yield [row for row in rows if (row["arm"], row["seed"], row["prompt_index"]) not in done]
+    with closing(pipeline):
+        for seed, indices, arms in track(todo, "evaluating"):
+            batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
+            for rows in experiment.rows(arms, batch, seed):
+                yield [row for row in rows if (row["arm"], row["seed"], row["prompt_index"]) not in done]
 
 
 def _batches(

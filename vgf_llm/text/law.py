@@ -38,9 +38,15 @@ class Shortlist:
             temperature: The law's temperature.
         """
         token_1 = token.clamp(min=0).unsqueeze(-1)
-        known = ((self.ids == token_1) & ~torch.isinf(self.logps)).any(-1, keepdim=True)
         scaled = logits.float() / temperature
-        own = scaled.gather(-1, token_1) - scaled.gather(-1, self.ids[..., :1]) + self.logps[..., :1]
+        gap_1 = scaled.gather(-1, token_1) - scaled.gather(-1, self.ids[..., :1])
+        return self.including_gap(token, gap_1.squeeze(-1))
+
+    def including_gap(self, token: Tensor, gap: Tensor) -> Shortlist:
+        """As :meth:`including`, given log p(token) - log p(first column) [...] at the law's temperature."""
+        token_1 = token.clamp(min=0).unsqueeze(-1)
+        known = ((self.ids == token_1) & ~torch.isinf(self.logps)).any(-1, keepdim=True)
+        own = gap.unsqueeze(-1) + self.logps[..., :1]
         own = own.masked_fill(known | (token < 0).unsqueeze(-1), -torch.inf)
         return Shortlist(torch.cat([self.ids, token_1], -1), torch.cat([self.logps, own], -1).log_softmax(-1))
 
@@ -63,8 +69,19 @@ def truncate(logits: Tensor, sampling: SamplingSettings) -> Shortlist:
     """Apply temperature, top-k and top-p to ``logits`` [..., V] and return the shortlist that is left."""
     k = sampling.top_k or logits.shape[-1]
     values, ids = (logits.float() / sampling.temperature).topk(min(k, logits.shape[-1]), dim=-1)
+    return normalised(ids, values, sampling.top_p)
+
+
+def normalised(ids: Tensor, values: Tensor, top_p: float) -> Shortlist:
+    """Return the law over a list of tokens, most probable first, given their log-probabilities up to a constant.
+
+    Args:
+        ids: int64 [..., K].
+        values: float [..., K], temperature applied.
+        top_p: Probability mass that is kept.
+    """
     logps = values.log_softmax(-1)
-    if sampling.top_p < 1:
+    if top_p < 1:
         mass_before = logps.exp().cumsum(-1) - logps.exp()
-        logps = logps.masked_fill(mass_before >= sampling.top_p, -torch.inf).log_softmax(-1)
+        logps = logps.masked_fill(mass_before >= top_p, -torch.inf).log_softmax(-1)
     return Shortlist(ids, logps)

@@ -1,59 +1,25 @@
 """The tilted law along responses that are written again, token by token, and the noise that ties them to their drafts.
 
 A draft is a text with the law before each of its tokens: an original of the sampler, or a block that was just drafted.
-At position t, over the draft's shortlist (plus y_t while nothing has changed),
-
-    b_t(v) = <Delta_t, e_v - e_{y_t}>,        q_t(v) ∝ p_t(v) exp(s b_t(v)),
-
-and the token is argmax_v(log q_t(v) + g_t(v)) with the draft's own Gumbel noise, drawn from its posterior given y
-(or coupled maximally: :mod:`vgf_llm.text.coupling`).
+What happens at one token is :mod:`vgf_llm.text.tilted_step`; here is the state of whole responses.
 Shared by the decoders ``prior`` (the draft is the original) and ``block`` (the draft is renewed block by block).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgf_llm.text.coupling import draft_noise, maximally_coupled
+from vgf_llm.text.choosing import RowPlan, law_rule
 from vgf_llm.text.law import Shortlist, truncate
-from vgf_llm.text.noise import gumbel_noise
 from vgf_llm.text.protocols import Move, Work
 from vgf_llm.text.reference import Reference, ReferencePrefix
 from vgf_llm.text.responses import Responses, is_any_of
-from vgf_llm.text.tilt import calibrate_multiplier, capped_multiplier, kl_divergence, linear_bonus, tilt
-
-_ENDS, _GOES_ON = -1, -2  # the noise of "does it end here", beside that of the tokens
-_LARGEST_TILT = 2.0**20  # nats between two tokens; more than any law leaves room for
-
-
-@dataclass(frozen=True)
-class TiltOptions:
-    """How a law is tilted and how its draws are coupled; :class:`vgf_llm.text.PriorDecoder` says what is what.
-
-    Attributes:
-        multiplier: One a ``response``, or one a ``token``.
-        coupling: ``gumbel`` or ``maximal`` (:mod:`vgf_llm.text.coupling`).
-        after_change: Whether a row that no longer equals its draft is to ``keep`` its tilt or ``drop`` it.
-    """
-
-    multiplier: Literal["response", "token"] = "response"
-    coupling: Literal["gumbel", "maximal"] = "gumbel"
-    after_change: Literal["keep", "drop"] = "keep"
-
-    def __post_init__(self) -> None:
-        """Validate the names.
-
-        Raises:
-            ValueError: Naming the option and the value seen.
-        """
-        for name, hint in get_type_hints(TiltOptions).items():
-            if getattr(self, name) not in get_args(hint):
-                raise ValueError(f"{name} must be {' or '.join(get_args(hint))}, got {getattr(self, name)!r}")
+from vgf_llm.text.tilt import calibrate_multiplier, linear_bonus
+from vgf_llm.text.tilted_step import DraftTokens, TiltedRows, TiltOptions, tilted_token
 
 
 def laws_of(reference: Reference, context: ReferencePrefix, responses: Responses) -> tuple[Shortlist, Work]:
@@ -65,18 +31,11 @@ def laws_of(reference: Reference, context: ReferencePrefix, responses: Responses
     return Shortlist(law.ids.flatten(0, -3), law.logps.flatten(0, -3)), work
 
 
-def ends_here(law: Shortlist, is_eos_RK: Tensor, seeds_R: Tensor, position: int) -> Tensor:
-    """Decide by fresh noise, with the reference's probability of EOS, whether a row ends here; bool [R]."""
-    noise_R2 = gumbel_noise(seeds_R, position, seeds_R.new_tensor([_ENDS, _GOES_ON]).expand(len(seeds_R), 2))
-    end_R = law.logps.masked_fill(~is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 0]
-    go_on_R = law.logps.masked_fill(is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 1]
-    return end_R > go_on_R
-
-
 class TiltedPath:
     """The state of one decode: which rows still equal their draft, and the nats spent so far.
 
-    Everything of the drafts is padded to the length that may be written, so that a position is one column of each.
+    A :class:`vgf_llm.text.choosing.Chooser`. Everything of the drafts is padded to the length that may be written, so
+    that a position is one column of each.
 
     Args:
         reference: The frozen base model and its law.
@@ -112,69 +71,65 @@ class TiltedPath:
         self.multiplier_R = calibrate_multiplier(
             law.logps,
             linear_bonus(self.table_VD, self.displacement_RTD[:, columns], self.tokens_RT[:, columns], law.ids),
-            self._is_eos(law.ids),
+            is_any_of(law.ids, self.eos_ids),
             self.movable_RT[:, columns],
             nats,
             self.max_token_nats,
         )
 
-    def choose(self, logits_RV: Tensor, position: int) -> Tensor:
+    def __call__(self, logits_RV: Tensor, position: int) -> Tensor:
         """Pick the next token of every row: whether it ends by the reference's law, else text by the tilted law."""
-        as_draft_R = self.unchanged_R & self.coupled_R & self.inside_RT[:, position]
-        law = self._law_here(logits_RV, as_draft_R, position)
-        is_eos_RK = self._is_eos(law.ids)
-        logq_RK, nats_R = self._tilted(law, is_eos_RK, position)
-        fresh_ends_R = ends_here(law, is_eos_RK, self.seeds_R, position)
-        ends_R = torch.where(as_draft_R, ~self.movable_RT[:, position], fresh_ends_R)
-        allowed_RK = is_eos_RK == ends_R.unsqueeze(-1)
-        scores_RK = (logq_RK + self._noise(law, position)).masked_fill(~allowed_RK, -torch.inf)
-        token_R = law.ids.gather(-1, scores_RK.argmax(-1, keepdim=True)).squeeze(-1)
-        if self.options.coupling == "maximal":
-            coupled_R = maximally_coupled(logq_RK, law, self.tokens_RT[:, position], self.seeds_R, position)
-            token_R = torch.where(as_draft_R & ~ends_R, coupled_R, token_R)
-        token_R = torch.where(as_draft_R & ends_R, self.tokens_RT[:, position], token_R)
-        self.nats_R += nats_R.masked_fill(self.done_R, 0)
-        self.done_R = self.done_R | ends_R
+        return self._step(truncate(logits_RV, self.sampling), position, None)
+
+    def follow(self, law: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:
+        """Take over what an engine wrote; see :class:`vgf_llm.text.choosing.Chooser`."""
+        self.done_R = self.done_R | ~live_R
+        return self._step(law, position, token_R)
+
+    def _step(self, law: Shortlist, position: int, given_R: Tensor | None) -> Tensor:
+        """Pick a token, and go on from it, or from the one that is given."""
+        picked = tilted_token(
+            law, self._draft(position), self._rows(), position, self.table_VD, self.eos_ids, self.options
+        )
+        token_R = picked.token_R if given_R is None else given_R
+        self.nats_R += picked.nats_R.masked_fill(self.done_R, 0)
+        self.done_R = self.done_R | is_any_of(token_R, self.eos_ids)
         same_R = (token_R == self.tokens_RT[:, position]) & self.inside_RT[:, position]
         self.unchanged_R = self.unchanged_R & same_R
-        return token_R
+        return picked.token_R
 
-    def _is_eos(self, ids: Tensor) -> Tensor:
-        return is_any_of(ids, self.eos_ids)
-
-    def _law_here(self, logits_RV: Tensor, as_draft_R: Tensor, position: int) -> Shortlist:
-        """The reference's law here; on rows that still equal their draft, the one that the draft comes with."""
-        law = truncate(logits_RV, self.sampling)
-        use_R1, missing = as_draft_R.unsqueeze(-1), self.law.ids.shape[-1] - law.ids.shape[-1]
-        return Shortlist(
-            torch.where(use_R1, self.law.ids[:, position], pad(law.ids, (0, missing))),
-            torch.where(use_R1, self.law.logps[:, position], pad(law.logps, (0, missing), value=-torch.inf)),
+    def _draft(self, position: int) -> DraftTokens:
+        return DraftTokens(
+            self.tokens_RT[:, position],
+            self.inside_RT[:, position],
+            self.movable_RT[:, position],
+            self.displacement_RTD[:, position],
+            Shortlist(self.law.ids[:, position], self.law.logps[:, position]),
         )
 
-    def _tilted(self, law: Shortlist, is_eos_RK: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Return log q [R, K] and the KL spent at this position [R], within the cap and within what is left."""
-        bonus_RK = linear_bonus(self.table_VD, self.displacement_RTD[:, position], self.tokens_RT[:, position], law.ids)
-        wanted_R = self.multiplier_R
-        left_R = (self.nats - self.nats_R).clamp(min=0, max=self.max_token_nats)
-        if self.options.multiplier == "token":  # as far as a token's own share of the nats allows
-            barred_RK = is_eos_RK | torch.isinf(law.logps)
-            bonus_RK = bonus_RK.masked_fill(barred_RK, 0)
-            largest_R = bonus_RK.abs().amax(-1)
-            wanted_R = _LARGEST_TILT / largest_R.clamp(min=1e-30) * (largest_R > 0) * (self.nats > 0)
-            left_R = torch.minimum(left_R, self.nats / self.movable_RT.sum(-1).clamp(min=1))
-        wanted_R = wanted_R * self.movable_RT[:, position]
-        if self.options.after_change == "drop":
-            wanted_R = wanted_R * self.unchanged_R
-        logq_RK = tilt(
-            law.logps, bonus_RK, capped_multiplier(law.logps, bonus_RK, wanted_R, is_eos_RK, left_R), is_eos_RK
+    def _rows(self) -> TiltedRows:
+        return TiltedRows(
+            self.seeds_R,
+            self.coupled_R,
+            self.unchanged_R,
+            self.multiplier_R,
+            self.nats - self.nats_R,
+            torch.full_like(self.nats_R, self.max_token_nats),
+            self.nats / self.movable_RT.sum(-1).clamp(min=1),
         )
-        return logq_RK, kl_divergence(logq_RK, law.logps)
 
-    def _noise(self, law: Shortlist, position: int) -> Tensor:
-        """Gumbel noise that picks the text: the draft's own, or fresh where the coupling has no use for it."""
-        if self.options.coupling == "maximal":
-            return gumbel_noise(self.seeds_R, position, law.ids)
-        ids_RK = self.law.ids[:, position]
-        without_RK = self._is_eos(ids_RK) | ~self.movable_RT[:, position].unsqueeze(-1)
-        draft_law = Shortlist(ids_RK, self.law.logps[:, position].masked_fill(without_RK, -torch.inf))
-        return draft_noise(law, draft_law, self.tokens_RT[:, position], self.coupled_R, self.seeds_R, position)
+    def plans(self, start_R: Tensor, tokens: int) -> list[RowPlan]:
+        """Return each row's draft from ``start_R`` on, its displacement, multiplier, noise and nats that are left."""
+        rule = {**law_rule(self.sampling), "eos_ids": list(self.eos_ids), **asdict(self.options)}
+        rows, plans = self._rows(), []
+        whole = {"token": self.tokens_RT.int(), "inside": self.inside_RT, "movable": self.movable_RT}
+        whole |= {"displacement": self.displacement_RTD, "law_ids": self.law.ids.int(), "law_logps": self.law.logps}
+        for row, start in enumerate(start_R.tolist()):
+            columns = slice(start, start + tokens)
+            numbers = (rows.multiplier_R[row], rows.left_R[row], rows.cap_R[row], rows.share_R[row])
+            tensors = {name: tensor[row, columns] for name, tensor in whole.items()}
+            tensors["seed"], tensors["start"] = self.seeds_R[row], start_R[row].long()
+            tensors["coupled"], tensors["unchanged"] = self.coupled_R[row], self.unchanged_R[row]
+            tensors["numbers"] = torch.stack([number.float() for number in numbers])
+            plans.append(RowPlan("tilt", rule, tensors))
+        return plans

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgf_llm.text.law import Shortlist, truncate
-from vgf_llm.text.noise import combine_seeds, gumbel_noise
+from vgf_llm.text.choosing import Draws
+from vgf_llm.text.law import Shortlist
+from vgf_llm.text.noise import combine_seeds
 from vgf_llm.text.protocols import Decoded, Move, Work
 from vgf_llm.text.reference import Reference, ReferencePrefix
 from vgf_llm.text.responses import Responses, is_any_of, mask_after_eos
-from vgf_llm.text.tilted_path import TiltedPath, ends_here, laws_of
+from vgf_llm.text.tilted_path import TiltedPath, laws_of
 
 _DRAFT_STREAM = 0xD4AF7
 
@@ -70,7 +71,7 @@ class BlockDecoder:
             text.draft(rows, block)
             text.transport(block)
             done_R = text.path.done_R
-            tokens_RT, rows = self.reference.extend(rows, block, text.path.choose, done_R)
+            tokens_RT, rows = self.reference.extend(rows, block, text.path, done_R)
             text.keep(tokens_RT, done_R, block)
             if bool(text.path.done_R.all()):
                 break
@@ -105,21 +106,12 @@ class _Text:
         if len(rows_X) == 0:
             return
         seeds_X = combine_seeds(path.seeds_R[rows_X], _DRAFT_STREAM)
-        laws: list[Shortlist] = []
-
-        def choose(logits_XV: Tensor, position: int) -> Tensor:
-            law = truncate(logits_XV, path.sampling)
-            laws.append(law)
-            is_eos_XK = is_any_of(law.ids, path.eos_ids)
-            barred_XK = is_eos_XK != ends_here(law, is_eos_XK, seeds_X, position).unsqueeze(-1)
-            scores_XK = (law.logps + gumbel_noise(seeds_X, position, law.ids)).masked_fill(barred_XK, -torch.inf)
-            return law.ids.gather(-1, scores_XK.argmax(-1, keepdim=True)).squeeze(-1)
-
-        tokens_XT, _ = self.decoder.reference.extend(rows.select(rows_X), block, choose)
+        draws = Draws(path.sampling, seeds_X, ends_first=path.eos_ids, kept_columns=path.law.ids.shape[-1])
+        tokens_XT, _ = self.decoder.reference.extend(rows.select(rows_X), block, draws)
         inside_XT = mask_after_eos(tokens_XT, path.eos_ids)
         missing = len(block) - tokens_XT.shape[1]
-        columns_missing = path.law.ids.shape[-1] - laws[0].ids.shape[-1]
-        law = Shortlist(torch.stack([one.ids for one in laws], 1), torch.stack([one.logps for one in laws], 1))
+        law = draws.law()
+        columns_missing = path.law.ids.shape[-1] - law.ids.shape[-1]
         path.law.ids[rows_X, columns] = pad(law.ids, (0, columns_missing, 0, missing))
         path.law.logps[rows_X, columns] = pad(law.logps, (0, columns_missing, 0, missing), value=-torch.inf)
         path.tokens_RT[rows_X, columns] = pad(tokens_XT, (0, missing), value=self.move.responses.pad_id)

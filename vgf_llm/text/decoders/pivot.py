@@ -30,12 +30,14 @@ rewrite, which is not counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vgf_llm.text.choosing import RowPlan, law_rule
 from vgf_llm.text.law import Shortlist, truncate
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.path import Path, chosen, own_logps, path_of
@@ -82,7 +84,7 @@ class PivotDecoder:
         rho_BNT = _position_law(path, responses, here.displacement_BNTD)
         pivot_BN = _draw(rho_BNT, combine_seeds(seeds_BN, _POSITION))
         regrowth = _Regrowth(self, move, responses, here.displacement_BNTD, path.law, pivot_BN, seeds_BN)
-        written = self.reference.rewrite(context, responses, pivot_BN, regrowth.choose)
+        written = self.reference.rewrite(context, responses, pivot_BN, regrowth)
         new_path = Path(regrowth.law, own_logps(regrowth.law, written))
         there = _padded_moved(move.flow(written), length)
         work += Work.of(written.lengths_BN, reference=1, value=move.flow_passes)
@@ -129,11 +131,47 @@ class PivotDecoder:
 
     def tilted_law(self, move: Move, law: Shortlist, displacement: Tensor, token: Tensor) -> Shortlist:
         """Return q at positions [...]: the law tilted by the displacement, within the cap a token."""
-        bonus = linear_bonus(self.table_VD, displacement, token, law.ids)
-        is_eos = is_any_of(law.ids, move.responses.eos_ids)
-        one = torch.ones(law.logps.shape[:-1], dtype=law.logps.dtype, device=law.logps.device)
-        multiplier = capped_multiplier(law.logps, bonus, one, is_eos, move.budget.max_token_nats)
-        return Shortlist(law.ids, tilt(law.logps, bonus, multiplier, is_eos))
+        cap = torch.full_like(law.logps[..., 0], move.budget.max_token_nats)
+        return _tilted_law(law, displacement, token, self.table_VD, move.responses.eos_ids, cap)
+
+
+def regrown_token(
+    law: Shortlist,
+    displacement_RD: Tensor,
+    old_token_R: Tensor,
+    is_tilted_R: Tensor,
+    seeds_R: Tensor,
+    position_R: Tensor,
+    table_VD: Tensor,
+    eos_ids: Sequence[int],
+    cap_R: Tensor,
+) -> Tensor:
+    """Draw the next token of every row, int64 [R]: from the tilted law at and after the pivot, then the reference's.
+
+    Args:
+        law: The reference's law [R, K] here.
+        displacement_RD: Delta of the old text here; 0 beyond its end.
+        old_token_R: What stands here in the old text.
+        is_tilted_R: Whether this position is one of the tilted.
+        seeds_R: int64, seeds of the new text.
+        position_R: Place in the response.
+        table_VD: Input embeddings that the particles live in.
+        eos_ids: Ids that end a response.
+        cap_R: Largest KL at one token, in nats.
+    """
+    tilted = _tilted_law(law, displacement_RD, old_token_R, table_VD, eos_ids, cap_R)
+    logps_RK = torch.where(is_tilted_R.unsqueeze(-1), tilted.logps, law.logps)
+    noise_RK = gumbel_noise(combine_seeds(seeds_R, position_R), 0, law.ids)
+    return law.ids.gather(-1, (logps_RK + noise_RK).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _tilted_law(
+    law: Shortlist, displacement: Tensor, token: Tensor, table_VD: Tensor, eos_ids: Sequence[int], cap: Tensor
+) -> Shortlist:
+    bonus = linear_bonus(table_VD, displacement, token, law.ids)
+    is_eos = is_any_of(law.ids, eos_ids)
+    multiplier = capped_multiplier(law.logps, bonus, torch.ones_like(law.logps[..., 0]), is_eos, cap)
+    return Shortlist(law.ids, tilt(law.logps, bonus, multiplier, is_eos))
 
 
 @dataclass
@@ -157,26 +195,50 @@ class _Regrowth:
         self.law = Shortlist(self.old_law.ids.clone(), self.old_law.logps.masked_fill(~before_BNT1, -torch.inf))
         self.text_seeds_R = combine_seeds(self.seeds_BN.flatten(), _TEXT)
 
-    def choose(self, logits_RV: Tensor, position_R: Tensor) -> Tensor:
+    def __call__(self, logits_RV: Tensor, position_R: Tensor) -> Tensor:
         """Draw the next token of every row: from the tilted law at the pivot, from the reference's after it."""
-        law = truncate(logits_RV, self.decoder.reference.sampling)
+        return self._drawn(truncate(logits_RV, self.decoder.reference.sampling), position_R, None)
+
+    def follow(self, law: Shortlist, position_R: Tensor, token_R: Tensor, live_R: Tensor) -> Tensor:
+        """Take over the laws that an engine met; see :class:`vgf_llm.text.choosing.Chooser`."""
+        return self._drawn(law, position_R, live_R)
+
+    def _drawn(self, law: Shortlist, position_R: Tensor, live_R: Tensor | None) -> Tensor:
         missing = self.old_law.ids.shape[-1] - law.ids.shape[-1]
         law = Shortlist(pad(law.ids, (0, missing)), pad(law.logps, (0, missing), value=-torch.inf))
-        live_R = position_R < self.old_law.ids.shape[2]
+        inside_R = position_R < self.old_law.ids.shape[2]
+        live_R = inside_R if live_R is None else inside_R & live_R
         position_R = position_R.clamp(max=self.old_law.ids.shape[2] - 1)
         rows_R = torch.arange(len(position_R), device=position_R.device)
-        tilted = self.decoder.tilted_law(
-            self.move,
+        self.law.ids.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = law.ids[live_R]
+        self.law.logps.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = law.logps[live_R]
+        return regrown_token(
             law,
             self.displacement_BNTD.flatten(0, 1)[rows_R, position_R],
             self.start.tokens_BNT.flatten(0, 1)[rows_R, position_R],
+            position_R - self.pivot_BN.flatten() < self.decoder.tilted_tokens,
+            self.text_seeds_R,
+            position_R,
+            self.decoder.table_VD,
+            self.move.responses.eos_ids,
+            torch.full_like(law.logps[..., 0], self.move.budget.max_token_nats),
         )
-        is_tilted_R1 = (position_R - self.pivot_BN.flatten() < self.decoder.tilted_tokens).unsqueeze(-1)
-        logps_RK = torch.where(is_tilted_R1, tilted.logps, law.logps)
-        self.law.ids.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = law.ids[live_R]
-        self.law.logps.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = law.logps[live_R]
-        noise_RK = gumbel_noise(combine_seeds(self.text_seeds_R, position_R), 0, law.ids)
-        return law.ids.gather(-1, (logps_RK + noise_RK).argmax(-1, keepdim=True)).squeeze(-1)
+
+    def plans(self, start_R: Tensor, tokens: int) -> list[RowPlan]:
+        """Return the displacement and the old tokens of each row's tilted positions, its noise and its cap."""
+        rule = {**law_rule(self.decoder.reference.sampling), "eos_ids": list(self.move.responses.eos_ids)}
+        displacement_RTD, tokens_RT = self.displacement_BNTD.flatten(0, 1), self.start.tokens_BNT.flatten(0, 1).int()
+        tilted, plans = min(self.decoder.tilted_tokens, tokens), []
+        for row, start in enumerate(start_R.tolist()):
+            tensors = {
+                "displacement": pad(displacement_RTD[row, start : start + tilted], (0, 0, 0, tilted))[:tilted],
+                "token": pad(tokens_RT[row, start : start + tilted], (0, tilted))[:tilted],
+                "seed": self.text_seeds_R[row],
+                "start": start_R[row].long(),
+                "numbers": displacement_RTD.new_tensor([self.move.budget.max_token_nats]).float(),
+            }
+            plans.append(RowPlan("regrow", rule, tensors))
+        return plans
 
 
 def _position_law(path: Path, responses: Responses, displacement_BNTD: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ from torch import Tensor
 
 from vgf_llm.text.protocols import Decoded, Move, Work
 from vgf_llm.text.reference import Reference, ReferencePrefix
-from vgf_llm.text.tilted_path import TiltedPath, TiltOptions, laws_of
+from vgf_llm.text.tilted_path import TiltedPath, laws_of
+from vgf_llm.text.tilted_step import TiltOptions
 
 
 class PriorDecoder:
@@ -80,5 +81,5 @@ class PriorDecoder:
         law, work = laws_of(self.reference, context, move.responses)
         path = TiltedPath(self.reference, self.table_VD, move, law, self.options)
         path.calibrate(slice(None), move.nats)
-        written = self.reference.write(context, n, path.choose)
+        written = self.reference.write(context, n, path)
         return Decoded(written, path.nats_R.view(-1, n), work + Work.of(written.lengths_BN, reference=1))

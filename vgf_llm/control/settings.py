@@ -1,0 +1,184 @@
+"""Options of the control commands; nothing heavy is imported here, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vgf_llm.flow.budget import TransportBudget
+
+
+def training_budget() -> TransportBudget:
+    """The authors' budget: one adam step of 0.1 with the rbf kernel, temperature 1."""
+    return TransportBudget(steps=1, step="adam", step_size=0.1, kernel="rbf")
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """The agent; the defaults are those of the authors' published code."""
+
+    clone: Literal["flow", "gaussian"] = "flow"
+    """Reference distribution: flow matching, or a Gaussian with one spread for all states."""
+    euler_steps: int = 10
+    """Euler steps of the flow clone, at least 1."""
+    clone_hidden: list[int] = field(default_factory=lambda: [512, 512, 512, 512])
+    """Widths of the clone's hidden layers."""
+    critic_hidden: list[int] = field(default_factory=lambda: [512, 512, 512, 512])
+    """Widths of the critics' (and the gradient network's) hidden layers; layer norm is on."""
+    num_particles: int = 10
+    """Particles N a state, at least 1."""
+    budget: TransportBudget = field(default_factory=training_budget)
+    """Training budget: moves the next state's particles before they enter the TD target."""
+    critic_loss: Literal["td", "expectile", "sql"] = "td"
+    """Loss of the critics on target - Q."""
+    expectile: float = 0.9
+    """Level of the expectile loss, in (0, 1)."""
+    sql_alpha: float = 1.0
+    """Alpha of the sql loss, above 0, in units of the value."""
+    target_pool: Literal["mean", "max"] = "mean"
+    """How a TD target joins the next state's particles."""
+    target_q: Literal["min", "mean"] = "min"
+    """How critics are joined in the TD target and in the selection of a particle."""
+    flow_q: Literal["min", "mean"] = "mean"
+    """How critics are joined where the flow climbs them."""
+    select: Literal["max", "softmax", "random"] = "max"
+    """How one of the moved particles becomes the action."""
+    select_temperature: float = 1.0
+    """Temperature of the softmax selection, above 0, in units of the value."""
+    amortised: bool = False
+    """Whether a network f(s, a), regressed on the critics' gradient, moves the particles in its place."""
+    discount: float = 0.99
+    """Discount gamma, in [0, 1)."""
+    average_rate: float = 0.005
+    """Rate tau of the averaged critics, in (0, 1]."""
+    learning_rate: float = 3.0e-4
+    """Adam's learning rate for clone, critics and gradient network, above 0."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        for key in ("euler_steps", "num_particles"):
+            _at_least(self, key, 1)
+        for key in ("clone_hidden", "critic_hidden"):
+            if not getattr(self, key) or min(getattr(self, key)) < 1:
+                raise ValueError(f"{key} must list at least one width, each at least 1, got {getattr(self, key)}")
+        for key in ("sql_alpha", "select_temperature", "learning_rate"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ValueError(f"{key} must be a finite number above 0, got {getattr(self, key)}")
+        if not 0 < self.expectile < 1:
+            raise ValueError(f"expectile must be in (0, 1), got {self.expectile}")
+        if not 0 <= self.discount < 1:
+            raise ValueError(f"discount must be in [0, 1), got {self.discount}")
+        if not 0 < self.average_rate <= 1:
+            raise ValueError(f"average_rate must be in (0, 1], got {self.average_rate}")
+        if self.amortised and self.budget.kernel == "rbf":
+            raise ValueError("amortised moves each particle on its own: set budget.kernel to none")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What to learn from."""
+
+    env: str | None = None
+    """Single-task data set of OGBench, gymnasium id, or package.module:function; null trains without evaluation."""
+    data: str | None = None
+    """OGBench .npz, D4RL .hdf5 or Minari folder; null has OGBench's package fetch the data of env."""
+    reward_shift: float = 0.0
+    """Added to every reward of the data and of online steps (D4RL antmaze: -1)."""
+    normalise_returns: bool = False
+    """Whether rewards are scaled by 1000 / (largest - smallest episode return), as for D4RL's locomotion."""
+    score_min: float = 0.0
+    """Return that scores 0 where the task has no success of its own (D4RL: the random policy's)."""
+    score_max: float | None = None
+    """Return that scores 100 (D4RL: the expert's); null reports success rates, or returns as they are."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long, how often, and where to."""
+
+    output_dir: str = "outputs/control/run"
+    """Folder of the run; each seed should have its own."""
+    seed: int = 0
+    """Seed of initialisation, batches, noise and episodes, at least 0."""
+    offline_steps: int = 1_000_000
+    """Gradient steps on the data, at least 0."""
+    online_steps: int = 0
+    """Environment steps after them, each with one gradient step on data and new transitions together."""
+    online_warmup: int = 5000
+    """Online steps before the first of their gradient steps, at least 0."""
+    online_flow_steps: int = 0
+    """Flow steps of the actions tried online; 0 is best-of-N."""
+    clone_steps: int = 0
+    """Gradient steps on the clone alone before all others; required with cached_samples."""
+    cached_samples: int = 0
+    """Samples of the clone drawn once for every next state, after which the clone stays as it is; 0 draws anew."""
+    batch_size: int = 256
+    """Transitions a gradient step, at least 1."""
+    eval_every_steps: int = 100_000
+    """Gradient steps between evaluations; the last step is always evaluated."""
+    eval_episodes: int = 50
+    """Episodes of each test budget."""
+    test_steps: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
+    """Flow steps to evaluate; 0 is best-of-N."""
+    test_step_sizes: list[float] = field(default_factory=lambda: [0.1])
+    """Step sizes that each of test_steps above 0 is evaluated with, above 0."""
+    log_every_steps: int = 1000
+    """Gradient steps between lines of metrics.jsonl, at least 1."""
+    save_every_steps: int = 100_000
+    """Gradient steps between checkpoints, at least 1."""
+    save_total_limit: int | None = 2
+    """Checkpoints kept, at least 1; null keeps all."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint of output_dir, where there is one."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers besides metrics.jsonl: tensorboard, wandb."""
+    device: str = "auto"
+    """Torch device, or auto: cuda where there is one, else cpu."""
+    compile: bool = False
+    """Whether networks are compiled (torch.compile); worth it on a GPU."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        for key in ("seed", "offline_steps", "online_steps", "online_warmup", "online_flow_steps", "clone_steps"):
+            _at_least(self, key, 0)
+        for key in ("batch_size", "eval_every_steps", "eval_episodes", "log_every_steps", "save_every_steps"):
+            _at_least(self, key, 1)
+        _at_least(self, "cached_samples", 0)
+        if self.save_total_limit is not None:
+            _at_least(self, "save_total_limit", 1)
+        if not self.test_steps or min(self.test_steps) < 0:
+            raise ValueError(f"test_steps must list at least one number, none below 0, got {self.test_steps}")
+        if not self.test_step_sizes or not all(0 < size < float("inf") for size in self.test_step_sizes):
+            raise ValueError(f"test_step_sizes must list finite numbers above 0, got {self.test_step_sizes}")
+        if self.cached_samples and not self.clone_steps:
+            raise ValueError("cached_samples needs clone_steps above 0: what is cached is drawn from a trained clone")
+        if self.cached_samples and self.online_steps:
+            raise ValueError("cached_samples holds for the data's states only: set online_steps to 0")
+        unknown = set(self.report_to) - {"tensorboard", "wandb"}
+        if unknown:
+            raise ValueError(f"report_to knows tensorboard and wandb, got {', '.join(sorted(unknown))}")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return self.clone_steps + self.offline_steps + self.online_steps
+
+    @property
+    def folder(self) -> Path:
+        """output_dir as a path."""
+        return Path(self.output_dir)
+
+
+def _at_least(settings: Any, key: str, least: int) -> None:
+    value = getattr(settings, key)
+    if value < least:
+        raise ValueError(f"{key} must be at least {least}, got {value}")

@@ -1,0 +1,164 @@
+"""Trains an agent on a data set and evaluates it under several budgets.
+
+    python -m vgf_llm.control.train --config recipes/control/cube_single_cpu.yaml --seed 0 --output_dir outputs/cube/0
+    python -m vgf_llm.control.train --config ... --resume                        goes on, bit for bit
+    python -m vgf_llm.control.train --config ... --only_evaluate --test_steps 1 2   other budgets, no training
+
+The folder holds checkpoints that are whole or absent, metrics.jsonl, evaluations.jsonl (a line an arm, with the
+returns of all episodes) and the figure of score against budget. Seeds are joined by `vgf_llm.control.report`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vgf_llm.cli import run_main
+from vgf_llm.config import dump, parse
+from vgf_llm.control.settings import AgentSettings, DataSettings, TrainSettings
+from vgf_llm.errors import ConfigError
+from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.settings import resolve_device
+from vgf_llm.training.checkpoint import newest_whole
+from vgf_llm.training.manifest import check_identity, verify
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True)
+class ScriptSettings:
+    """What the command does."""
+
+    only_evaluate: bool = False
+    """Evaluate the newest checkpoint of output_dir under test_steps and test_step_sizes, without training."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the last line of standard output is JSON with the final score of each arm."""
+    script, settings, data, agent = parse(
+        ScriptSettings,
+        TrainSettings,
+        DataSettings,
+        AgentSettings,
+        argv=argv,
+        prog="python -m vgf_llm.control.train",
+        description="Offline and offline-to-online reinforcement learning by Value Gradient Flow.",
+    )
+    rows = run(settings, data, agent, only_evaluate=script.only_evaluate)
+    print(json.dumps({row["arm"]: row["score"] for row in rows}))
+    return 0
+
+
+def run(
+    settings: TrainSettings, data: DataSettings, agent: AgentSettings, only_evaluate: bool = False
+) -> list[dict[str, Any]]:
+    """Train, evaluate and save.
+
+    Returns:
+        The rows of the last evaluation, one an arm; empty without an environment.
+
+    Raises:
+        VGFError: An option, a data file, a checkpoint or the output folder does not fit.
+    """
+    folder = check_writable(settings.output_dir)
+    checkpoint = newest_whole(folder)
+    if checkpoint is not None and not (settings.resume or only_evaluate):
+        raise ConfigError(f"output_dir: '{folder}' holds {checkpoint.name}; go on with --resume or name another folder")
+    if checkpoint is None and only_evaluate:
+        raise ConfigError(f"output_dir: '{folder}' holds no whole checkpoint to evaluate")
+    trainer = _build(settings, data, agent)
+    start = 0
+    if checkpoint is not None:
+        from vgf_llm.control.saving import restore
+
+        manifest = verify(checkpoint)
+        check_identity(manifest, trainer.identity)
+        restore(checkpoint, trainer.agent, trainer.buffer)
+        start = manifest.step
+        print(f"going on from '{checkpoint}'", file=sys.stderr)
+    if only_evaluate:
+        return trainer.evaluate(start)
+    write_json_atomic(folder / CONFIG_NAME, dump(settings, data, agent))
+    rows = trainer.run(start)
+    if rows:
+        from vgf_llm.control.report import write_figure
+
+        write_figure([folder])
+    return rows
+
+
+def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSettings) -> Any:
+    """Load the data and put the parts of a run together."""
+    import torch
+
+    from vgf_llm.control.agent import ControlAgent
+    from vgf_llm.control.data import Buffer
+    from vgf_llm.control.envs import bounds_of, make_env
+    from vgf_llm.control.evaluation import Evaluator
+    from vgf_llm.control.loaders import load
+    from vgf_llm.control.trainer import OnlineEpisodes, Trainer
+
+    device = resolve_device(settings.device)
+    env = bounds = None
+    if data.env is not None:
+        env = make_env(data.env)
+        bounds = bounds_of(env, data.env)
+    elif settings.online_steps:
+        raise ConfigError("online_steps needs an environment: set env")
+    transitions = load(data.data, data.env, env, bounds)
+    digest = transitions.digest()
+    transitions, scale = transitions.with_rewards(data.reward_shift, data.normalise_returns)
+    if env is not None and bounds is not None:
+        _check_sizes(data, env, transitions)
+    torch.manual_seed(settings.seed)
+    agent = ControlAgent(agent_settings, transitions.observations.shape[1], transitions.actions.shape[1])
+    evaluator = online = None
+    if data.env is not None and bounds is not None:
+        name = data.env
+        evaluator = Evaluator(lambda: make_env(name), bounds, settings.eval_episodes, settings.seed)
+        if settings.online_steps:
+            shift = data.reward_shift
+            online = OnlineEpisodes(lambda: make_env(name), bounds, settings, lambda r: (r + shift) * scale)
+    return Trainer(
+        settings,
+        data,
+        agent.prepare(device, settings.compile),
+        Buffer(transitions, settings.online_steps, device),
+        evaluator,
+        online,
+        _identity(settings, data, agent_settings, digest),
+        device,
+    )
+
+
+def _check_sizes(data: DataSettings, env: Any, transitions: Any) -> None:
+    for what, space, values in (
+        ("observations", env.observation_space, transitions.observations),
+        ("actions", env.action_space, transitions.actions),
+    ):
+        if tuple(space.shape) != values.shape[1:]:
+            raise ConfigError(
+                f"env: '{data.env}' has {what} of shape {tuple(space.shape)}, the data of {values.shape[1:]}"
+            )
+
+
+def _identity(settings: TrainSettings, data: DataSettings, agent: AgentSettings, digest: str) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that goes on from it; more steps may be asked for."""
+    online = {key: value for key, value in dump(settings).items() if key.startswith(("online", "offline"))}
+    return {
+        "agent": dataclasses.asdict(agent),
+        "data": {"sha256": digest, "reward_shift": data.reward_shift, "normalise_returns": data.normalise_returns},
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "clone_steps": settings.clone_steps,
+        "cached_samples": settings.cached_samples,
+        "online": online if settings.online_steps else {},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,69 @@
+"""Starts the engine that the settings name and puts a reference in front of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from vgf_llm.models import ADAPTER_NAME, base_model_name, eos_token_ids, load_skeleton, resolved_name
+from vgf_llm.sampling.engine import Engine
+from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.sampling.vllm_engine import VLLMEngine
+from vgf_llm.sampling.vllm_server import VLLMServer
+from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
+
+
+def start_engine(
+    models: ModelSettings, sampling: SamplingSettings, settings: EngineSettings, table_VD: Tensor | None
+) -> Engine:
+    """Return an engine of the base model: the server at ``settings.url``, or one that is started here.
+
+    A base model that is a PEFT adapter's folder is run as its base with the adapter in every request.
+
+    Raises:
+        EngineError: If the server does not answer or the engine does not start.
+    """
+    if settings.url is not None:
+        return VLLMServer(settings)
+    name = models.model_name_or_path
+    return VLLMEngine(
+        resolved_name(base_model_name(name)),
+        settings,
+        table_VD=table_VD,
+        adapter=name if (Path(name) / ADAPTER_NAME).is_file() else None,
+        dtype=models.dtype,
+        most_logprobs=max(sampling.top_k, 1),
+        trust_remote_code=models.trust_remote_code,
+    )
+
+
+def engine_reference(
+    models: ModelSettings,
+    sampling: SamplingSettings,
+    settings: EngineSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    table_VD: Tensor,
+    device: torch.device | str,
+) -> EngineReference:
+    """Return the base model in an engine, under the sampling law.
+
+    Args:
+        models: Names the base model.
+        sampling: The law.
+        settings: The engine.
+        tokenizer: The base model's.
+        table_VD: Input embeddings that particles live in.
+        device: Where the value lives.
+
+    Raises:
+        VGFError: If the law is not truncated, or the engine does not start.
+    """
+    skeleton = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
+    reference = EngineReference(
+        None, skeleton, sampling, eos_token_ids(skeleton, tokenizer), tokenizer.pad_token_id, device
+    )  # refuses what it cannot do before minutes are spent on a start
+    reference.engine = start_engine(models, sampling, settings, table_VD)
+    return reference

@@ -1,0 +1,96 @@
+"""What an engine must offer: token ids in, token ids and the reference's log-probabilities out.
+
+An engine is a language model that runs outside this process's torch (vLLM, here or behind a URL). It knows nothing of
+transport: what a row is to do comes to it as a plan (:mod:`vgf_llm.text.choosing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from vgf_llm.errors import VGFError
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.text.choosing import RowPlan
+
+
+class EngineError(VGFError):
+    """An engine cannot be reached, died, did not answer in time, or does something else than it was asked."""
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One text to be written, or only to be read.
+
+    Attributes:
+        prompt: Token ids, what is kept of a response among them.
+        max_tokens: Most tokens to write, at least 1.
+        plan: Picks the tokens; without one the engine's own sampler does, under ``sampling`` and ``seed``.
+        sampling: The law for a request without a plan.
+        seed: Seed of the engine's own sampler.
+        eos_ids: Ids that end the text; they stay in it.
+        stop: Strings that end the text where they have been written.
+        logprobs: Most probable tokens to report at each place that is written; 0 for none.
+        prompt_logprobs: The same for each token of the prompt, beside the token itself; None for none at all.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    plan: RowPlan | None = None
+    sampling: SamplingSettings | None = None
+    seed: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TopLogps:
+    """Log-probabilities of the untruncated model at temperature 1 at some places, most probable first.
+
+    Attributes:
+        own_T: Of the token that stands there.
+        ids_TK: int64, the most probable tokens.
+        logps_TK: Their log-probabilities, float32.
+    """
+
+    own_T: Tensor
+    ids_TK: Tensor
+    logps_TK: Tensor
+
+
+@dataclass(frozen=True)
+class EngineText:
+    """What came of a request.
+
+    Attributes:
+        tokens: What was written, its EOS included.
+        written: Log-probabilities along it, where they were asked for.
+        prompt: Log-probabilities along the prompt from its second token on, where they were asked for.
+    """
+
+    tokens: list[int]
+    written: TopLogps | None = None
+    prompt: TopLogps | None = None
+
+
+class Engine(Protocol):
+    """Writes and reads texts, any number at a time."""
+
+    name: str
+
+    def run(self, requests: Sequence[EngineRequest]) -> list[EngineText]:
+        """Return what came of each request, in order.
+
+        Raises:
+            EngineError: If the engine refuses a request, died, or gave no sign of life for too long.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the engine and its memory."""
+        ...

@@ -1,0 +1,140 @@
+"""vLLM behind a URL: its own OpenAI-compatible server, asked for token ids in and out.
+
+Every text is a request to ``/v1/completions`` of its own, as many at a time as the server writes side by side; its
+continuous batching does the rest. The server must run the plan processor and report enough log-probabilities:
+
+    VLLM_USE_V2_MODEL_RUNNER=0 python -m vllm.entrypoints.openai.api_server --model MODEL --max-logprobs 64
+        --logits-processors vgf_llm.sampling.vllm_processor:PlanProcessor
+        --additional-config '{"vgf_table": "FOLDER"}'
+
+with FOLDER from :func:`vgf_llm.sampling.vllm_engine.save_table`. An API key is read from ``VLLM_API_KEY``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
+from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT
+from vgf_llm.settings import EngineSettings
+
+_LONGEST_MESSAGE = 400
+_TOKEN_PREFIX = "token_id:"
+
+
+class VLLMServer:
+    """An engine behind ``settings.url``.
+
+    Args:
+        settings: The URL, the model's name there, how many texts to ask for at a time, and patience: an answer that
+            takes longer than ``timeout_sec`` is given up.
+
+    Raises:
+        EngineError: If the server does not answer, or has no model of that name.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.name = f"vLLM server at {settings.url}"
+        served = [entry["id"] for entry in self._ask("/v1/models", None)["data"]]
+        self.model = settings.served_model or served[0]
+        if self.model not in served:
+            raise EngineError(f"the {self.name} has no model {self.model!r}; it serves {', '.join(served)}")
+
+    def run(self, requests: Sequence[EngineRequest]) -> list[EngineText]:
+        """Return what came of each request; see :class:`vgf_llm.sampling.engine.Engine`."""
+        pool = ThreadPoolExecutor(self.settings.max_sequences)
+        try:
+            return list(pool.map(self._run, requests))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Nothing is held: every request had a connection of its own."""
+
+    def _run(self, request: EngineRequest) -> EngineText:
+        choice = self._ask("/v1/completions", _body(request, self.model))["choices"][0]
+        prompt = along = None
+        if request.prompt_logprobs is not None:
+            prompt = _prompt_logps(choice["prompt_logprobs"][1:], request)
+        if request.logprobs:
+            along = _written_logps(choice, request.logprobs)
+        return EngineText(choice["token_ids"], along, prompt)
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get("VLLM_API_KEY"):
+            headers["Authorization"] = f"Bearer {os.environ['VLLM_API_KEY']}"
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"{self.settings.url.rstrip('/')}{path}", data, headers)
+        try:
+            with urllib.request.urlopen(asked, timeout=self.settings.timeout_sec) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:_LONGEST_MESSAGE]
+            raise EngineError(f"the {self.name} refuses a request with {error.code}: {said}") from error
+        except TimeoutError as error:
+            raise EngineError(
+                f"the {self.name} hangs: no answer to {path} in {self.settings.timeout_sec:g} s (timeout_sec)"
+            ) from error
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                reason = f"no connection in {self.settings.timeout_sec:g} s"
+            raise EngineError(f"the {self.name} cannot be reached: {reason}; is it running?") from error
+
+
+def _body(request: EngineRequest, model: str) -> dict[str, Any]:
+    own = request.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": request.prompt,
+        "max_tokens": request.max_tokens,
+        "temperature": 0.0,
+        "stop_token_ids": list(request.eos_ids),
+        "stop": list(request.stop),
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "prompt_logprobs": request.prompt_logprobs,
+    }
+    if request.plan is not None:
+        body["vllm_xargs"] = {PLAN_ARGUMENT: request.plan.encoded()}
+    elif own is not None:
+        body |= {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p, "seed": request.seed}
+    if request.logprobs:
+        body["logprobs"] = request.logprobs
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def _written_logps(choice: dict[str, Any], columns: int) -> TopLogps:
+    """Read the log-probabilities of a choice: a place lists the most probable tokens and the one that was written."""
+    places = [
+        {int(key[len(_TOKEN_PREFIX) :]): logp for key, logp in top.items()}
+        for top in choice["logprobs"]["top_logprobs"]
+    ]
+    return _sorted(places, choice["token_ids"], columns)
+
+
+def _prompt_logps(places: list[dict[str, Any]], request: EngineRequest) -> TopLogps:
+    logps = [{int(key): entry["logprob"] for key, entry in place.items()} for place in places]
+    return _sorted(logps, request.prompt[1:], request.prompt_logprobs or 0)
+
+
+def _sorted(places: list[dict[int, float]], tokens: Sequence[int], columns: int) -> TopLogps:
+    own = [place[token] for place, token in zip(places, tokens, strict=True)]
+    best = [sorted(place.items(), key=lambda pair: -pair[1])[:columns] for place in places]
+    ids = [[token for token, _ in top] for top in best]
+    logps = [[logp for _, logp in top] for top in best]
+    shape = (len(places), columns)
+    return TopLogps(
+        torch.tensor(own), torch.tensor(ids, dtype=torch.int64).view(shape), torch.tensor(logps).view(shape)
+    )

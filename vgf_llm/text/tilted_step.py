@@ -1,0 +1,194 @@
+"""One token of every row under the tilted law, as a function of tensors: what all backends share.
+
+Over the draft's shortlist (plus y_t while nothing has changed), else over the reference's,
+
+    b_t(v) = <Delta_t, e_v - e_{y_t}>,        q_t(v) ∝ p_t(v) exp(s b_t(v)),
+
+the KL capped a token and kept within what is left of the row's nats, and the token is argmax_v(log q_t(v) + g_t(v))
+with the draft's own Gumbel noise, drawn from its posterior given y_t (or coupled maximally:
+:mod:`vgf_llm.text.coupling`).
+Rows may stand at different positions and have different budgets: nothing of a row depends on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vgf_llm.text.coupling import draft_noise, maximally_coupled
+from vgf_llm.text.law import Shortlist
+from vgf_llm.text.noise import gumbel_noise
+from vgf_llm.text.responses import is_any_of
+from vgf_llm.text.tilt import capped_multiplier, kl_divergence, linear_bonus, tilt
+
+_ENDS, _GOES_ON = -1, -2  # the noise of "does it end here", beside that of the tokens
+_LARGEST_TILT = 2.0**20  # nats between two tokens; more than any law leaves room for
+
+
+@dataclass(frozen=True)
+class TiltOptions:
+    """How a law is tilted and how its draws are coupled; :class:`vgf_llm.text.PriorDecoder` says what is what.
+
+    Attributes:
+        multiplier: One a ``response``, or one a ``token``.
+        coupling: ``gumbel`` or ``maximal`` (:mod:`vgf_llm.text.coupling`).
+        after_change: Whether a row that no longer equals its draft is to ``keep`` its tilt or ``drop`` it.
+    """
+
+    multiplier: Literal["response", "token"] = "response"
+    coupling: Literal["gumbel", "maximal"] = "gumbel"
+    after_change: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        """Validate the names.
+
+        Raises:
+            ValueError: Naming the option and the value seen.
+        """
+        for name, hint in get_type_hints(TiltOptions).items():
+            if getattr(self, name) not in get_args(hint):
+                raise ValueError(f"{name} must be {' or '.join(get_args(hint))}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class DraftTokens:
+    """What the drafts hold at the positions that R rows stand at.
+
+    Attributes:
+        token_R: y_t; of no meaning where ``inside_R`` is false.
+        inside_R: Whether the draft has a token here.
+        movable_R: Whether that token is text: not an EOS.
+        displacement_RD: Delta_t; 0 where nothing moved.
+        law: The shortlist [R, K] that y_t was drawn from; ``-inf`` beyond the draft's end.
+    """
+
+    token_R: Tensor
+    inside_R: Tensor
+    movable_R: Tensor
+    displacement_RD: Tensor
+    law: Shortlist
+
+
+@dataclass(frozen=True)
+class TiltedRows:
+    """What R rows are to do and how far they have come.
+
+    Attributes:
+        seeds_R: int64, one seed a row.
+        coupled_R: Whether the row is tied to its draft's noise; else it is drawn afresh.
+        unchanged_R: Whether the row still equals its draft.
+        multiplier_R: s.
+        left_R: Nats that the row may still spend.
+        cap_R: Largest KL at one token, in nats.
+        share_R: The row's nats divided by the tokens of its draft, for ``multiplier="token"``.
+    """
+
+    seeds_R: Tensor
+    coupled_R: Tensor
+    unchanged_R: Tensor
+    multiplier_R: Tensor
+    left_R: Tensor
+    cap_R: Tensor
+    share_R: Tensor
+
+
+@dataclass(frozen=True)
+class TiltedToken:
+    """The token of each row, int64 [R], and the KL(q || p) spent on it, in nats [R]."""
+
+    token_R: Tensor
+    nats_R: Tensor
+
+
+def ends_here(law: Shortlist, is_eos_RK: Tensor, seeds_R: Tensor, position: int | Tensor) -> Tensor:
+    """Decide by fresh noise, with the reference's probability of EOS, whether a row ends here; bool [R]."""
+    noise_R2 = gumbel_noise(seeds_R, position, seeds_R.new_tensor([_ENDS, _GOES_ON]).expand(len(seeds_R), 2))
+    end_R = law.logps.masked_fill(~is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 0]
+    go_on_R = law.logps.masked_fill(is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 1]
+    return end_R > go_on_R
+
+
+def tilted_token(
+    law: Shortlist,
+    draft: DraftTokens,
+    rows: TiltedRows,
+    position: int | Tensor,
+    table_VD: Tensor,
+    eos_ids: Sequence[int],
+    options: TiltOptions,
+) -> TiltedToken:
+    """Pick the next token of every row: whether it ends by the reference's law, else text by the tilted law.
+
+    Args:
+        law: The reference's law here, [R, K']; K' is at most the K of the drafts' law. Rows that still equal their
+            draft take the one that the draft comes with.
+        draft: What the drafts hold here.
+        rows: The rows.
+        position: Place in the response: one for all rows, or int64 [R].
+        table_VD: Input embeddings that the particles live in.
+        eos_ids: Ids that end a response.
+        options: How to tilt and couple.
+    """
+    as_draft_R = rows.unchanged_R & rows.coupled_R & draft.inside_R
+    law = _law_here(law, draft.law, as_draft_R)
+    is_eos_RK = is_any_of(law.ids, eos_ids)
+    logq_RK, nats_R = _tilted(law, is_eos_RK, draft, rows, table_VD, options)
+    fresh_ends_R = ends_here(law, is_eos_RK, rows.seeds_R, position)
+    ends_R = torch.where(as_draft_R, ~draft.movable_R, fresh_ends_R)
+    allowed_RK = is_eos_RK == ends_R.unsqueeze(-1)
+    scores_RK = (logq_RK + _noise(law, draft, rows, position, eos_ids, options)).masked_fill(~allowed_RK, -torch.inf)
+    token_R = law.ids.gather(-1, scores_RK.argmax(-1, keepdim=True)).squeeze(-1)
+    if options.coupling == "maximal":
+        coupled_R = maximally_coupled(logq_RK, law, draft.token_R, rows.seeds_R, position)
+        token_R = torch.where(as_draft_R & ~ends_R, coupled_R, token_R)
+    return TiltedToken(torch.where(as_draft_R & ends_R, draft.token_R, token_R), nats_R)
+
+
+def _law_here(law: Shortlist, draft_law: Shortlist, as_draft_R: Tensor) -> Shortlist:
+    use_R1, missing = as_draft_R.unsqueeze(-1), draft_law.ids.shape[-1] - law.ids.shape[-1]
+    return Shortlist(
+        torch.where(use_R1, draft_law.ids, pad(law.ids, (0, missing))),
+        torch.where(use_R1, draft_law.logps, pad(law.logps, (0, missing), value=-torch.inf)),
+    )
+
+
+def _tilted(
+    law: Shortlist, is_eos_RK: Tensor, draft: DraftTokens, rows: TiltedRows, table_VD: Tensor, options: TiltOptions
+) -> tuple[Tensor, Tensor]:
+    """Return log q [R, K] and the KL spent at this position [R], within the cap and within what is left."""
+    bonus_RK = linear_bonus(table_VD, draft.displacement_RD, draft.token_R, law.ids)
+    wanted_R = rows.multiplier_R
+    left_R = torch.minimum(rows.left_R.clamp(min=0), rows.cap_R)
+    if options.multiplier == "token":  # as far as a token's own share of the nats allows
+        barred_RK = is_eos_RK | torch.isinf(law.logps)
+        bonus_RK = bonus_RK.masked_fill(barred_RK, 0)
+        largest_R = bonus_RK.abs().amax(-1)
+        wanted_R = _LARGEST_TILT / largest_R.clamp(min=1e-30) * (largest_R > 0) * (rows.share_R > 0)
+        left_R = torch.minimum(left_R, rows.share_R)
+    wanted_R = wanted_R * draft.movable_R
+    if options.after_change == "drop":
+        wanted_R = wanted_R * rows.unchanged_R
+    multiplier_R = capped_multiplier(law.logps, bonus_RK, wanted_R, is_eos_RK, left_R)
+    logq_RK = tilt(law.logps, bonus_RK, multiplier_R, is_eos_RK)
+    return logq_RK, kl_divergence(logq_RK, law.logps)
+
+
+def _noise(
+    law: Shortlist,
+    draft: DraftTokens,
+    rows: TiltedRows,
+    position: int | Tensor,
+    eos_ids: Sequence[int],
+    options: TiltOptions,
+) -> Tensor:
+    """Gumbel noise that picks the text: the draft's own, or fresh where the coupling has no use for it."""
+    if options.coupling == "maximal":
+        return gumbel_noise(rows.seeds_R, position, law.ids)
+    without_RK = is_any_of(draft.law.ids, eos_ids) | ~draft.movable_R.unsqueeze(-1)
+    draft_law = Shortlist(draft.law.ids, draft.law.logps.masked_fill(without_RK, -torch.inf))
+    return draft_noise(law, draft_law, draft.token_R, rows.coupled_R, rows.seeds_R, position)
