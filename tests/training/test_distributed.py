@@ -148,6 +148,13 @@ def test_no_checkpoint_holds_the_frozen_base(engine: Any, name: str) -> None:
     print(f"{name}: {sum(sizes.values())} bytes, the base alone {base}")
 
 
+def test_a_new_run_in_a_used_folder_ends_every_process(engine: Any) -> None:
+    """What the first process finds is told to all of them."""
+    config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
+    with pytest.raises(AssertionError, match=r"exit code 1:[\s\S]*holds checkpoint-2, checkpoint-4 of another run"):
+        launch(config, "--mixed_precision", "no", WORKER, engine("ddp"), "whole", timeout=90)
+
+
 def test_a_checkpoint_of_another_engine_is_refused_by_its_name(engine: Any) -> None:
     """ZeRO-2's under plain processes, which would find no optimiser state and start it anew."""
     folder = engine("zero2")
