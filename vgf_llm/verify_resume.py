@@ -4,9 +4,10 @@ r"""Prove on this machine that a run can be resumed: go on from a checkpoint twi
     accelerate launch --config_file recipes/accelerate_configs/zero2.yaml \
         -m vgf_llm.verify_resume --checkpoint outputs/<run>/checkpoint-50
 
-The checkpoint is verified against its manifest first and not changed. Both continuations write into a temporary folder
-beside it, which is removed. Exit code 0: bit for bit the same; 1: they differ, and the first differences are printed
-(as on a GPU with kernels that are not deterministic). The last line is one JSON object.
+The checkpoint is verified against its manifest first and not changed. Each continuation writes into a temporary folder
+beside it; what a killed call left there is cleared first, and both are removed at the end. Exit code 0: bit for bit the
+same; 1: they differ, and the first differences are printed (as on a GPU with kernels that are not deterministic). The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
-from vgf_llm.errors import ConfigError
+from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
@@ -86,6 +87,20 @@ def run(settings: VerifySettings) -> list[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _empty(folder: Path) -> None:
+    """Make a folder empty; an earlier call may have left something there.
+
+    Raises:
+        OutputError: Something there cannot be removed.
+    """
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+    except OSError as error:
+        raise OutputError(f"'{folder}' cannot be emptied ({error.strerror or error}); remove it") from error
+
+
 def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     """Train on to a step; returns the checkpoint written there."""
     from transformers import TrainerCallback
@@ -104,8 +119,13 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
         TrainScript, PolicySettings, VGFSettings, OptimSettings, SamplingSettings, argv=["--config", str(config)]
     )
     script = dataclasses.replace(script, output_dir=str(folder))
-    optim = dataclasses.replace(optim, resume_from_checkpoint=str(checkpoint), report_to="none")
+    optim = dataclasses.replace(
+        optim, resume_from_checkpoint=str(checkpoint), report_to="none", save_total_limit=None
+    )  # every checkpoint stays until it is compared
     trainer = build_trainer(script, policy, method, optim, sampling, [StopAt()])
+    if trainer.is_world_process_zero():
+        _empty(folder)
+    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, optim))
     trainer.accelerator.wait_for_everyone()
     step = trainer.state.global_step

@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 
 from tests.training import vgf_worker
 from tests.training.launch import ROOT, launch
+from vgf_llm.errors import CheckpointError, ConfigError
+from vgf_llm.train import build_trainer
 from vgf_llm.training.compare import compare_checkpoints
+from vgf_llm.training.resume import checkpoint_to_resume
 
 pytestmark = pytest.mark.slow
 ENGINES = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine", "fsdp2": "FSDP"}
@@ -126,6 +129,41 @@ def test_two_and_two_steps_are_four_bit_for_bit(engine: Any, name: str, kind: st
     if name == "ddp":
         checkpoints = [folder / f"{job}{kind}" / "checkpoint-4" for job in ("whole", "resumed")]
         assert compare_checkpoints(*checkpoints) == []
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_no_checkpoint_holds_the_frozen_base(engine: Any, name: str) -> None:
+    """Neither as a module nor as fragments; adapters and the value, which is trained whole, are there."""
+    folder = engine(name)
+    trained = {key for key in load_file(folder / "whole.safetensors") if not key.startswith("target.")}
+    checkpoint = folder / "whole" / "checkpoint-2"
+    for path in checkpoint.glob("global_step*/*model_states.pt"):
+        state = torch.load(path, weights_only=False)
+        assert trained <= state["module"].keys()
+        assert not any(key.startswith("policy.") and "lora_" not in key for key in state["module"])
+        assert state["frozen_param_fragments"] is None
+    assert list(checkpoint.glob("*_fsdp_*")) == []
+    base = sum(path.stat().st_size for path in (folder / "model").glob("model*.safetensors"))
+    sizes = {path: path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()}
+    print(f"{name}: {sum(sizes.values())} bytes, the base alone {base}")
+
+
+def test_a_new_run_in_a_used_folder_ends_every_process(engine: Any) -> None:
+    """What the first process finds is told to all of them."""
+    config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
+    with pytest.raises(AssertionError, match=r"exit code 1:[\s\S]*holds checkpoint-2, checkpoint-4 of another run"):
+        launch(config, "--mixed_precision", "no", WORKER, engine("ddp"), "whole", timeout=90)
+
+
+def test_a_checkpoint_of_another_engine_is_refused_by_its_name(engine: Any) -> None:
+    """ZeRO-2's under plain processes, which would find no optimiser state and start it anew."""
+    folder = engine("zero2")
+    parts = vgf_worker.parts_of(folder, "resumed", batch=2)
+    with pytest.raises(ConfigError, match="engine ZeRO-2 -> DDP; processes 2 -> 1"):
+        checkpoint_to_resume(build_trainer(*parts), parts[3])
+    parts = vgf_worker.parts_of(folder, "resumed", batch=2, allow_changes=["engine", "processes"])
+    with pytest.raises(CheckpointError, match="holds no optimiser state that engine DDP reads"):
+        checkpoint_to_resume(build_trainer(*parts), parts[3])
 
 
 @pytest.mark.parametrize("name", ENGINES)

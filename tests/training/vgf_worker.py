@@ -46,25 +46,30 @@ JOBS: dict[str, dict[str, Any]] = {
     "dpo_sgd": SGD | {"loss": "dpo", "learned": SGD["learned"] | SECANT},
     "whole": RESUMED | {"learned": RESUMED["learned"] | SECANT},
     "resumed": RESUMED | {"learned": RESUMED["learned"] | SECANT},
-    "whole_full": RESUMED | {"lora_r": 0},
-    "resumed_full": RESUMED | {"lora_r": 0},
+    "whole_full": RESUMED | {"lora_r": 0, "logging_steps": 3},  # its line is half done when the checkpoint is written
+    "resumed_full": RESUMED | {"lora_r": 0, "logging_steps": 3},
 }
 
 
-def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str, Any]:
-    """Run one job as the command does and return its report, the same on every process."""
-    prompts = folder / "rows.txt"
+def parts_of(folder: Path, job: str, batch: int, accumulation: int = 1, **more: Any) -> tuple[Any, ...]:
+    """Return the dataclasses of one job."""
     changes = COMMON | JOBS[job] | {"learned": dict(JOBS[job]["learned"])}
     first = folder / job.replace("resumed", "whole") / "checkpoint-2"
-    parts = settings(
+    return settings(
         folder,
-        prompts=str(prompts),
+        prompts=str(folder / "rows.txt"),
         output_dir=str(folder / job),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         resume_from_checkpoint=str(first) if job.startswith("resumed") else False,
         **changes,
+        **more,
     )
+
+
+def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str, Any]:
+    """Run one job as the command does and return its report, the same on every process."""
+    parts = parts_of(folder, job, batch, accumulation)
     trainer = build_trainer(*parts)
     if trainer.is_world_process_zero():
         write_json_atomic(folder / job / CONFIG_NAME, dump(*parts))

@@ -10,6 +10,7 @@ Names in output_dir:
     checkpoint-<step>             published
     .checkpoint-<step>.partial    being written
     .checkpoint-<step>.replaced   what checkpoint-<step> was, while a re-save of the same step takes its place
+    .checkpoint-<step>.superseded set aside when the run went on from an earlier one; deleted once it has come as far
     .checkpoint-<step>.trash      being deleted
 """
 
@@ -78,18 +79,37 @@ def saving(staging: str | Path) -> Iterator[None]:
         OutputError: something could not be written; names the folder, the reason and what to do.
     """
     staging = Path(staging)
+    advice = (
+        "earlier checkpoints are untouched: free some space (or keep fewer with --save_total_limit) and resume from "
+        "the last one"
+    )
+    try:
+        with writing(f"checkpoint '{staging}'", staging.parent, advice):
+            yield
+    except OutputError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path, advice: str) -> Iterator[None]:
+    """Turn a failed write inside the block into one OutputError; what was written so far stays.
+
+    Args:
+        what: is written, for the message.
+        folder: where; its free space is named.
+        advice: what to do.
+
+    Raises:
+        OutputError: something could not be written.
+    """
     try:
         yield
     except BaseException as error:  # a distributed checkpoint's error is no Exception
         reason = _write_failure(error)
         if reason is None:
             raise
-        free = _free_space(staging.parent)
-        shutil.rmtree(staging, ignore_errors=True)
-        raise OutputError(
-            f"checkpoint '{staging}' cannot be written: {reason}{free}; earlier checkpoints are untouched: free some "
-            "space (or keep fewer with --save_total_limit) and resume from the last one"
-        ) from error
+        raise OutputError(f"{what} cannot be written: {reason}{_free_space(folder)}; {advice}") from error
 
 
 def publish(staging: str | Path, output_dir: str | Path, step: int, identity: dict[str, Any]) -> Path:
@@ -126,7 +146,37 @@ def publish(staging: str | Path, output_dir: str | Path, step: int, identity: di
         _fsync(output_dir)
         if aside.exists():
             shutil.rmtree(aside)
+        for remains in _hidden(output_dir, "superseded"):
+            if _step(remains) <= step:
+                shutil.rmtree(remains)
     return target
+
+
+def beyond(output_dir: str | Path, step: int) -> list[Path]:
+    """Return the checkpoints of later steps than one, oldest first; ``rotate`` would take them for the newest."""
+    return [folder for folder in _published(Path(output_dir)) if _step(folder) > step]
+
+
+def supersede(folders: list[Path]) -> None:
+    """Set checkpoints aside that a run leaves behind by going on from an earlier one; called on one rank.
+
+    They become ``.checkpoint-<step>.superseded`` and are deleted when the run publishes a checkpoint as late.
+
+    Raises:
+        OutputError: one of them cannot be renamed.
+    """
+    for folder in folders:
+        aside = folder.parent / f".{folder.name}.superseded"
+        try:
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(folder, aside)
+            _fsync(folder.parent)
+        except OSError as error:
+            raise OutputError(
+                f"checkpoint '{folder}' cannot be set aside ({error.strerror or error}); make '{folder.parent}' "
+                "writable, or name another output_dir"
+            ) from error
 
 
 def newest_whole(output_dir: str | Path) -> Path | None:
@@ -206,13 +256,19 @@ def _is_whole(folder: Path) -> bool:
 
 def _published(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-<step>, oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    """Return the step in a name of the list above."""
+    return int(folder.name.strip(".").split(".")[0].removeprefix("checkpoint-"))
 
 
 def _hidden(output_dir: Path, ending: str) -> list[Path]:
     """Folders named .checkpoint-<step>.<ending>."""
-    return [path for path in output_dir.glob(f".checkpoint-*.{ending}") if path.is_dir()]
+    found = output_dir.glob(f".checkpoint-*.{ending}")
+    return [path for path in found if path.is_dir() and re.fullmatch(r"\.checkpoint-\d+\.\w+", path.name)]
 
 
 def _restore_replaced(output_dir: Path) -> None:

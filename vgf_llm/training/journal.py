@@ -13,6 +13,7 @@ from vgf_llm.training.metrics import nothing_learns
 from vgf_llm.training.rollout import Rollout, completions
 
 METRICS_NAME = "metrics.jsonl"
+EARLIER_NAME = "metrics.earlier.jsonl"
 COMPLETIONS_FOLDER = "completions"
 
 
@@ -35,17 +36,29 @@ class Journal:
     def start(self, step: int) -> None:
         """Drop what an earlier run, or this one before it was stopped, wrote after the step that it goes on from.
 
+        A run that starts anew keeps the earlier one's lines as metrics.earlier.jsonl.
+
         Raises:
             OutputError: A file cannot be written.
         """
         path = self.folder / METRICS_NAME
         if not self.writes or not path.is_file():
             return
-        kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
-        write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        if step == 0:
+            self._set_aside(path)
+        else:
+            kept = [row for row in read_jsonl(path) if row.get("step", 0) <= step]
+            write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
         for file in self.folder.glob(f"{COMPLETIONS_FOLDER}/step_*.parquet"):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
+
+    def _set_aside(self, path: Path) -> None:
+        """Keep a log under another name."""
+        try:
+            path.replace(path.with_name(EARLIER_NAME))
+        except OSError as error:
+            raise OutputError(f"'{path}' cannot be renamed ({error.strerror or error})") from error
 
     def metrics(self, step: int, epoch: float | None, metrics: dict[str, float]) -> None:
         """Append a line, write the step's completions, and warn where nothing can be learned."""

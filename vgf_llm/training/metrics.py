@@ -12,6 +12,7 @@ import contextlib
 import resource
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,15 @@ class MetricSums:
             yield
         finally:
             self._muted = before
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums since the last means, as plain JSON."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts), "totals": sorted(self._totals)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from sums that :meth:`state_dict` gave."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._totals = set(state["totals"])
 
     def means(self, accelerator) -> dict[str, float]:  # noqa: ANN001 - an accelerate.Accelerator
         """Return the means over all processes, and start anew; called by all of them."""

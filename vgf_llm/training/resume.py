@@ -6,15 +6,20 @@ import dataclasses
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from vgf_llm.config import dump
 from vgf_llm.errors import CheckpointError, ConfigError
 from vgf_llm.models import fingerprint
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.training.checkpoint import newest_whole
+from vgf_llm.training.checkpoint import beyond, newest_whole, supersede
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
+from vgf_llm.training.engine_state import engine_name, require_state
 from vgf_llm.training.manifest import check_identity, verify
 from vgf_llm.training.rollout import PromptRow
 
@@ -23,15 +28,19 @@ if TYPE_CHECKING:
 
 _OPTIM = (
     "learning_rate",
+    "max_steps",
+    "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "warmup_ratio",
     "lr_scheduler_type",
     "weight_decay",
     "max_grad_norm",
-    "bf16",
     "seed",
 )
+_SAMPLED = 1024  # values of a parameter that go into its digest one by one
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
+_CHUNK = 2**24  # values that are summed at a time
 
 
 def identity_of(
@@ -44,28 +53,64 @@ def identity_of(
     tokenizer: Any,
     world_size: int,
 ) -> dict[str, Any]:
-    """Return what a checkpoint is a checkpoint of: model, data, rewards, method, optimisation, processes."""
+    """Return what a checkpoint is a checkpoint of: model, data, rewards, method, optimisation, processes.
+
+    `identity_of_trainer` adds what is known once the trainer is there.
+    """
     rows = json.dumps([[row.index, row.ids] for row in prompts])
     tokens = fingerprint(tokenizer)
+    start = method.learned_value.start_from if method.value == "learned" else None
     return {
         "model": dump(policy),
         "tokenizer": [tokens.tokenizer, tokens.template],
         "dataset": hashlib.sha256(rows.encode()).hexdigest(),
-        "rewards": [_reward_identity(name) for name in script.rewards],
+        "rewards": [_contents(name) for name in script.rewards],
         "reward_weights": list(script.reward_weights),
+        "value_weights": None if start is None else _contents(start),
         **dump(method),
         "sampling": dataclasses.asdict(sampling),
         "optimisation": {name: getattr(optim, name) for name in _OPTIM},
+        "trainer_arguments": optim.trainer_arguments,
         "processes": world_size,
     }
 
 
-def _reward_identity(name: str) -> str:
-    """A function by its name, a model by its weights."""
-    if not Path(name).is_dir():
+def identity_of_trainer(trainer: VGFTrainer) -> dict[str, Any]:
+    """Return the engine, the precision it computes in, and a digest of the base's weights, which must be whole."""
+    with trainer.models.reference() as base:
+        named = [(name, p) for name, p in base.named_parameters() if "lora_" not in name]
+    return {
+        "engine": engine_name(trainer.accelerator),
+        "mixed_precision": str(trainer.accelerator.mixed_precision),
+        "weights": weights_digest(named),
+    }
+
+
+@torch.no_grad()
+def weights_digest(named: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """Return a SHA-256 over each parameter's name, shape, dtype, first values, and the sum of all of them.
+
+    Values are summed as the integers their bits stand for: exact, whatever the device and the number of threads.
+
+    Args:
+        named: Parameters by name, whole.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in named:
+        bits = parameter.detach().reshape(-1).view(_INTEGERS[parameter.element_size()])
+        total = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_CHUNK))
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype), total]).encode())
+        digest.update(bits[:_SAMPLED].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _contents(name: str) -> str:
+    """A function by its name, a model's folder by its weights and configuration."""
+    folder = Path(name)
+    if not folder.is_dir():
         return name
     digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -73,32 +118,76 @@ def _reward_identity(name: str) -> str:
 def checkpoint_to_resume(trainer: VGFTrainer, optim: OptimSettings) -> str | None:
     """Return the checkpoint that training goes on from, checked, or None for a new run.
 
-    Raises:
-        CheckpointError: The one that is named is not whole.
-        ConfigError: It is of another run; names what differs. Or there is none of that name.
-    """
-    from accelerate.utils import broadcast_object_list
+    Called by all processes. Checkpoints of output_dir beyond that step would be taken for newer ones of this run: they
+    are set aside where this run goes on with an earlier one of theirs, and are an error otherwise.
 
+    Raises:
+        CheckpointError: The one that is named is not whole, or lacks what the engine reads.
+        ConfigError: It is of another run; names what differs. Or there is none of that name. Or a new run would
+            overwrite another's.
+        OutputError: A later checkpoint cannot be set aside.
+    """
     wanted = optim.resume_from_checkpoint
+    folder, step = _find(trainer, wanted), 0
+    if folder is not None:
+        step = _check(folder, trainer, optim)
+    _make_way(trainer, folder, step, goes_on=wanted is True)
+    if folder is None:
+        return None
+    if trainer.is_world_process_zero():
+        print(f"going on from '{folder}'", file=sys.stderr)
+    return str(folder)
+
+
+def _find(trainer: VGFTrainer, wanted: bool | str) -> Path | None:
+    """Return the folder that is named, or the newest whole one."""
     if wanted is False:
         return None
-    folder: Path | None
-    if wanted is True:
-        first = trainer.is_world_process_zero()
-        (folder,) = broadcast_object_list([newest_whole(trainer.args.output_dir) if first else None])
-        if folder is None:
-            if first:
-                print(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew", file=sys.stderr)
-            return None
-    else:
-        folder = Path(wanted)
-        if not folder.is_dir():
+    if wanted is not True:
+        if not Path(wanted).is_dir():
             raise ConfigError(f"resume_from_checkpoint: '{wanted}' is no folder; true takes the newest of output_dir")
+        return Path(wanted)
+    first = trainer.is_world_process_zero()
+    folder = _of_first(newest_whole(trainer.args.output_dir) if first else None)
+    if folder is None and first:
+        print(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew", file=sys.stderr)
+    return folder
+
+
+def _check(folder: Path, trainer: VGFTrainer, optim: OptimSettings) -> int:
+    """Verify a checkpoint and that it is of this run; returns its step."""
     try:
         manifest = verify(folder)
     except CheckpointError as error:
         raise CheckpointError(f"resume_from_checkpoint: {error}") from error
-    check_identity(manifest, trainer.identity, optim.allow_changes)
+    allowed = check_identity(manifest, trainer.whole_identity, optim.allow_changes)
+    require_state(folder, engine_name(trainer.accelerator))
     if trainer.is_world_process_zero():
-        print(f"going on from '{folder}'", file=sys.stderr)
-    return str(folder)
+        for change in allowed:
+            print(f"allowed: {change}", file=sys.stderr)
+    return manifest.step
+
+
+def _make_way(trainer: VGFTrainer, folder: Path | None, step: int, goes_on: bool) -> None:
+    """Set later checkpoints of this run aside, and refuse to mix with those of another one."""
+    output_dir, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    own = goes_on or (folder is not None and folder.resolve().parent == output_dir.resolve())
+    found = _of_first(beyond(output_dir, step if own else 0) if first else [])
+    if not found:
+        return
+    names = ", ".join(path.name for path in found)
+    if not own:
+        raise ConfigError(
+            f"output_dir '{output_dir}' holds {names} of another run, which this one would mix with its own and "
+            "delete; set resume_from_checkpoint: true to go on with that run, name another output_dir, or remove them"
+        )
+    if first:
+        print(f"set aside as .<name>.superseded: {names}", file=sys.stderr)
+        supersede(found)
+
+
+def _of_first(found: Any) -> Any:
+    """Return what the first process found, on every process."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([found])[0]

@@ -2,13 +2,14 @@
 
 A checkpoint holds the policy as users load it (a PEFT adapter, or a transformers model), ``value/`` where a value is
 learned, ``trained.safetensors`` with what the policy's own files do not hold exactly, ``target.safetensors``, and the
-Trainer's optimiser, scheduler, random states and progress; under DeepSpeed and FSDP also their own shards. It is
-written beside its place and published by one rename (checkpoint.py).
+Trainer's optimiser, scheduler, random states and progress; under DeepSpeed and FSDP their own shards (engine_state.py);
+and what the next log line has so far. It is written beside its place and published by one rename (checkpoint.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -19,10 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reward_models.value_model import save_value_model
-from vgf_llm.errors import CheckpointError
-from vgf_llm.training.checkpoint import publish, rotate, saving, staging_folder
+from vgf_llm.errors import CheckpointError, ConfigError
+from vgf_llm.training.checkpoint import publish, rotate, saving, staging_folder, writing
+from vgf_llm.training.engine_state import copy_whole, save_engine_state, without_frozen
 from vgf_llm.training.fsdp import require_sharding
 from vgf_llm.training.gather import full_tensors
+from vgf_llm.training.log_state import GoesOnLogging, save_log_state
+from vgf_llm.training.resume import identity_of_trainer
 
 TRAINED_NAME, TARGET_NAME, VALUE_FOLDER = "trained.safetensors", "target.safetensors", "value"
 
@@ -40,6 +44,20 @@ class SavesWhole:
 
     _staging: Path | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        gpus = kwargs["args"].n_gpu
+        if gpus > 1:
+            raise ConfigError(
+                f"this process sees {gpus} GPUs, and would copy the model to all of them at every forward; start one "
+                f"process a GPU with `accelerate launch --num_processes {gpus} -m ...`, or set CUDA_VISIBLE_DEVICES=0"
+            )
+        super().__init__(*args, **kwargs)
+
+    @functools.cached_property
+    def whole_identity(self) -> dict[str, Any]:
+        """What must not change when the run is resumed; first asked for while the base is whole on every process."""
+        return self.identity | identity_of_trainer(self)
+
     def trained_tensors(self) -> dict[str, Tensor]:
         """Return every trained parameter by name, whole and on the host, on every process."""
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -55,8 +73,20 @@ class SavesWhole:
         return full_tensors(model, [name for name, p in named if p.requires_grad or not only_trained])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy and, where one is learned, the value."""
+        """Write the policy and, where one is learned, the value.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
         folder = Path(output_dir or self.args.output_dir)
+        if _internal_call:
+            self._write_model(folder, with_state=True)
+            return
+        advice = "checkpoints are untouched: free some space and go on with resume_from_checkpoint: true"
+        with writing(f"result '{folder}'", folder, advice):
+            self._write_model(folder, with_state=False)
+
+    def _write_model(self, folder: Path, with_state: bool) -> None:
         tensors, value = self.trained_tensors(), self.value_tensors()
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +95,7 @@ class SavesWhole:
             if self.learned is not None:
                 save_value_model(self.learned.model, folder / VALUE_FOLDER, self.tokenizer, value)
                 self.learned.save_secant(folder / VALUE_FOLDER, _under(tensors, "secant."))
-            if _internal_call:
+            if with_state:
                 self._write_state(folder, tensors)
         self.accelerator.wait_for_everyone()
 
@@ -93,7 +123,7 @@ class SavesWhole:
         if self.args.should_save:
             with saving(partial):
                 _lift(partial, partial / f"checkpoint-{step}")
-            publish(partial, output_dir, step, self.identity)
+            publish(partial, output_dir, step, self.whole_identity)
             rotate(output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -101,11 +131,20 @@ class SavesWhole:
         """While a checkpoint is written, its parent is the folder beside its place."""
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)  # type: ignore[misc]
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write the state of the optimiser and the schedule, without frozen weights."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            save_engine_state(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write what every process has of its own: random states, and the sums of the next log line."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        save_log_state(self, output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read the trained parameters back, each of them."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-            return
         folder = Path(resume_from_checkpoint)
         found = load_file(folder / TRAINED_NAME)
         if not self.models.is_lora:
@@ -115,23 +154,22 @@ class SavesWhole:
         missing = sorted(set(parameters) - set(found))
         if missing:
             raise CheckpointError(f"'{folder}' lacks {missing[0]} and {len(missing) - 1} more; it is of another model")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(found[name])
+        for name, parameter in parameters.items():
+            copy_whole(parameter, found[name])
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Prepare as the Trainer does, and read the value's target back."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
+        """Prepare as the Trainer does, and read back the value's target and the sums of the next log line."""
+        _ = self.whole_identity  # before an engine splits the weights
+        resumes_shards = self.is_deepspeed_enabled and resume_from_checkpoint is not None
+        with without_frozen(self.model) if resumes_shards else contextlib.nullcontext():
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[misc]
         require_sharding(self.model_wrapped)
-        if resume_from_checkpoint is not None and self.learned is not None:
-            self.learned.target.load_state_dict(load_file(Path(resume_from_checkpoint) / TARGET_NAME))
-        self.journal.start(0 if resume_from_checkpoint is None else self.resumed_step(resume_from_checkpoint))
+        if resume_from_checkpoint is not None:
+            if self.learned is not None:
+                self.learned.target.load_state_dict(load_file(Path(resume_from_checkpoint) / TARGET_NAME))
+            self.add_callback(GoesOnLogging(self, resume_from_checkpoint))
+        self.journal.start(self.state.global_step)
         return prepared
-
-    @staticmethod
-    def resumed_step(folder: str) -> int:
-        """Return the step that a checkpoint stands for."""
-        return int(Path(folder).name.rpartition("-")[2])
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
