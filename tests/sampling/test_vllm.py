@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -185,8 +187,7 @@ def test_a_plan_for_another_table_is_noticed(tiny_engine):
     assert TransformersSampler(there).sample(PROMPTS, row_seeds(0, [0], 1)[:, :1].expand(3, 1)) is not None
 
 
-def test_an_engine_that_hangs_ends_in_an_error(tiny_folder):
-    pytest.importorskip("vllm")
+def test_an_engine_that_hangs_ends_in_an_error():
     from vgf_llm.sampling.vllm_engine import _Worker
 
     worker, free = _Worker("engine under test"), threading.Event()
@@ -197,11 +198,25 @@ def test_an_engine_that_hangs_ends_in_an_error(tiny_folder):
     free.set()
 
 
+def test_an_interrupted_job_ends_and_the_next_one_is_done():
+    from vgf_llm.sampling.vllm_engine import _Worker
+
+    def endless(tick):
+        while True:
+            tick()
+            time.sleep(0.01)
+
+    worker = _Worker("engine under test")
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        worker.call(endless, timeout_sec=60)
+    assert worker.call(lambda tick: "next", timeout_sec=60) == "next"
+    worker.stop()
+
+
 @pytest.mark.slow
 def test_an_engine_whose_process_is_killed_ends_in_an_error(tiny_folder, monkeypatch):
     pytest.importorskip("vllm")
-    import time
-
     from vgf_llm.sampling.vllm_engine import VLLMEngine
 
     quiet_vllm(os.environ)
@@ -235,12 +250,17 @@ def test_lora_by_request(tiny_folder, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     adapted.save_pretrained(tmp_path)
-    engine = VLLMEngine(str(tiny_folder), TINY_ENGINE, adapter=str(tmp_path), max_length=64)
+    engine = VLLMEngine(str(tiny_folder), TINY_ENGINE, adapters=[str(tmp_path)], max_length=64)
     merged = Reference(adapted.merge_and_unload().eval(), SAMPLING, EOS_IDS, 0)
-    there = EngineReference(engine, load_skeleton(str(tiny_folder)), SAMPLING, EOS_IDS, 0)
-    seeds = row_seeds(0, [0, 1, 2], N)
-    samples = [TransformersSampler(one).sample(PROMPTS, seeds) for one in (merged, there)]
-    base = TransformersSampler(Reference(build_llama(width=WIDTH), SAMPLING, EOS_IDS, 0)).sample(PROMPTS, seeds)
-    assert torch.equal(tokens(samples[0]), tokens(samples[1]))
-    assert not torch.equal(tokens(samples[0]), tokens(base))
+    base = Reference(build_llama(width=WIDTH), SAMPLING, EOS_IDS, 0)
+    skeleton, seeds = load_skeleton(str(tiny_folder)), row_seeds(0, [0, 1, 2], N)
+    found = {}
+    for here, adapter in ((merged, str(tmp_path)), (base, None)):
+        there = EngineReference(engine, skeleton, SAMPLING, EOS_IDS, 0, adapter=adapter)
+        samples = [tokens(TransformersSampler(one).sample(PROMPTS, seeds)) for one in (here, there)]
+        assert torch.equal(*samples)
+        found[adapter] = samples[0]
+    assert not torch.equal(*found.values())
+    with pytest.raises(EngineError, match="has no adapter 'other'"):
+        engine.run([EngineRequest(PROMPTS[0], 1, adapter="other")])
     engine.close()

@@ -21,23 +21,29 @@ def start_engine(
 ) -> Engine:
     """Return an engine of the base model: the server at ``settings.url``, or one that is started here.
 
-    A base model that is a PEFT adapter's folder is run as its base with the adapter in every request.
+    Where the base model is a PEFT adapter's folder, the engine runs its base and knows the adapter by that folder.
 
     Raises:
         EngineError: If the server does not answer or the engine does not start.
     """
     if settings.url is not None:
         return VLLMServer(settings)
-    name = models.model_name_or_path
+    adapter = adapter_of(models)
     return VLLMEngine(
-        resolved_name(base_model_name(name)),
+        resolved_name(base_model_name(models.model_name_or_path)),
         settings,
         table_VD=table_VD,
-        adapter=name if (Path(name) / ADAPTER_NAME).is_file() else None,
+        adapters=() if adapter is None else (adapter,),
         dtype=models.dtype,
         most_logprobs=max(sampling.top_k, 1),
         trust_remote_code=models.trust_remote_code,
     )
+
+
+def adapter_of(models: ModelSettings) -> str | None:
+    """Return the folder of the PEFT adapter that the base model is, or None."""
+    name = models.model_name_or_path
+    return name if (Path(name) / ADAPTER_NAME).is_file() else None
 
 
 def engine_reference(
@@ -62,8 +68,9 @@ def engine_reference(
         VGFError: If the law is not truncated, or the engine does not start.
     """
     skeleton = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
-    reference = EngineReference(
-        None, skeleton, sampling, eos_token_ids(skeleton, tokenizer), tokenizer.pad_token_id, device
-    )  # refuses what it cannot do before minutes are spent on a start
+    eos_ids = eos_token_ids(skeleton, tokenizer)
+    adapter = adapter_of(models) if settings.url is None else None  # a server has its own name for it: served_model
+    # Made first, so that it refuses what it cannot do before minutes are spent on a start.
+    reference = EngineReference(None, skeleton, sampling, eos_ids, tokenizer.pad_token_id, device, adapter)
     reference.engine = start_engine(models, sampling, settings, table_VD)
     return reference

@@ -35,6 +35,7 @@ class EngineRequest:
         stop: Strings that end the text where they have been written.
         logprobs: Most probable tokens to report at each place that is written; 0 for none.
         prompt_logprobs: The same for each token of the prompt, beside the token itself; None for none at all.
+        adapter: LoRA to answer with, by what the engine knows it as; the base model when None.
     """
 
     prompt: list[int]
@@ -46,6 +47,7 @@ class EngineRequest:
     stop: tuple[str, ...] = ()
     logprobs: int = 0
     prompt_logprobs: int | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class EngineReference:
         eos_ids: Every id that ends a response.
         pad_id: Id for padding; not one of ``eos_ids``.
         device: Where responses and laws are to live: the value's device.
+        adapter: LoRA that the model is to answer with, by what the engine knows it as.
 
     Raises:
         ConfigError: If the law is not truncated: an engine reports a list of tokens a place, not all of them.
@@ -70,6 +71,7 @@ class EngineReference:
         eos_ids: Sequence[int],
         pad_id: int,
         device: torch.device | str = "cpu",
+        adapter: str | None = None,
     ) -> None:
         if not sampling.top_k:
             raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
@@ -79,6 +81,7 @@ class EngineReference:
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.device = torch.device(device)
+        self.adapter = adapter
 
     @property
     def columns(self) -> int:
@@ -157,7 +160,9 @@ class EngineReference:
         """Return the log-probabilities along every response, up to its own length."""
         texts = self._texts(prefix, responses)
         # One token is written and thrown away: an engine does not only read.
-        requests = [EngineRequest(prompt + tokens, 1, prompt_logprobs=columns) for prompt, tokens in texts]
+        requests = [
+            EngineRequest(prompt + tokens, 1, prompt_logprobs=columns, adapter=self.adapter) for prompt, tokens in texts
+        ]
         found = []
         for (_, tokens), text in zip(texts, self.engine.run(requests), strict=True):
             along = slice(len(text.prompt.own_T) - len(tokens), None)
@@ -198,6 +203,7 @@ class EngineReference:
                 plan=plans[row],
                 eos_ids=self.eos_ids,
                 logprobs=self.columns,
+                adapter=self.adapter,
             )
             for row in live
         ]

@@ -8,6 +8,7 @@ whether the engine's process lives. An engine whose process died raises within t
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import queue
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vgf_llm.models import ADAPTER_NAME
 from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
 from vgf_llm.settings import EngineSettings
 
 PROCESSOR = "vgf_llm.sampling.vllm_processor:PlanProcessor"
 PLAN_ARGUMENT, TABLE_SETTING, TABLE_NAME = "vgf_plan", "vgf_table", "table.safetensors"
 _CLOSING_SEC = 10.0
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 
 
 def save_table(table_VD: Tensor, folder: str | Path) -> Path:
@@ -45,7 +49,7 @@ class VLLMEngine:
         model: Folder or hub name of the base model.
         settings: Memory, parallelism and patience.
         table_VD: Input embeddings that particles live in; without it nothing can be tilted.
-        adapter: Folder of a LoRA that every request is answered with.
+        adapters: Folders of LoRAs that requests may name.
         dtype: Parameter dtype.
         max_length: Most tokens of a prompt and its response; the model's own limit when not given.
         most_logprobs: Most log-probabilities a place that will be asked for.
@@ -61,7 +65,7 @@ class VLLMEngine:
         settings: EngineSettings | None = None,
         *,
         table_VD: Tensor | None = None,
-        adapter: str | None = None,
+        adapters: Sequence[str] = (),
         dtype: str = "float32",
         max_length: int | None = None,
         most_logprobs: int = 64,
@@ -69,7 +73,7 @@ class VLLMEngine:
     ) -> None:
         self.name, self.settings = f"vLLM engine of {model}", settings or EngineSettings()
         self._folder = tempfile.TemporaryDirectory(prefix="vgf_table.")
-        self._adapter, self._count = adapter, 0
+        self._adapters, self._count = tuple(adapters), 0
         options: dict[str, Any] = {
             "model": model,
             "dtype": dtype,
@@ -87,8 +91,8 @@ class VLLMEngine:
             options["kv_cache_memory_bytes"] = int(self.settings.kv_cache_gib * 2**30)
         if table_VD is not None:
             options["additional_config"] = {TABLE_SETTING: str(save_table(table_VD, self._folder.name))}
-        if adapter is not None:
-            options |= {"enable_lora": True, "max_lora_rank": _rank_of(adapter)}
+        if adapters:
+            options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _rank_for(adapters)}
         self._worker, before = _Worker(self.name), multiprocessing.active_children()
         self._llm = self._worker.call(lambda tick: _start(options), self.settings.start_timeout_sec)
         self._worker.processes = [one for one in multiprocessing.active_children() if one not in before]
@@ -110,7 +114,7 @@ class VLLMEngine:
         from vllm.exceptions import VLLMValidationError
         from vllm.inputs import TokensPrompt
 
-        engine, lora = self._llm.llm_engine, self._lora()
+        engine = self._llm.llm_engine
         places: dict[str, int] = {}
         texts: list[EngineText | None] = [None] * len(requests)
         try:
@@ -119,7 +123,7 @@ class VLLMEngine:
                 name = str(self._count)
                 prompt = TokensPrompt(prompt_token_ids=request.prompt)
                 try:
-                    engine.add_request(name, prompt, _parameters(request), lora_request=lora)
+                    engine.add_request(name, prompt, _parameters(request), lora_request=self._lora(request.adapter))
                 except (ValueError, VLLMValidationError) as error:
                     raise EngineError(f"the {self.name} refuses request {index}: {_first_line(error)}") from error
                 places[name] = index
@@ -136,12 +140,15 @@ class VLLMEngine:
             raise
         return [text for text in texts if text is not None]
 
-    def _lora(self) -> Any:
-        if self._adapter is None:
+    def _lora(self, adapter: str | None) -> Any:
+        if adapter is None:
             return None
+        if adapter not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise EngineError(f"the {self.name} has no adapter {adapter!r}; it was started with {known}")
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest("adapter", 1, self._adapter)
+        return LoRARequest(adapter, self._adapters.index(adapter) + 1, adapter)
 
 
 def _start(options: dict[str, Any]) -> Any:
@@ -155,10 +162,13 @@ def _start(options: dict[str, Any]) -> Any:
     return LLM(**options)
 
 
-def _rank_of(adapter: str) -> int:
-    import json
-
-    return int(json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+def _rank_for(adapters: Sequence[str]) -> int:
+    """Return the smallest rank that vLLM has room for and no adapter exceeds."""
+    largest = max(json.loads((Path(one) / ADAPTER_NAME).read_text(encoding="utf-8"))["r"] for one in adapters)
+    room = [rank for rank in _LORA_RANKS if rank >= largest]
+    if not room:
+        raise EngineError(f"an adapter has rank {largest}, vLLM goes to {_LORA_RANKS[-1]}; merge it into its base")
+    return room[0]
 
 
 def _parameters(request: EngineRequest) -> Any:
@@ -227,17 +237,24 @@ class _Worker:
         if self.broken:
             raise EngineError(f"the {self.name} is not used again: {self.broken}")
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._tick()
-        self._jobs.put((job, done))
+        abandoned = threading.Event()
+        self._last = time.monotonic()
+        self._jobs.put((job, done, abandoned))
+        try:
+            result, error = self._wait(done, timeout_sec)
+        except KeyboardInterrupt:
+            abandoned.set()  # nobody waits for it any more: it ends where it next gets somewhere
+            raise
+        if error is None:
+            return result
+        raise self._named(error) from error
+
+    def _wait(self, done: queue.SimpleQueue[Any], timeout_sec: float) -> tuple[Any, BaseException | None]:
         while True:
             try:
-                result, error = done.get(timeout=min(1.0, timeout_sec))
+                return done.get(timeout=min(1.0, timeout_sec))
             except queue.Empty:
                 self._check_alive(timeout_sec)
-                continue
-            if error is None:
-                return result
-            raise self._named(error) from error
 
     def _check_alive(self, timeout_sec: float) -> None:
         silent_sec = time.monotonic() - self._last
@@ -269,16 +286,18 @@ class _Worker:
         self._break(message)
         return EngineError(f"the {self.name} died: {message}")
 
-    def _tick(self) -> None:
+    def _tick(self, abandoned: threading.Event) -> None:
         self._last = time.monotonic()
+        if abandoned.is_set():
+            raise EngineError(f"the {self.name} was interrupted")
 
     def _work(self) -> None:
         while True:
             job = self._jobs.get()
             if job is None:
                 return
-            run, done = job
+            run, done, abandoned = job
             try:
-                done.put((run(self._tick), None))
+                done.put((run(partial(self._tick, abandoned)), None))
             except BaseException as error:  # handed to the one who waits
                 done.put((None, error))

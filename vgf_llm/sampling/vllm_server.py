@@ -61,7 +61,7 @@ class VLLMServer:
         """Nothing is held: every request had a connection of its own."""
 
     def _run(self, request: EngineRequest) -> EngineText:
-        choice = self._ask("/v1/completions", _body(request, self.model))["choices"][0]
+        choice = self._ask("/v1/completions", _body(request, request.adapter or self.model))["choices"][0]
         prompt = along = None
         if request.prompt_logprobs is not None:
             prompt = _prompt_logps(choice["prompt_logprobs"][1:], request)
