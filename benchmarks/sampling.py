@@ -30,8 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models import load_causal_lm, load_skeleton, load_tokenizer, resolved_name
@@ -181,6 +183,8 @@ def _load(arguments: argparse.Namespace, scratch: Path) -> Models:
         torch.manual_seed(0)
         config = LlamaConfig(vocab_size=128, num_hidden_layers=2, max_position_embeddings=256, **_TINY)
         LlamaForCausalLM(config).save_pretrained(scratch)
+        words = WordLevel({f"word{i}": i for i in range(config.vocab_size)}, unk_token="word0")
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="word2").save_pretrained(scratch)
         name, prompts = str(scratch), [[1, 10, 11, 12], [1, 20, 30]]
     else:
         name, tokenizer = resolved_name("default"), load_tokenizer()

@@ -49,13 +49,13 @@ def test_evaluate_gives_the_same_rows_through_vllm(flags, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_generate_gives_the_same_answers_through_vllm(flags, capsys):
+def test_generate_gives_the_same_answers_through_vllm(flags, capfd):  # vLLM asks for a real file
     pytest.importorskip("vllm")
     quiet_vllm(os.environ)
     rows = []
     for backend in ([], ENGINE):
         generate.main([*flags, "--prompt", "the sea", "--num_particles", "4", "--decoder", "pivot", *backend])
-        rows.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        rows.append(json.loads(capfd.readouterr().out.splitlines()[-1]))
     assert rows[0]["response"] == rows[1]["response"] and rows[0]["original"] == rows[1]["original"]
 
 
