@@ -68,16 +68,21 @@ def run(
         VGFError: Something given is unusable; found before any training.
     """
     check_writable(script.output_dir)
+    from vgf_llm.training.finished import finished, take_result
     from vgf_llm.training.resume import checkpoint_to_resume
 
     trainer = build_trainer(script, policy, method, optim, sampling, callbacks)
     checkpoint = checkpoint_to_resume(trainer, optim)
     if trainer.is_world_process_zero():
         write_json_atomic(f"{script.output_dir}/{CONFIG_NAME}", dump(script, policy, method, optim, sampling))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    lines = [row for row in trainer.state.log_history if "loss" in row]
-    last = {"steps": trainer.state.global_step} | (lines[-1] if lines else {})
+    if checkpoint is not None and finished(checkpoint, optim):
+        state = take_result(trainer, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        state = trainer.state
+    lines = [row for row in state.log_history if "loss" in row]
+    last = {"steps": state.global_step} | (lines[-1] if lines else {})
     if trainer.is_world_process_zero():
         print_table(last, script.output_dir)
         print(json.dumps(last))
@@ -101,6 +106,7 @@ def build_trainer(
     from transformers import set_seed
 
     from reward_models.value_model import build_value_model
+    from vgf_llm.data import load_prompts
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
@@ -108,17 +114,19 @@ def build_trainer(
     from vgf_llm.training.learned_value import LearnedValue
     from vgf_llm.training.models import PolicyModels
     from vgf_llm.training.resume import identity_of
-    from vgf_llm.training.rewards import load_rewards
+    from vgf_llm.training.rewards import check_rewards, load_rewards
     from vgf_llm.training.trainer import VGFTrainer
 
     refuse_adapter_on_adapter(policy)
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
     shard_on_cpu()
     name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
+    check_rewards([*script.rewards, *([script.gold] if script.gold else [])])
+    texts = load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)
     with loaded_whole():
         tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)
         base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
-        prompts = load_rows(script, tokenizer, base.config, sampling.max_new_tokens)
+        prompts = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens)
         rewards = load_rewards(
             script.rewards,
             script.reward_weights,
@@ -177,27 +185,29 @@ def refuse_adapter_on_adapter(policy: PolicySettings) -> None:
         )
 
 
-def load_rows(script: TrainScript, tokenizer: Any, config: Any, max_new_tokens: int) -> list[PromptRow]:
-    """Read and encode the prompts.
+def encode_rows(
+    prompts: Sequence[Any], source: str, tokenizer: Any, config: Any, max_new_tokens: int
+) -> list[PromptRow]:
+    """Encode the prompts of a file.
 
     Raises:
         DataError: A prompt is empty or leaves no room for a response.
         ConfigError: There are no prompts.
     """
-    from vgf_llm.data import check_prompt_fits, encode_prompt, load_prompts
+    from vgf_llm.data import check_prompt_fits, encode_prompt
     from vgf_llm.pipeline import prompt_text
     from vgf_llm.training.rollout import PromptRow
 
     rows = []
     limit = getattr(config, "max_position_embeddings", None)
-    for index, prompt in enumerate(load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)):
+    for index, prompt in enumerate(prompts):
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
-            raise DataError(f"prompt {index} of '{script.prompts}' is empty; remove it or write something")
+            raise DataError(f"prompt {index} of '{source}' is empty; remove it or write something")
         check_prompt_fits(ids, limit, max_new_tokens, index)
         rows.append(PromptRow(index, ids, prompt_text(prompt)))
     if not rows:
-        raise ConfigError(f"prompts: '{script.prompts}' holds none")
+        raise ConfigError(f"prompts: '{source}' holds none")
     return rows
 
 

@@ -106,6 +106,7 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     from transformers import TrainerCallback
 
     from vgf_llm.train import build_trainer
+    from vgf_llm.training.finished import finished
     from vgf_llm.training.resume import checkpoint_to_resume
 
     class StopAt(TrainerCallback):
@@ -122,6 +123,8 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     optim = dataclasses.replace(
         optim, resume_from_checkpoint=str(checkpoint), report_to="none", save_total_limit=None
     )  # every checkpoint stays until it is compared
+    if finished(str(checkpoint), optim):
+        raise ConfigError(f"checkpoint: '{checkpoint}' is of the run's last step; verify an earlier one")
     trainer = build_trainer(script, policy, method, optim, sampling, [StopAt()])
     if trainer.is_world_process_zero():
         _empty(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from reward_models import load_reward_model
 from tests.training.tiny import settings, tiny_run, tiny_trainer
 from vgf_llm.errors import CheckpointError, ConfigError, OutputError
 from vgf_llm.flow.budget import TransportBudget
@@ -257,3 +259,25 @@ def test_verify_resume_goes_on_twice_and_leaves_the_run_as_it_was(tmp_path, caps
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     with pytest.raises(ConfigError, match="ends at step 6"):
         main(["--checkpoint", str(tmp_path / "out" / "checkpoint-3"), "--steps", "9"])
+
+
+def test_a_run_stopped_after_its_last_step_is_finished_and_takes_no_step_more(tmp_path):
+    tiny_run(tmp_path, max_steps=3, save_steps=1)
+    out = tmp_path / "out"
+    expected = (out / "adapter_model.safetensors").read_bytes()
+    lines = (out / "metrics.jsonl").read_text()
+    (out / "adapter_model.safetensors").unlink()
+    shutil.rmtree(out / "value")
+    last = tiny_run(tmp_path, max_steps=3, save_steps=1, resume_from_checkpoint=True)
+    assert last["steps"] == 3
+    assert (out / "adapter_model.safetensors").read_bytes() == expected
+    assert load_reward_model(out / "value").config.num_layers == 1
+    assert (out / "metrics.jsonl").read_text() == lines
+    assert not (out / "checkpoint-4").exists()
+
+
+def test_a_resumed_run_logs_as_it_is_asked_to_now(tmp_path):
+    tiny_run(tmp_path, max_steps=5, save_steps=2, callbacks=(StopAt(2),))
+    tiny_run(tmp_path, max_steps=5, save_steps=2, logging_steps=2, resume_from_checkpoint=True)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 4, 5]

@@ -173,7 +173,7 @@ def nothing_learns(metrics: dict[str, float]) -> list[str]:
         found.append("every prompt's responses have one reward each: nothing to compare; check the reward")
     if metrics.get("eos/original", 1.0) == 0 and metrics.get("eos/transported", 1.0) == 0:
         found.append("no response ended before max_new_tokens; raise it, or check the tokenizer's EOS")
-    if metrics.get("changed_tokens", 1.0) == 0:
+    if metrics.get("changed_tokens", 1.0) == 0 and metrics.get("value/value_mean", 1.0) != 0:  # it starts at zero
         found.append("transport changed no token; raise budget.nats, or check the value's gradient")
     return found
 

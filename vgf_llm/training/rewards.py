@@ -135,6 +135,7 @@ def load_rewards(
         ModelError: A reward model cannot be loaded, or is of another tokenizer.
     """
     members = []
+    check_rewards(names)
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
         if Path(name).is_dir():
@@ -146,6 +147,17 @@ def load_rewards(
     if len({member.name for member in members}) < len(members):  # folders are often called alike
         members = [replace(member, name=f"{member.name}_{i}") for i, member in enumerate(members)]
     return Rewards(members, tokenizer, None if gold is None else load_function(gold))
+
+
+def check_rewards(names: Sequence[str]) -> None:
+    """Check names before anything heavy is loaded.
+
+    Raises:
+        ConfigError: One is neither a folder nor a function that exists.
+    """
+    for name in names:
+        if not Path(name).is_dir():
+            _function(name)
 
 
 def _refuse_non_finite(member: NamedReward, scores_BN: Tensor, prompts: list[str]) -> None:

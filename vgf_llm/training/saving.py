@@ -168,6 +168,7 @@ class SavesWhole:
             if self.learned is not None:
                 self.learned.target.load_state_dict(load_file(Path(resume_from_checkpoint) / TARGET_NAME))
             self.add_callback(GoesOnLogging(self, resume_from_checkpoint))
+            self.state.compute_steps(self.args, max_steps)  # of these settings, not of the checkpoint's
         self.journal.start(self.state.global_step)
         return prepared
 

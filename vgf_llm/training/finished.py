@@ -1,0 +1,50 @@
+"""A run that was stopped after its last step: nothing is left to train, only its result to be put in place."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TrainerState
+
+from vgf_llm.training.checkpoint import writing
+from vgf_llm.training.config import OptimSettings
+from vgf_llm.training.saving import VALUE_FOLDER
+
+if TYPE_CHECKING:
+    from vgf_llm.training.trainer import VGFTrainer
+
+_RESULT = ("adapter_*", "model*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "README.md")
+
+
+def finished(checkpoint: str, optim: OptimSettings) -> bool:
+    """Whether a checkpoint is of the last step that the settings ask for.
+
+    transformers would take one more step from there, at a learning rate beyond its schedule.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    steps = optim.max_steps
+    if steps < 0:  # as many as the checkpoint's run was to take, in proportion to the epochs
+        steps = round(state.max_steps * optim.num_train_epochs / state.num_train_epochs)
+    return state.global_step >= steps
+
+
+def take_result(trainer: VGFTrainer, checkpoint: str) -> TrainerState:
+    """Copy a finished run's policy and value from its last checkpoint to its output folder; returns its state.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    source, target = Path(checkpoint), Path(trainer.args.output_dir)
+    state = TrainerState.load_from_json(str(source / "trainer_state.json"))
+    if trainer.is_world_process_zero():
+        print(f"'{source}' is of the last step: nothing is left to train; raise max_steps to go on", file=sys.stderr)
+        with writing("the result", target, "make room, and call this again"):
+            for path in sorted({path for pattern in _RESULT for path in source.glob(pattern)}):
+                shutil.copy2(path, target / path.name)
+            if (source / VALUE_FOLDER).is_dir():
+                shutil.copytree(source / VALUE_FOLDER, target / VALUE_FOLDER, dirs_exist_ok=True)
+    trainer.accelerator.wait_for_everyone()
+    return state
