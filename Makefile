@@ -14,7 +14,7 @@ STAMP := .venv/.setup-$(subst $(comma),-,$(EXTRAS))
 UV := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}" \
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet
 
-.PHONY: help setup demo test test-slow test-engines quality results bench clean
+.PHONY: help setup demo test test-slow quality results bench clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -37,10 +37,7 @@ test: setup  ## tests on tiny models
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: setup  ## tests on the real model, and every recipe and README command
-	$(BIN)/python -m pytest -m slow --ignore tests/training/test_engines.py
-
-test-engines: setup  ## DDP, ZeRO and FSDP2 under a plain Trainer, two processes each; test-slow runs them under ours
-	$(BIN)/python -m pytest -m slow tests/training/test_engines.py
+	$(BIN)/python -m pytest -m slow
 
 quality: setup  ## lint, format and types
 	$(BIN)/ruff check .
