@@ -100,7 +100,8 @@ def test_a_reward_model_that_is_not_finite_is_named(tmp_path):
 
 
 def test_a_reward_function_may_return_numpy_numbers(tmp_path):
-    tiny_run(tmp_path, rewards=["tests.training.test_trainer_faults:numpy_scores"], max_steps=1)
+    last = tiny_run(tmp_path, rewards=["tests.training.test_trainer_faults:numpy_scores"], max_steps=1)
+    assert last["reward/original"] > 0
 
 
 def test_a_short_last_batch_rolls_out_all_its_prompts_and_the_last_step_is_logged(tmp_path):
