@@ -19,7 +19,7 @@ from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.pipeline import make_decoder
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import ImplicitPolicy, Reference, row_seeds
 from vgf_llm.text.implicit_policy import Outcome
@@ -72,13 +72,13 @@ class CostModels:
 
     def sample(self, count: int, tokens: int | None = None) -> Responses:
         """Draw plain samples."""
-        return TransformersSampler(self.reference(tokens)).sample(self.prompts, self.seeds(count))
+        return ReferenceSampler(self.reference(tokens)).sample(self.prompts, self.seeds(count))
 
     def answer(self, arm: Arm, tokens: int | None = None) -> Outcome:
         """Sample, transport, decode and select as the arm says."""
         reference = self.reference(tokens)
         policy = ImplicitPolicy(
-            TransformersSampler(reference),
+            ReferenceSampler(reference),
             self.value,
             make_decoder(arm.decoder, reference, self.value, arm.decoder_options),
             arm.transport,

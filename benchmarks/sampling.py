@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models import load_causal_lm, load_skeleton, load_tokenizer, resolved_name
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine import EngineRequest
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.sampling.vllm_engine import VLLMEngine
@@ -97,7 +97,7 @@ class Models:
         """Return drawn responses with a random displacement of each token, one response a row."""
         prompts = self.rows(count)
         seeds_BN = row_seeds(0, list(range(count)), 1)
-        responses = TransformersSampler(self.reference).sample(prompts, seeds_BN)
+        responses = ReferenceSampler(self.reference).sample(prompts, seeds_BN)
         width = self.model.get_input_embeddings().weight.shape[1]
         displacement = torch.randn((*responses.tokens_BNT.shape, width), generator=torch.Generator().manual_seed(0))
         return _move(responses, displacement, seeds_BN)

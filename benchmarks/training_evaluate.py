@@ -188,7 +188,7 @@ def measure(
     from vgf_llm.data import load_prompts
     from vgf_llm.evaluation.measures import nll_per_token
     from vgf_llm.pipeline import encode_prompts, prompt_text
-    from vgf_llm.sampling import TransformersSampler
+    from vgf_llm.sampling import ReferenceSampler
     from vgf_llm.text import Reference, row_seeds
     from vgf_llm.text.noise import combine_seeds
 
@@ -204,8 +204,8 @@ def measure(
         seeds_BN = row_seeds(settings.evaluation_seed, indices, settings.num_samples)
         law = Reference(of.model, sampling, of.eos_ids, of.pad_id)
         free = Reference(of.model, untruncated, of.eos_ids, of.pad_id)
-        own = TransformersSampler(law).sample(batch, seeds_BN)
-        wide = TransformersSampler(free).sample(batch, combine_seeds(seeds_BN, _KL_STREAM))
+        own = ReferenceSampler(law).sample(batch, seeds_BN)
+        wide = ReferenceSampler(free).sample(batch, combine_seeds(seeds_BN, _KL_STREAM))
         policy_logps_BNT = free.logps(free.prefix(batch), wide)
         with policy.disable_adapter() if policy is not None else contextlib.nullcontext():
             base = Reference(of.model, untruncated, of.eos_ids, of.pad_id)

@@ -171,11 +171,11 @@ def sample_pairs(
         Pairs as DPOTrainer's collator takes them, without groups of equal rewards, and how many responses were sampled.
     """
     from vgf_llm.pipeline import encode_prompts
-    from vgf_llm.sampling import TransformersSampler
+    from vgf_llm.sampling import ReferenceSampler
     from vgf_llm.text import row_seeds
 
     encoded = encode_prompts(pipeline, prompts)
-    sampler, pairs, sampled, started = TransformersSampler(pipeline.reference), [], 0, clock()
+    sampler, pairs, sampled, started = ReferenceSampler(pipeline.reference), [], 0, clock()
     while True:
         for start in range(0, len(encoded), _PROMPTS_A_BATCH):
             if sampled and clock() - started >= limit_sec:

@@ -27,7 +27,7 @@ from reward_models.secant import SecantHead, base_direction, direction_scale, se
 from reward_models.secant_config import SecantTraining
 from vgf_llm.errors import DataError
 from vgf_llm.progress import track
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.reference import Reference
 from vgf_llm.text.responses import Responses
@@ -76,7 +76,7 @@ def sample_reference(
     """
     from reward_models.fidelity import reference_shortlist
 
-    sampler = TransformersSampler(reference)
+    sampler = ReferenceSampler(reference)
     k = min(shortlist, reference.model.get_output_embeddings().weight.shape[0])
     parts = []
     for start in track(range(0, len(prompts), _PROMPTS_A_BATCH), "sampling the base, batches"):

@@ -9,7 +9,7 @@ from vgf_llm.data import encode_prompt
 from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models import eos_token_ids, fingerprint, load_causal_lm, load_tokenizer
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import ImplicitPolicy, PriorDecoder, Reference, row_seeds
 
@@ -30,7 +30,7 @@ def parts():
 def policy(parts, budget, **kwargs):
     _, reference, value, _ = parts
     return ImplicitPolicy(
-        TransformersSampler(reference), value, PriorDecoder(reference, value.embedding_table_VD), budget, **kwargs
+        ReferenceSampler(reference), value, PriorDecoder(reference, value.embedding_table_VD), budget, **kwargs
     )
 
 
@@ -44,8 +44,8 @@ def test_the_embedded_tokenizer_can_stop_and_pad(parts):
 def test_samples_are_fluent_and_do_not_depend_on_the_batch(parts):
     tokenizer, reference, _, prompts = parts
     seeds = row_seeds(0, [0, 1], 6)
-    together = TransformersSampler(reference).sample(prompts, seeds)
-    alone = TransformersSampler(reference).sample(prompts[1:], seeds[1:, 3:4])
+    together = ReferenceSampler(reference).sample(prompts, seeds)
+    alone = ReferenceSampler(reference).sample(prompts[1:], seeds[1:, 3:4])
     assert together.texts(tokenizer)[1][3] == alone.texts(tokenizer)[0][0]
     nll = -reference.logps(reference.prefix(prompts), together).sum() / together.mask_BNT.sum()
     assert 0.5 < nll.item() < 3.5
@@ -54,7 +54,7 @@ def test_samples_are_fluent_and_do_not_depend_on_the_batch(parts):
 def test_budget_zero_returns_the_samples_token_for_token_and_selects_best_of_n(parts):
     _, reference, value, prompts = parts
     seeds = row_seeds(3, [0, 1], 6)
-    samples = TransformersSampler(reference).sample(prompts, seeds)
+    samples = ReferenceSampler(reference).sample(prompts, seeds)
     outcome = policy(parts, TransportBudget.none())(prompts, seeds)
     values = value.score(value.prefix(prompts), samples.tokens_BNT, samples.mask_BNT)
     assert torch.equal(outcome.transported.tokens_BNT, samples.tokens_BNT)
@@ -64,7 +64,7 @@ def test_budget_zero_returns_the_samples_token_for_token_and_selects_best_of_n(p
 
 def test_a_zero_displacement_is_decoded_to_the_samples_token_for_token(parts):
     _, reference, value, prompts = parts
-    samples = TransformersSampler(reference).sample(prompts, row_seeds(5, [0, 1], 8))
+    samples = ReferenceSampler(reference).sample(prompts, row_seeds(5, [0, 1], 8))
     still = torch.zeros(*samples.tokens_BNT.shape, value.embedding_table_VD.shape[1])
     decoder = PriorDecoder(reference, value.embedding_table_VD)
     decoded = decoder.decode(

@@ -94,14 +94,14 @@ def answer(
         VGFError: If prompts, models or options do not fit; NonFiniteError names the prompt.
     """
     from vgf_llm.pipeline import encode_prompts, load_pipeline, make_decoder, prompt_text
-    from vgf_llm.sampling import TransformersSampler
+    from vgf_llm.sampling import ReferenceSampler
     from vgf_llm.text import ImplicitPolicy, row_seeds
 
     pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     encoded = encode_prompts(pipeline, list(prompts))
     todo = list(range(len(encoded)) if indices is None else indices)
     policy = ImplicitPolicy(
-        TransformersSampler(pipeline.reference),
+        ReferenceSampler(pipeline.reference),
         pipeline.value,
         make_decoder(settings.decoder, pipeline.reference, pipeline.value, settings.decoder_options),
         settings.budget,

@@ -21,7 +21,7 @@ from vgf_llm.data import encode_prompt
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_text_atomic
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
 from vgf_llm.progress import track
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.reference import Reference
@@ -57,7 +57,7 @@ def sample_responses(prompts: list[str], samples_file: Path) -> dict[str, list[s
     for batch in track(batches, f"sampling {samples_file.stem}"):
         seeds_BN = row_seeds(SEED, [index for index, _ in batch], SAMPLES_PER_PROMPT)
         ids = [encode_prompt(tokenizer, prompt) for _, prompt in batch]
-        texts = TransformersSampler(reference).sample(ids, seeds_BN).texts(tokenizer)
+        texts = ReferenceSampler(reference).sample(ids, seeds_BN).texts(tokenizer)
         rows = [{"prompt": prompt, "responses": found} for (_, prompt), found in zip(batch, texts, strict=True)]
         append_jsonl(samples_file, rows)
         done |= {row["prompt"]: row["responses"] for row in rows}

@@ -71,13 +71,13 @@ def test_our_trainer_takes_steps_under_the_same_clock(models, prompts, recipe, t
 
 def test_rewards_are_those_of_the_sampled_tokens(models, prompts):
     from vgf_llm.pipeline import encode_prompts, load_pipeline
-    from vgf_llm.sampling import TransformersSampler
+    from vgf_llm.sampling import ReferenceSampler
     from vgf_llm.text import row_seeds
 
     pipeline = load_pipeline(models, SAMPLING)
     texts = ["write about the sea", "a dog"]
     ids = encode_prompts(pipeline, texts)
-    responses = TransformersSampler(pipeline.reference).sample(ids, row_seeds(0, [0, 1], 3))
+    responses = ReferenceSampler(pipeline.reference).sample(ids, row_seeds(0, [0, 1], 3))
     expected = pipeline.value.score(pipeline.value.prefix(ids), responses.tokens_BNT, responses.mask_BNT).flatten()
     rows = [row[keep].tolist() for row, keep in training_trl._rows(responses)]
     chats = [[{"role": "user", "content": text}] for text in texts for _ in range(3)]

@@ -19,7 +19,7 @@ from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.pipeline import make_decoder
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import ImplicitPolicy, Reference, row_seeds
 
@@ -52,7 +52,7 @@ def counted_and_formula(parts, arm, keep_laws=True):
     reference, value = parts
     reference._last_prefix = None  # the prompt is part of the bill
     decoder = make_decoder(arm.decoder, reference, value, arm.decoder_options)
-    sampler = TransformersSampler(reference)
+    sampler = ReferenceSampler(reference)
     policy = ImplicitPolicy(sampler, value, decoder, arm.transport, draws=arm.draws)
     seeds = row_seeds(0, [0], arm.num_particles)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

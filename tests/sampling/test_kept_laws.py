@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
 from vgf_llm.text.responses import concatenate
@@ -18,7 +18,7 @@ def reference(any_lm, request):
 
 
 def sample(reference, seed=0, n=8):
-    return TransformersSampler(reference).sample(PROMPTS, row_seeds(seed, [0, 1, 2], n))
+    return ReferenceSampler(reference).sample(PROMPTS, row_seeds(seed, [0, 1, 2], n))
 
 
 def test_kept_laws_are_those_of_the_parallel_forward(reference):
@@ -79,6 +79,6 @@ def test_a_law_is_lost_where_one_part_has_none(reference):
 
 
 def test_a_law_over_the_whole_of_a_large_vocabulary_is_not_kept(any_lm, monkeypatch):
-    monkeypatch.setattr("vgf_llm.sampling.transformers_sampler._KEPT_COLUMNS", 11)
+    monkeypatch.setattr("vgf_llm.sampling.reference_sampler._KEPT_COLUMNS", 11)
     assert sample(Reference(any_lm, SamplingSettings(top_k=12, max_new_tokens=3), (2, 5), 0)).law is None
     assert sample(Reference(any_lm, SamplingSettings(top_k=11, max_new_tokens=3), (2, 5), 0)).law is not None

@@ -9,7 +9,7 @@ import torch
 from reward_models.modelling import RewardModel
 from tests.text.moves import make_move
 from vgf_llm.errors import DataError
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.plan_rows import PlannedRow, step
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
@@ -31,7 +31,7 @@ def parts(tiny_lm):
 def tilted_path(parts, options=None, *, nats=2.0, coupled=True):
     reference, value = parts
     seeds = row_seeds(0, [0, 1, 2], N)
-    samples = TransformersSampler(reference).sample(PROMPTS, seeds)
+    samples = ReferenceSampler(reference).sample(PROMPTS, seeds)
     torch.manual_seed(0)
     delta = torch.randn(*samples.tokens_BNT.shape, value.embedding_table_VD.shape[1]) * samples.movable_BNT[..., None]
     move = make_move(None, samples, delta, nats=nats, seeds_BN=combine_seeds(seeds, 1), coupled=coupled)

@@ -19,7 +19,7 @@ from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.controls import random_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models import load_skeleton
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine import EngineError, EngineRequest
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import SamplingSettings
@@ -52,7 +52,7 @@ DECODERS = {
 
 def answer(reference, value, decoder, options, budget, *, seed=0, n=N, draws=1, prompts=PROMPTS):
     policy = ImplicitPolicy(
-        TransformersSampler(reference),
+        ReferenceSampler(reference),
         value,
         decoder(reference, value.embedding_table_VD, **options),
         budget,
@@ -87,7 +87,7 @@ def test_an_engine_writes_the_same_tokens(tiny_engine, name):
 
 def test_the_kept_laws_are_those_of_the_transformers_backend(tiny_engine):
     seeds = row_seeds(0, [0, 1, 2], N)
-    here, there = (TransformersSampler(one).sample(PROMPTS, seeds) for one in tiny_engine.both(SAMPLING))
+    here, there = (ReferenceSampler(one).sample(PROMPTS, seeds) for one in tiny_engine.both(SAMPLING))
     mask = here.mask_BNT
     assert torch.equal(here.law.ids[mask], there.law.ids[mask])
     torch.testing.assert_close(here.law.logps[mask], there.law.logps[mask], atol=1e-4, rtol=0)
@@ -95,7 +95,7 @@ def test_the_kept_laws_are_those_of_the_transformers_backend(tiny_engine):
 
 def test_laws_and_likelihoods_of_given_texts(tiny_engine):
     here, there = tiny_engine.both(SAMPLING)
-    written = TransformersSampler(here).sample(PROMPTS, row_seeds(0, [0, 1, 2], N))
+    written = ReferenceSampler(here).sample(PROMPTS, row_seeds(0, [0, 1, 2], N))
     foreign = written.with_tokens(torch.randint(6, 40, written.tokens_BNT.shape))  # off the list here and there
     for responses in (written, foreign):
         likelihoods = [one.logps(one.prefix(PROMPTS), responses) for one in (here, there)]
@@ -178,13 +178,13 @@ def test_a_plan_for_another_table_is_noticed(tiny_engine):
     _, there = tiny_engine.both(SAMPLING)
     table_VD = tiny_engine.value.embedding_table_VD
     for wrong_VD in (torch.randn_like(table_VD) * table_VD.std(), table_VD[:, :64].contiguous()):
-        samples = TransformersSampler(there).sample(PROMPTS, row_seeds(0, [0, 1, 2], N))
+        samples = ReferenceSampler(there).sample(PROMPTS, row_seeds(0, [0, 1, 2], N))
         decoder = PriorDecoder(there, wrong_VD)
         delta = torch.randn(*samples.tokens_BNT.shape, wrong_VD.shape[1]) * samples.movable_BNT[..., None]
         move = make_move(None, samples, delta, nats=8.0, seeds_BN=row_seeds(1, [0, 1, 2], N))
         with pytest.raises(EngineError, match="otherwise than planned"):
             decoder.decode(decoder.prepare(PROMPTS), move)
-    assert TransformersSampler(there).sample(PROMPTS, row_seeds(0, [0], 1)[:, :1].expand(3, 1)) is not None
+    assert ReferenceSampler(there).sample(PROMPTS, row_seeds(0, [0], 1)[:, :1].expand(3, 1)) is not None
 
 
 def test_an_engine_that_hangs_ends_in_an_error():
@@ -257,7 +257,7 @@ def test_lora_by_request(tiny_folder, tmp_path):
     found = {}
     for here, adapter in ((merged, str(tmp_path)), (base, None)):
         there = EngineReference(engine, skeleton, SAMPLING, EOS_IDS, 0, adapter=adapter)
-        samples = [tokens(TransformersSampler(one).sample(PROMPTS, seeds)) for one in (here, there)]
+        samples = [tokens(ReferenceSampler(one).sample(PROMPTS, seeds)) for one in (here, there)]
         assert torch.equal(*samples)
         found[adapter] = samples[0]
     assert not torch.equal(*found.values())

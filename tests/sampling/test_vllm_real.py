@@ -12,7 +12,7 @@ from vgf_llm.data import encode_prompt, load_prompts
 from vgf_llm.evaluation.controls import random_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer, resolved_name
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import EngineSettings, SamplingSettings
 from vgf_llm.text import ImplicitPolicy, PriorDecoder, Reference, row_seeds
@@ -43,7 +43,7 @@ def outcomes():
     for reference in (here, there):
         decoder = PriorDecoder(reference, value.embedding_table_VD)
         policy = ImplicitPolicy(
-            TransformersSampler(reference), value, decoder, TransportBudget(nats=4.0), gradient=random_gradient(0)
+            ReferenceSampler(reference), value, decoder, TransportBudget(nats=4.0), gradient=random_gradient(0)
         )
         found.append(policy(prompts, seeds_BN))
     engine.close()

@@ -9,7 +9,7 @@ from reward_models.modelling import RewardModel
 from tests.text.moves import make_move
 from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import BlockDecoder, ImplicitPolicy, Moved, PriorDecoder, Reference, row_seeds
 from vgf_llm.text.law import truncate
@@ -31,14 +31,14 @@ def value(any_lm):
 
 def run(reference, value, budget, decoder=None, prompts=PROMPTS, seeds=None, **options):
     decoder = decoder or BlockDecoder(reference, value.embedding_table_VD, block_tokens=3)
-    policy = ImplicitPolicy(TransformersSampler(reference), value, decoder, budget, **options)
+    policy = ImplicitPolicy(ReferenceSampler(reference), value, decoder, budget, **options)
     return policy(prompts, row_seeds(0, list(range(len(prompts))), 16) if seeds is None else seeds)
 
 
 @pytest.mark.parametrize("block_tokens", [1, 4, 20])
 @pytest.mark.parametrize("keep_laws", [True, False])
 def test_zero_displacement_gives_every_token_back(reference, value, block_tokens, keep_laws):
-    samples = TransformersSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 16))
+    samples = ReferenceSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 16))
     samples = samples if keep_laws else dataclasses.replace(samples, law=None)
     still = torch.zeros(*samples.tokens_BNT.shape, value.embedding_table_VD.shape[1])
     move = make_move(value, samples, still, nats=3.0, seeds_BN=row_seeds(9, [0, 1, 2], 16))
@@ -105,7 +105,7 @@ def test_texts_end_at_the_first_eos_and_with_the_references_probability(referenc
     short = Reference(reference.model, dataclasses.replace(reference.sampling, max_new_tokens=3), (2, 5), 0)
     decoder = BlockDecoder(short, value.embedding_table_VD, block_tokens=1)
     table = value.embedding_table_VD
-    samples = TransformersSampler(short).sample(PROMPTS[:1], row_seeds(0, [0], 2_000))
+    samples = ReferenceSampler(short).sample(PROMPTS[:1], row_seeds(0, [0], 2_000))
     onto_eos = ((table[2] - table.mean(0)) * 3).expand(*samples.tokens_BNT.shape, -1)
     move = make_move(
         value, samples, onto_eos * samples.movable_BNT.unsqueeze(-1), nats=0.5, seeds_BN=row_seeds(7, [0], 2_000)
@@ -129,7 +129,7 @@ def test_blocks_of_one_token_follow_the_tilted_law_of_the_text_that_was_written(
     """
     rows, nats, table = 20_000, 1.0, value.embedding_table_VD
     two = Reference(reference.model, SamplingSettings(top_k=12, max_new_tokens=2), (10_000,), 0)
-    samples = TransformersSampler(two).sample(PROMPTS[:1], row_seeds(0, [0], rows))
+    samples = ReferenceSampler(two).sample(PROMPTS[:1], row_seeds(0, [0], rows))
     direction = torch.randn(table.shape[1])
     delta = direction.expand(1, rows, 2, -1)
     move = make_move(None, samples, delta, nats=nats, max_token_nats=5.0, seeds_BN=row_seeds(8, [0], rows))
@@ -159,7 +159,7 @@ def test_blocks_of_one_token_follow_the_tilted_law_of_the_text_that_was_written(
 
 def test_every_block_is_moved_where_it_stands(reference, value):
     """The flow is asked for partial responses that grow by a block and begin with what was written."""
-    samples = TransformersSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 4))
+    samples = ReferenceSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 4))
     seen = []
     still = torch.zeros(*samples.tokens_BNT.shape, value.embedding_table_VD.shape[1])
     move = make_move(value, samples, still, nats=4.0, max_token_nats=4.0, seeds_BN=row_seeds(9, [0, 1, 2], 4))

@@ -10,7 +10,7 @@ from reward_models.modelling import RewardModel
 from tests.conftest import build_llama
 from tests.text.moves import make_move
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import ImplicitPolicy, PriorDecoder, Reference, row_seeds
 from vgf_llm.text.coupling import draft_noise, maximally_coupled
@@ -70,7 +70,7 @@ def first_tokens(parts, nats, **options):
     reference, value = parts
     one = Reference(reference.model, dataclasses.replace(reference.sampling, max_new_tokens=1), (2, 5), 0)
     table = value.embedding_table_VD
-    samples = TransformersSampler(one).sample(PROMPTS[:1], row_seeds(4, [0], ROWS))
+    samples = ReferenceSampler(one).sample(PROMPTS[:1], row_seeds(4, [0], ROWS))
     direction = torch.randn(table.shape[1])
     delta = direction.expand(1, ROWS, 1, -1) * samples.movable_BNT.unsqueeze(-1)
     decoder = PriorDecoder(one, table, **options)
@@ -99,7 +99,7 @@ def test_one_token_follows_its_tilted_law(parts, multiplier, coupling):
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
 def test_zero_displacement_and_zero_nats_give_every_token_back(parts, options):
     reference, value = parts
-    samples = TransformersSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 16))
+    samples = ReferenceSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 16))
     decoder = PriorDecoder(reference, value.embedding_table_VD, **options)
     seeds = row_seeds(9, [0, 1, 2], 16)
     still = torch.zeros(*samples.tokens_BNT.shape, value.embedding_table_VD.shape[1])
@@ -114,7 +114,7 @@ def test_zero_displacement_and_zero_nats_give_every_token_back(parts, options):
 def moved_texts(parts, budget, **options):
     reference, value = parts
     decoder = PriorDecoder(reference, value.embedding_table_VD, **options)
-    policy = ImplicitPolicy(TransformersSampler(reference), value, decoder, budget)
+    policy = ImplicitPolicy(ReferenceSampler(reference), value, decoder, budget)
     return policy(PROMPTS, row_seeds(0, [0, 1, 2], 32))
 
 

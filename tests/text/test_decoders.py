@@ -9,7 +9,7 @@ from reward_models.modelling import RewardModel
 from tests.text.moves import make_move
 from vgf_llm.evaluation.controls import flipped_gradient, random_gradient
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import ImplicitPolicy, NearestDecoder, PriorDecoder, Reference, row_seeds
 from vgf_llm.text.tilt import kl_divergence, tilt
@@ -29,13 +29,13 @@ def value(any_lm):
 
 def policy(reference, value, budget, decoder=None, **kwargs):
     decoder = decoder or PriorDecoder(reference, value.embedding_table_VD)
-    return ImplicitPolicy(TransformersSampler(reference), value, decoder, budget, **kwargs)
+    return ImplicitPolicy(ReferenceSampler(reference), value, decoder, budget, **kwargs)
 
 
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(reference):
     seeds = row_seeds(0, [0, 1, 2], 4)
-    together = TransformersSampler(reference).sample(PROMPTS, seeds)
-    alone = TransformersSampler(reference).sample(PROMPTS[1:2], seeds[1:2, 2:3])
+    together = ReferenceSampler(reference).sample(PROMPTS, seeds)
+    alone = ReferenceSampler(reference).sample(PROMPTS[1:2], seeds[1:2, 2:3])
     length = int(alone.lengths_BN.max())
     assert torch.equal(together.tokens_BNT[1, 2, :length], alone.tokens_BNT[0, 0, :length])
     assert together.lengths_BN[1, 2] == alone.lengths_BN[0, 0]
@@ -43,9 +43,7 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(reference):
 
 def test_sampling_follows_the_law(reference):
     """20,000 first tokens against the truncated softmax; the largest standard error is 0.0035."""
-    samples = TransformersSampler(dataclasses_replace_length(reference, 1)).sample(
-        PROMPTS[:1], row_seeds(0, [0], 20_000)
-    )
+    samples = ReferenceSampler(dataclasses_replace_length(reference, 1)).sample(PROMPTS[:1], row_seeds(0, [0], 20_000))
     logits = reference.model(torch.tensor(PROMPTS[:1])).logits[0, -1]
     kept = logits.topk(12)
     expected = torch.zeros_like(logits).scatter_(0, kept.indices, kept.values.softmax(-1))
@@ -59,7 +57,7 @@ def dataclasses_replace_length(reference, length):
 
 
 def test_several_eos_ids_end_a_response_and_nothing_follows(reference):
-    samples = TransformersSampler(reference).sample(PROMPTS, row_seeds(1, [0, 1, 2], 32))
+    samples = ReferenceSampler(reference).sample(PROMPTS, row_seeds(1, [0, 1, 2], 32))
     ended = samples.eos_BNT.any(-1)
     assert ended.any() and not ended.all()
     assert {2, 5} & set(samples.tokens_BNT[samples.eos_BNT].tolist())
@@ -70,7 +68,7 @@ def test_several_eos_ids_end_a_response_and_nothing_follows(reference):
 
 
 def test_logps_agree_with_a_plain_forward(reference):
-    samples = TransformersSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 2))
+    samples = ReferenceSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 2))
     logps = reference.logps(reference.prefix(PROMPTS), samples)
     for b, prompt in enumerate(PROMPTS):
         length = int(samples.lengths_BN[b, 1])
@@ -93,7 +91,7 @@ def test_zero_budget_is_best_of_n_token_for_token(reference, value):
 
 @pytest.mark.parametrize("decoder", ["prior", "nearest"])
 def test_zero_displacement_gives_every_token_back(reference, value, decoder):
-    samples = TransformersSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 16))
+    samples = ReferenceSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 16))
     table = value.embedding_table_VD
     decoder = PriorDecoder(reference, table) if decoder == "prior" else NearestDecoder(table, (0, 2, 5))
     still = torch.zeros(*samples.tokens_BNT.shape, table.shape[1])
@@ -116,7 +114,7 @@ def test_prior_follows_its_tilted_law(reference, value):
     one_token = dataclasses_replace_length(reference, 1)
     table = value.embedding_table_VD
     seeds = row_seeds(4, [0], 20_000)
-    samples = TransformersSampler(one_token).sample(PROMPTS[:1], seeds)
+    samples = ReferenceSampler(one_token).sample(PROMPTS[:1], seeds)
     direction = torch.randn(table.shape[1])
     delta = direction.expand(1, 20_000, 1, -1) * samples.movable_BNT.unsqueeze(-1)
     decoder = PriorDecoder(one_token, table)

@@ -12,7 +12,7 @@ from vgf_llm import answering
 from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.controls import no_gradient
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import (
     BlockDecoder,
@@ -40,7 +40,7 @@ def parts():
 def run(parts, budget, *, prompts=PROMPTS, n=6, seed=0, decoder=PriorDecoder, **options):
     reference, value = parts
     policy = ImplicitPolicy(
-        TransformersSampler(reference), value, decoder(reference, value.embedding_table_VD), budget, **options
+        ReferenceSampler(reference), value, decoder(reference, value.embedding_table_VD), budget, **options
     )
     return policy(prompts, row_seeds(seed, list(range(len(prompts))), n))
 
@@ -130,6 +130,6 @@ def test_work_is_counted_on_the_host_wherever_the_responses_are():
 def test_a_kernel_is_refused_where_a_test_takes_the_direction_back(parts, name):
     reference, value = parts
     decoder = {"edit": EditDecoder, "pivot": PivotDecoder}[name](reference, value.embedding_table_VD)
-    policy = ImplicitPolicy(TransformersSampler(reference), value, decoder, TransportBudget(kernel="rbf"))
+    policy = ImplicitPolicy(ReferenceSampler(reference), value, decoder, TransportBudget(kernel="rbf"))
     with pytest.raises(ConfigError, match=f"decoder '{name}' needs budget.kernel none"):
         policy(PROMPTS, row_seeds(0, [0, 1, 2], 4))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
 from vgf_llm.text.law import truncate
@@ -20,7 +20,7 @@ def reference(any_lm):
 
 @pytest.fixture
 def samples(reference):
-    return TransformersSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 8))
+    return ReferenceSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 8))
 
 
 def chooser(reference, seeds_BN, forced_RT=None, keep_R=None):

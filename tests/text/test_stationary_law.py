@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reward_models.modelling import RewardModel
 from vgf_llm.evaluation.controls import no_gradient
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import EditDecoder, EditGreedyDecoder, ImplicitPolicy, PivotDecoder, Reference, row_seeds
 from vgf_llm.text.particles import exact_gradient
@@ -105,7 +105,7 @@ def run(parts, decoder, gradient=exact_gradient, *, chains, burn_in, more=0):
     """Frequencies of the originals and of the chains after ``burn_in`` rounds, pooled over ``more`` further stops."""
     reference, value = parts
     budget = TransportBudget(rounds=burn_in, temperature=ALPHA, nats=1e6, max_token_nats=0.3)
-    policy = ImplicitPolicy(TransformersSampler(reference), value, decoder, budget, gradient=gradient)
+    policy = ImplicitPolicy(ReferenceSampler(reference), value, decoder, budget, gradient=gradient)
     outcome = policy([PROMPT], row_seeds(0, [0], chains))
     stops, originals = [outcome.transported], frequencies(outcome.originals)
     policy.budget = TransportBudget(rounds=5, temperature=ALPHA, nats=1e6, max_token_nats=0.3)
@@ -125,7 +125,7 @@ def of_each_length(table, originals):
 def test_samples_follow_the_enumerated_law(parts):
     table = enumerated(*parts)
     assert sum(math.exp(logp) for logp, _ in table.values()) == pytest.approx(1, abs=1e-5)
-    samples = TransformersSampler(parts[0]).sample([PROMPT], row_seeds(0, [0], 20_000))
+    samples = ReferenceSampler(parts[0]).sample([PROMPT], row_seeds(0, [0], 20_000))
     p = {y: math.exp(logp) for y, (logp, _) in table.items()}
     assert total_variation(frequencies(samples), p) < 0.03
 
@@ -145,7 +145,7 @@ def test_greedy_edits_only_climb(parts):
     table = enumerated(*parts)
     decoder = EditGreedyDecoder(parts[0], parts[1].embedding_table_VD, proposals=4, checked=2)
     budget = TransportBudget(rounds=4, temperature=ALPHA)
-    outcome = ImplicitPolicy(TransformersSampler(parts[0]), parts[1], decoder, budget)([PROMPT], row_seeds(0, [0], 500))
+    outcome = ImplicitPolicy(ReferenceSampler(parts[0]), parts[1], decoder, budget)([PROMPT], row_seeds(0, [0], 500))
     rise = [
         sum(table[after]) - sum(table[before])
         for before, after in zip(as_tuples(outcome.originals), as_tuples(outcome.transported), strict=True)

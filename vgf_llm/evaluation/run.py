@@ -23,7 +23,7 @@ from vgf_llm.evaluation.controls import flipped_gradient, no_gradient, random_gr
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.evaluation.measures import nll_per_token, non_ascii, repetition
 from vgf_llm.pipeline import make_decoder
-from vgf_llm.sampling.transformers_sampler import TransformersSampler
+from vgf_llm.sampling.reference_sampler import ReferenceSampler
 from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.particles import GradientSource, exact_gradient, token_spacing
@@ -101,7 +101,7 @@ class Experiment:
         """Draw as many responses as the largest arm needs, in pieces, so that each arm's share of the time is known."""
         counts = sorted({arm.num_particles for arm in arms})
         seeds_BN = row_seeds(seed, prompts.indices, counts[-1])
-        sampler, parts, seconds_by_count = TransformersSampler(self.reference), [], {}
+        sampler, parts, seconds_by_count = ReferenceSampler(self.reference), [], {}
         started, drawn = time.perf_counter(), 0
         for count in counts:
             parts.append(sampler.sample(prompts.ids, seeds_BN[:, drawn:count]))
@@ -118,7 +118,7 @@ class Experiment:
             "none": no_gradient(source),
         }
         return ImplicitPolicy(
-            TransformersSampler(self.reference),
+            ReferenceSampler(self.reference),
             self.value,
             make_decoder(arm.decoder, self.reference, self.value, arm.decoder_options),
             arm.transport,

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from vgf_llm.errors import DivergedError
 from vgf_llm.pipeline import make_decoder
-from vgf_llm.sampling import TransformersSampler
+from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
 from vgf_llm.text.implicit_policy import Outcome
@@ -173,7 +173,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
 
     def sample(self, law: Reference, prompts: list[PromptRow], seeds_BN: Tensor) -> Responses:
         """Draw N responses to each prompt."""
-        return TransformersSampler(law).sample([prompt.ids for prompt in prompts], seeds_BN)
+        return ReferenceSampler(law).sample([prompt.ids for prompt in prompts], seeds_BN)
 
     def flow_value(self) -> tuple[Value, GradientSource]:
         """Return what the flow climbs, and where its direction comes from."""
@@ -185,7 +185,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         if self._length_unit is None:
             self._length_unit = token_spacing(value.embedding_table_VD)
         return ObservedPolicy(
-            TransformersSampler(law),
+            ReferenceSampler(law),
             value,
             make_decoder(self.method.decoder, law, value, self.method.decoder_options),
             self.method.budget,

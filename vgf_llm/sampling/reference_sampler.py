@@ -14,7 +14,7 @@ from vgf_llm.text.responses import Responses
 _KEPT_COLUMNS = 512  # a longer shortlist is not kept: 12 bytes a column and token
 
 
-class TransformersSampler:
+class ReferenceSampler:
     """Draws where the reference runs: a model of transformers in this process, or an engine.
 
     Args:
