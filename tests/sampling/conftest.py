@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def tiny_engine(tiny_folder):
 
 def quiet_vllm(environment) -> None:
     """In this process, one unbound thread, errors only, nothing reported to anyone."""
+    # vLLM looks into every loaded module while it starts, and falls over an object of this one that simulators load.
+    sys.modules.pop("dm_control.mjcf.physics", None)
     environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
