@@ -71,6 +71,21 @@ def test_perceptron_without_further_inputs():
     assert torch.allclose(body(observations)[0, 1, 0], slow_perceptron(body, 0, observations[1], False), atol=1e-6)
 
 
+def test_normalised_observations_are_what_every_network_sees():
+    settings = AgentSettings(clone_hidden=[8], critic_hidden=[8], amortised=True, budget=TransportBudget(steps=1))
+    agent = ControlAgent(settings, 2, 1)
+    observations_BO, actions_BNA = torch.tensor([[4.0, 30.0], [2.0, 10.0]]), torch.rand(2, 3, 1)
+    mean_O, std_O = torch.tensor([2.0, 10.0]), torch.tensor([0.5, 20.0])
+    scaled_BO = torch.tensor([[4.0, 1.0], [0.0, 0.0]])
+    before = [agent.critics(scaled_BO, actions_BNA), agent.gradient(scaled_BO, actions_BNA)]
+    proposed_BNA = agent.propose(scaled_BO, actions_BNA)
+    agent.normalise_observations(mean_O, std_O)
+    after = [agent.critics(observations_BO, actions_BNA), agent.gradient(observations_BO, actions_BNA)]
+    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(agent.averaged(observations_BO, actions_BNA), before[0])
+    torch.testing.assert_close(agent.propose(observations_BO, actions_BNA), proposed_BNA)
+
+
 def test_euler_by_hand():
     """Velocity -x, two steps from 0.8: 0.8 (1 - 1/2)^2 = 0.2. A velocity of the time alone, v = t: 0 + 0 + 1/4."""
     clone = FlowClone(O, A, [4], euler_steps=2)

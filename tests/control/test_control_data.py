@@ -84,6 +84,14 @@ def test_rewards_are_shifted_and_scaled_by_hand():
         from_rows("f", rows(rewards=np.zeros(6)), None).with_rewards(0.0, normalise=True)
 
 
+def test_moments_of_observations_by_hand():
+    columns = np.array([[1.0, 5.0], [3.0, 5.0]], dtype=np.float32)
+    flat = np.zeros(2, dtype=np.float32)
+    mean_O, std_O = Transitions(columns, columns, flat, flat, columns, flat > 0).observation_moments()
+    assert mean_O.tolist() == [2.0, 5.0]
+    assert std_O.tolist() == [1.0, 1.0]  # the second column never changes
+
+
 def test_hdf5_and_minari_folders_are_read_alike(tmp_path):
     h5py = pytest.importorskip("h5py")
     data = walk(episodes=5)

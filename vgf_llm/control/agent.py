@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vgf_llm.control import losses, targets
-from vgf_llm.control.networks import Critics, FlowClone, GaussianClone, GradientNetwork
+from vgf_llm.control.networks import Critics, FlowClone, GaussianClone, GradientNetwork, Perceptron
 from vgf_llm.control.settings import AgentSettings
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.flow.projections import clip_to_box
@@ -96,6 +96,14 @@ class ControlAgent(nn.Module):
                 if network is not None:
                     network.body.compile()
         return self
+
+    @torch.no_grad()
+    def normalise_observations(self, mean_O: Tensor, std_O: Tensor) -> None:
+        """Have every network see observations less their mean, in units of their spread."""
+        for network in self.modules():
+            if isinstance(network, Perceptron):
+                network.observation_mean_O.copy_(mean_O)
+                network.observation_std_O.copy_(std_O)
 
     # Training ------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vgf_llm.control.agent import Batch
 from vgf_llm.errors import DataError
@@ -45,6 +46,13 @@ class Transitions:
         for field in fields(self):
             result.update(np.ascontiguousarray(getattr(self, field.name)).tobytes())
         return result.hexdigest()
+
+    def observation_moments(self) -> tuple[Tensor, Tensor]:
+        """Return the observations' mean and standard deviation [O]; a spread of 0 is given as 1."""
+        values = self.observations.astype(np.float64)
+        std_O = values.std(0)
+        std_O[std_O == 0] = 1.0
+        return torch.from_numpy(values.mean(0)).float(), torch.from_numpy(std_O).float()
 
     def with_rewards(self, shift: float, normalise: bool) -> tuple[Transitions, float]:
         """Shift rewards, then scale them so that the data's episode returns span 1000 (D4RL's locomotion).

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 class Perceptron(nn.Module):
     """C independent perceptrons on an observation and further inputs, evaluated together.
 
+    The observation is taken less ``observation_mean_O``, in units of ``observation_std_O``: 0 and 1 until they are set.
+
     Args:
         observation_size: O.
         rest_size: Width of the further inputs (action, time), 0 for none.
@@ -39,6 +41,8 @@ class Perceptron(nn.Module):
     ) -> None:
         super().__init__()
         self.observation_size = observation_size
+        self.register_buffer("observation_mean_O", torch.zeros(observation_size))
+        self.register_buffer("observation_std_O", torch.ones(observation_size))
         sizes = [observation_size + rest_size, *hidden, outputs]
         pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
         self.weights = nn.ParameterList(nn.Parameter(_uniform(copies, i, o)) for i, o in pairs)
@@ -59,6 +63,7 @@ class Perceptron(nn.Module):
         """
         B, N = len(observations_BO), rest[0].shape[1] if rest else 1
         weight, copies = self.weights[0], self.weights[0].shape[0]
+        observations_BO = (observations_BO - self.observation_mean_O) / self.observation_std_O
         seen_CBH = torch.baddbmm(
             self.biases[0], observations_BO.expand(copies, -1, -1), weight[:, : self.observation_size]
         )

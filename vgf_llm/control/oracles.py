@@ -19,6 +19,7 @@ import numpy as np
 from vgf_llm.errors import ConfigError
 
 MANIPULATION = ("cube", "scene", "puzzle")
+_LANE = 1.2  # most distance from a corridor's middle along each axis; its walls stop a point at 1.3
 
 
 class Behaviour(Protocol):
@@ -66,7 +67,10 @@ class Manipulator:
 
 
 class MazeWalker:
-    """A point that walks to random free cells along shortest paths.
+    """A point that walks to random free cells along shortest paths, each walk on a lane of its own.
+
+    A lane lies beside the middles of the cells, so that the data reach the walls: a critic that never saw the edge of a
+    corridor sends its agent there.
 
     Args:
         env: A point maze.
@@ -97,18 +101,20 @@ class MazeWalker:
 
     def _choose(self) -> None:
         cell = self._free[self._generator.integers(len(self._free))]
-        self._aim = np.array(self._maze.ij_to_xy(cell), dtype=float)
-        _, self._steps_to_aim = self._maze.get_oracle_subgoal(self._aim, self._aim)
+        middle = np.array(self._maze.ij_to_xy(cell), dtype=float)
+        self._lane = self._generator.uniform(-_LANE, _LANE, 2)
+        self._aim = middle + self._lane
+        _, self._steps_to_aim = self._maze.get_oracle_subgoal(middle, middle)
 
     def _next(self, position: np.ndarray) -> np.ndarray:
-        """The aim itself in its own cell, else the middle of the neighbour that is nearest to it."""
+        """The aim itself in its own cell, else a place in the neighbour that is nearest to it."""
         i, j = self._maze.xy_to_ij(position)
         if self._steps_to_aim[i, j] <= 0:  # the aim's cell, or a wall's edge
             return self._aim
         around = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
         reachable = [cell for cell in around if self._steps_to_aim[cell] >= 0]
         nearest = min(reachable, key=lambda cell: self._steps_to_aim[cell])
-        return np.array(self._maze.ij_to_xy(nearest), dtype=float)
+        return np.array(self._maze.ij_to_xy(nearest), dtype=float) + self._lane
 
 
 def make_behaviour(env: Any, name: str, kind: str, noise: float, generator: np.random.Generator) -> Behaviour:

@@ -89,6 +89,8 @@ class DataSettings:
     """OGBench .npz, D4RL .hdf5 or Minari folder; null has OGBench's package fetch the data of env."""
     reward_shift: float = 0.0
     """Added to every reward of the data and of online steps (D4RL antmaze: -1)."""
+    normalise_observations: bool = False
+    """Whether networks see observations less their mean over the data, in units of their standard deviation."""
     normalise_returns: bool = False
     """Whether rewards are scaled by 1000 / (largest - smallest episode return), as for D4RL's locomotion."""
     score_min: float = 0.0

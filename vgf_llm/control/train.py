@@ -116,6 +116,8 @@ def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSet
         _check_sizes(data, env, transitions)
     torch.manual_seed(settings.seed)
     agent = ControlAgent(agent_settings, transitions.observations.shape[1], transitions.actions.shape[1])
+    if data.normalise_observations:
+        agent.normalise_observations(*transitions.observation_moments())
     evaluator = online = None
     if data.env is not None and bounds is not None:
         name = data.env
@@ -151,7 +153,12 @@ def _identity(settings: TrainSettings, data: DataSettings, agent: AgentSettings,
     online = {key: value for key, value in dump(settings).items() if key.startswith(("online", "offline"))}
     return {
         "agent": dataclasses.asdict(agent),
-        "data": {"sha256": digest, "reward_shift": data.reward_shift, "normalise_returns": data.normalise_returns},
+        "data": {
+            "sha256": digest,
+            "reward_shift": data.reward_shift,
+            "normalise_returns": data.normalise_returns,
+            "normalise_observations": data.normalise_observations,
+        },
         "seed": settings.seed,
         "batch_size": settings.batch_size,
         "clone_steps": settings.clone_steps,
