@@ -168,3 +168,16 @@ def test_seeds_are_joined_and_the_best_budget_is_chosen_on_the_others(tmp_path):
     assert result["arms"]["clone"]["score"] == [0, 0, 0]
     assert result["arms"]["1 x 0.1"]["minus_best_of_n"][0] == pytest.approx(100 / 3 - 250 / 3, abs=0.01)
     assert "| best-of-2 | 83.3 [" in table(result)
+
+
+def test_of_budgets_that_always_succeed_the_faster_is_chosen(tmp_path):
+    for seed in range(2):
+        (tmp_path / str(seed)).mkdir()
+        rows = [
+            evaluation(arm, [1.0, 1.0], int(arm[0] == "1"), 0.1 if arm[0] == "1" else None) | {"returns": [total] * 2}
+            for arm, total in (("clone", -9.0), ("best-of-2", -5.0), ("1 x 0.1", -4.0))
+        ]
+        (tmp_path / str(seed) / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arms = summarise([tmp_path / str(seed) for seed in range(2)])["arms"]
+    assert arms["best budget"]["chosen"] == ["1 x 0.1"] * 2
+    assert arms["1 x 0.1"]["return_minus_best_of_n"] == [1.0, 1.0, 1.0]

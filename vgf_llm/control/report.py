@@ -74,15 +74,17 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
         ]:
             raise DataError(f"'{run}' and '{runs[0]}' differ in arms, steps or episodes: they cannot be joined")
     values = {arm: np.array([_values(rows[arm]) for rows in found]) for arm in first}  # [seeds, episodes]
+    returns = {arm: np.array([rows[arm]["returns"] for rows in found]) for arm in first}
     base = next((arm for arm in first if arm.startswith("best-of-")), None)
     moved = [arm for arm in first if first[arm]["flow_steps"]]
-    arms = {arm: _arm(values, arm, base) | {"moved": first[arm]["moved"]} for arm in first}
+    arms = {arm: _arm(values, returns, arm, base) | {"moved": first[arm]["moved"]} for arm in first}
     if len(runs) > 1:
         for name, candidates in (("best budget", [*([base] if base else []), *moved]), ("best budget above 0", moved)):
             if candidates:
-                chosen = _chosen_elsewhere(values, candidates)
-                values[name] = np.array([values[arm][seed] for seed, arm in enumerate(chosen)])
-                arms[name] = _arm(values, name, base) | {"chosen": chosen}
+                chosen = _chosen_elsewhere(values, returns, candidates)
+                for measured in (values, returns):
+                    measured[name] = np.array([measured[arm][seed] for seed, arm in enumerate(chosen)])
+                arms[name] = _arm(values, returns, name, base) | {"chosen": chosen}
     return {
         "step": next(iter(first.values()))["step"],
         "seeds": len(runs),
@@ -97,11 +99,11 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['seeds']} seeds, {result['episodes']} episodes each, step {result['step']}, {result['measure']}",
         "",
-        "| arm | score [95%] | minus clone [95%] | minus best-of-N [95%] |",
-        "|---|---|---|---|",
+        "| arm | score [95%] | minus clone [95%] | minus best-of-N [95%] | return minus best-of-N's [95%] |",
+        "|---|---|---|---|---|",
     ]
     for name, arm in result["arms"].items():
-        cells = [arm["score"], arm["minus_clone"], arm["minus_best_of_n"]]
+        cells = [arm["score"], arm["minus_clone"], arm["minus_best_of_n"], arm["return_minus_best_of_n"]]
         lines.append(f"| {name} | {' | '.join('' if c is None else _shown(c) for c in cells)} |")
     return "\n".join(lines)
 
@@ -156,12 +158,16 @@ def _values(row: dict[str, Any]) -> list[float]:
     return [100 * value for value in row["successes"]] if _solved(row) else row["returns"]
 
 
-def _arm(values: dict[str, np.ndarray], arm: str, base: str | None) -> dict[str, Any]:
+def _arm(values: dict[str, np.ndarray], returns: dict[str, np.ndarray], arm: str, base: str | None) -> dict[str, Any]:
+    beside_base = base is not None and arm not in (base, CLONE)
     return {
         "score": _interval(values[arm]),
         "minus_clone": _interval(values[arm] - values[CLONE]) if arm != CLONE else None,
-        "minus_best_of_n": _interval(values[arm] - values[base]) if base and arm not in (base, CLONE) else None,
+        "minus_best_of_n": _interval(values[arm] - values[base]) if beside_base else None,
+        "return": _interval(returns[arm]),
+        "return_minus_best_of_n": _interval(returns[arm] - returns[base]) if beside_base else None,
         "per_seed": [round(float(mean), 2) for mean in values[arm].mean(1)],
+        "return_per_seed": [round(float(mean), 2) for mean in returns[arm].mean(1)],
     }
 
 
@@ -176,11 +182,18 @@ def _interval(values_SE: np.ndarray) -> list[float]:
     return [round(float(number), 2) for number in (values_SE.mean(), low, high)]
 
 
-def _chosen_elsewhere(values: dict[str, np.ndarray], candidates: Sequence[str]) -> list[str]:
-    """For each seed the candidate with the best mean over the other seeds, the first of equals."""
-    means = {arm: values[arm].mean(1) for arm in candidates}
-    seeds = len(next(iter(means.values())))
-    return [max(candidates, key=lambda arm: float(np.delete(means[arm], seed).mean())) for seed in range(seeds)]
+def _chosen_elsewhere(
+    values: dict[str, np.ndarray], returns: dict[str, np.ndarray], candidates: Sequence[str]
+) -> list[str]:
+    """For each seed the candidate with the best mean over the other seeds; of equals the one with the best return."""
+
+    def elsewhere(arm: str, seed: int) -> tuple[float, float]:
+        others = (np.delete(table[arm], seed, 0).mean() for table in (values, returns))
+        score, total = (round(float(mean), 9) for mean in others)
+        return score, total
+
+    seeds = len(values[candidates[0]])
+    return [max(candidates, key=lambda arm: elsewhere(arm, seed)) for seed in range(seeds)]
 
 
 def _shown(interval: Sequence[float]) -> str:
