@@ -49,3 +49,7 @@ class Deadline:
             raise AbandonedError("the caller has left")
         if self.left_sec <= 0:
             raise DeadlineError(f"no answer within {self.seconds:g} s")
+
+
+OPEN = Deadline()
+"""Of a caller who waits as long as it takes."""

@@ -1,4 +1,4 @@
-"""The thread that owns an engine: requests of many callers share its batch, and nobody waits for an engine that is gone.
+"""The thread that owns an engine: many callers' requests share its batch, and nobody waits for one that is gone.
 
 The thread takes what callers bring, lets the engine do a step, hands every caller their texts when the last of them is
 finished, and so on. Each caller looks every second at when the thread last got anywhere and whether the engine's
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from vgf_llm.sampling.deadline import Deadline
+from vgf_llm.sampling.deadline import OPEN, Deadline
 from vgf_llm.sampling.engine import EngineError
 
 _LOOK_SEC, _LOOK_AT_DEADLINE_SEC = 1.0, 0.1
@@ -103,15 +103,19 @@ class EngineThread:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def call(self, job: Callable[[Callable[[], None]], Any], timeout_sec: float) -> Any:
+    def call(
+        self, job: Callable[[Callable[[], None]], Any], timeout_sec: float, deadline: Deadline | None = None
+    ) -> Any:
         """Run ``job`` on the engine's thread between two steps and return what it returns.
 
         It is given a function to call whenever it has got somewhere.
 
         Raises:
             EngineError: If it raised what is no error of the caller's, or got nowhere for ``timeout_sec``.
+            AbandonedError: If ``deadline`` says that the caller has left.
+            DeadlineError: If it has passed.
         """
-        return self._result(_Job(job), timeout_sec, Deadline())
+        return self._result(_Job(job), timeout_sec, deadline or OPEN)
 
     def run(self, requests: Sequence[Any], timeout_sec: float, deadline: Deadline | None = None) -> list[Any]:
         """Return what came of each request, written beside those of other callers.
@@ -121,7 +125,7 @@ class EngineThread:
             AbandonedError: If ``deadline`` says that the caller has left; the requests are taken out.
             DeadlineError: If it has passed, likewise.
         """
-        return self._result(_Texts(requests), timeout_sec, deadline or Deadline()) if requests else []
+        return self._result(_Texts(requests), timeout_sec, deadline or OPEN) if requests else []
 
     @property
     def unfinished(self) -> int:
@@ -179,7 +183,7 @@ class EngineThread:
         raise (error if isinstance(call, _Job) else EngineError(str(error))) from error
 
     def _wait(self, call: _Call, timeout_sec: float, deadline: Deadline) -> tuple[Any, BaseException | None]:
-        look_sec = _LOOK_SEC if deadline.seconds == float("inf") else _LOOK_AT_DEADLINE_SEC
+        look_sec = _LOOK_SEC if deadline is OPEN else _LOOK_AT_DEADLINE_SEC
         looked = time.monotonic()
         while True:
             try:

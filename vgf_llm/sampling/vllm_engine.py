@@ -48,9 +48,11 @@ class VLLMEngine:
         max_length: Most tokens of a prompt and its response; the model's own limit when not given.
         most_logprobs: Most log-probabilities a place that will be asked for.
         trust_remote_code: Whether code in the model's repository may run.
+        deadline: Patience of the one who waits for the start.
 
     Raises:
         EngineError: If vLLM is not installed, or the engine does not start.
+        AbandonedError: If nobody waits for it any more.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class VLLMEngine:
         max_length: int | None = None,
         most_logprobs: int = 64,
         trust_remote_code: bool = False,
+        deadline: Deadline | None = None,
     ) -> None:
         self.name, self.settings = f"vLLM engine of {model}", settings or EngineSettings()
         self._folder = tempfile.TemporaryDirectory(prefix="vgf_table.")
@@ -89,7 +92,7 @@ class VLLMEngine:
             options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _rank_for(adapters)}
         self._worker, before = EngineThread(self.name), multiprocessing.active_children()
         try:
-            self._llm = self._worker.call(lambda tick: _start(options), self.settings.start_timeout_sec)
+            self._llm = self._worker.call(lambda tick: _start(options), self.settings.start_timeout_sec, deadline)
         except BaseException:  # Ctrl-C too: nothing of a start that nobody waits for is left running
             self._worker.processes = _children_but(before)
             self._worker.give_up("it did not start")

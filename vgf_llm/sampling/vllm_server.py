@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from vgf_llm.sampling.deadline import Deadline
+from vgf_llm.sampling.deadline import OPEN, Deadline
 from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
 from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT
 from vgf_llm.settings import EngineSettings
@@ -56,7 +56,7 @@ class VLLMServer:
 
         Of a caller who leaves, what was sent already is written to its end by the server.
         """
-        deadline, pool = deadline or Deadline(), ThreadPoolExecutor(self.settings.max_sequences)
+        deadline, pool = deadline or OPEN, ThreadPoolExecutor(self.settings.max_sequences)
         try:
             waiting = set(texts := [pool.submit(self._run, request) for request in requests])
             while waiting:
