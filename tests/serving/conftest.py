@@ -74,7 +74,9 @@ def running(served_pipeline):
 
 
 @contextmanager
-def serving(pipeline, api_key=None, **options):
+def serving(
+    pipeline, api_key=None, *, engine=None, start=None, on_restart=lambda: None, on_end=lambda: None, **options
+):
     """Serve a pipeline from this process; its engine outlives the server."""
     import uvicorn
 
@@ -88,8 +90,8 @@ def serving(pipeline, api_key=None, **options):
         num_particles=8, draws=4, max_tokens=100, timeout_sec=60, body_kib=16, **options.pop("most", {})
     )
     settings = ServeSettings(budget=TransportBudget(nats=3.0), num_particles=4, draws=2, most=most, **options)
-    metrics, engine = Metrics(), pipeline.reference.engine
-    keeper = EngineKeeper(_Kept(engine), None, lambda: None, lambda: None)
+    metrics, kept = Metrics(), engine or _Kept(pipeline.reference.engine)
+    keeper = EngineKeeper(kept, start, on_restart, on_end)
     server = Server(Service(pipeline, settings, keeper.engine), keeper, metrics, MODEL, api_key)
     listener = socket.create_server(("127.0.0.1", 0))
     http = uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", lifespan="on"))
@@ -97,7 +99,7 @@ def serving(pipeline, api_key=None, **options):
     thread.start()
     while not http.started:
         time.sleep(0.01)
-    yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", server, engine)
+    yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", server, pipeline.reference.engine)
     http.should_exit = True
     thread.join(30)
     listener.close()

@@ -10,6 +10,8 @@ from vgf_llm.sampling.engine import EngineError
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
+_BODY_UNREAD = (401, 408, 413, 415)  # what still comes of the body is not waited for
+
 
 class RequestError(VGFError):
     """A request that is not answered.
@@ -43,7 +45,8 @@ class RequestError(VGFError):
     @property
     def headers(self) -> dict[str, str]:
         """Headers that go with it."""
-        return {} if self.retry_sec is None else {"Retry-After": str(self.retry_sec)}
+        found = {} if self.retry_sec is None else {"Retry-After": str(self.retry_sec)}
+        return found | ({"Connection": "close"} if self.status in _BODY_UNREAD else {})
 
 
 def refused(param: str, message: str) -> RequestError:

@@ -199,4 +199,5 @@ class Questions:
 
 def _at_most(param: str, value: float, most: float) -> None:
     if value > most:
-        raise refused(param, f"{param} must be at most {most:g} here, got {str(value)[:_SHOWN]}")
+        seen = f"{value:g}" if isinstance(value, float) else str(value)[:_SHOWN]
+        raise refused(param, f"{param} must be at most {most:g} here, got {seen}")
