@@ -87,6 +87,7 @@ def run(
             server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SEC, lifespan="on"
         )
     )
+    listener.listen()  # who reads the next line may connect at once
     host, port = listener.getsockname()[:2]
     print(f"vgf-llm serve: {server.model!r} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
     try:

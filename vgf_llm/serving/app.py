@@ -119,7 +119,7 @@ class Server:
         return JSONResponse(self._card())
 
     async def _health(self, request: Request) -> Response:
-        self.keeper.engine()
+        await asyncio.to_thread(self.keeper.engine().check)
         return JSONResponse({"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:
