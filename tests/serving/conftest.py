@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -125,6 +124,3 @@ def wait_until(holds, seconds=20.0):
     while not holds():
         assert time.monotonic() < until
         time.sleep(0.02)
-
-
-ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from tests.serving.command import serve
+from tests.serving.command import client, serve
 from tests.serving.conftest import chat, wait_until
 from vgf_llm import serve as command
 from vgf_llm.cli import main
@@ -22,7 +22,7 @@ LONG = chat(max_tokens=100, transport={"num_particles": 8, "draws": 4, "rounds":
 
 def asked_while_the_engine_is_killed(own, clients=12):
     """Every client's status and seconds from the kill to its answer."""
-    with ThreadPoolExecutor(clients) as pool, own.http() as http:
+    with ThreadPoolExecutor(clients) as pool, client(own) as http:
         first = http.post(CHAT, json=chat())
         assert first.status_code == 200
 
@@ -47,16 +47,16 @@ def asked_while_the_engine_is_killed(own, clients=12):
 @pytest.mark.slow
 def test_an_engine_that_is_killed_fails_who_waits_and_another_one_is_started(served_models):
     pytest.importorskip("vllm")
-    with serve(served_models, VGF_API_KEY="") as own:
+    with serve(served_models) as own:
         before = asked_while_the_engine_is_killed(own)
         own.wait_for("another engine runs")
-        with own.http() as http:
+        with client(own) as http:
             assert http.get("/health").status_code == 200
             again = http.post(CHAT, json=chat())
             assert again.json()["choices"][0]["message"]["content"] == before
             assert "vgf_engine_restarts_total 1.0" in http.get("/metrics").text
-        family = psutil.Process(own.process.pid).children(recursive=True)
-        with ThreadPoolExecutor(1) as pool, own.http() as http:  # told to end while it answers
+        family = own.family()
+        with ThreadPoolExecutor(1) as pool, client(own) as http:  # told to end while it answers
             last = pool.submit(http.post, CHAT, json=LONG)
             wait_until(lambda: "vgf_requests_running 1.0" in http.get("/metrics").text)
             own.process.send_signal(signal.SIGTERM)
@@ -76,13 +76,12 @@ def test_an_engine_that_is_killed_ends_a_server_that_is_to_exit(served_models):
 @pytest.mark.slow
 def test_ctrl_c_while_another_engine_starts_leaves_no_process_behind(served_models):
     pytest.importorskip("vllm")
-    with serve(served_models) as own, own.http() as http:
+    with serve(served_models) as own, client(own) as http:
         engine = own.engine()
         engine.kill()
         wait_until(lambda: http.get("/health").status_code == 503)
-        own_process = psutil.Process(own.process.pid)
-        wait_until(lambda: any(one.pid > engine.pid for one in own_process.children(recursive=True)), 60)
-        family = own_process.children(recursive=True)
+        wait_until(lambda: any(one.pid > engine.pid for one in own.family()), 60)
+        family = own.family()
         own.process.send_signal(signal.SIGINT)
         assert own.process.wait(40) == 0
         assert psutil.wait_procs(family, timeout=5)[1] == []
