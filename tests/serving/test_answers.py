@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine import EngineRequest
 from vgf_llm.text import ImplicitPolicy, row_seeds
 
+openai = pytest.importorskip("openai", reason="the openai client is not installed (it comes with vLLM)")
 PLAIN = {"steps": 0, "num_particles": 1}
 MESSAGES = [{"role": "user", "content": "write about the sea"}]
 

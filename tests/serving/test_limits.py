@@ -9,12 +9,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import openai
 import pytest
 
 from tests.serving.conftest import MODEL, chat, serving, wait_until
 from vgf_llm.sampling.engine import EngineError
 
+openai = pytest.importorskip("openai", reason="the openai client is not installed (it comes with vLLM)")
 CHAT = "/v1/chat/completions"
 LONG = chat(max_tokens=100, transport={"num_particles": 8, "draws": 4, "rounds": 4, "decoder": "pivot"})
 MEDIUM = chat(max_tokens=100, transport={"num_particles": 8, "draws": 4})
