@@ -204,3 +204,20 @@ def test_curl_sees_json_of_utf8(running):
         body = json.dumps(chat("the sea ünïcode")).encode()
         answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    "transport",
+    [
+        {"step_size": 1e6, "temperature": 1e-6, "steps": 8},
+        {"step": "adam", "step_size": 1e6, "steps": 3},
+        {"step": "normalised", "step_size": 1e6, "rounds": 4},
+        {"kernel": "rbf", "bandwidth": 1e-6, "temperature": 1e6},
+        {"kernel": "rbf", "bandwidth": 1e6, "max_token_nats": 1e-9},
+        {"nats": 1e-12},
+    ],
+    ids=str,
+)
+def test_the_ends_of_the_ranges_are_answered(running, transport):
+    told = ask(running, transport).transport
+    assert told["value"] >= told["original_value"] and told["nats"] <= 3.001

@@ -167,6 +167,7 @@ class EngineThread:
         for process in self.processes:
             process.join(0 if self._thread.is_alive() else _CLOSING_SEC)
             process.kill()
+        self.batch = None  # and with it what vLLM keeps in this process
 
     # The caller's side ---------------------------------------------------------------------------------------------
 
