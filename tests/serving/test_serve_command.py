@@ -61,7 +61,7 @@ def test_an_engine_that_is_killed_fails_who_waits_and_another_one_is_started(ser
             wait_until(lambda: "vgf_requests_running 1.0" in http.get("/metrics").text)
             own.process.send_signal(signal.SIGTERM)
             assert own.process.wait(60) == 0
-            assert last.exception() is not None or last.result().status_code in (200, 500, 503)
+            assert last.result().status_code in (200, 503)
         assert psutil.wait_procs(family, timeout=5)[1] == []
 
 

@@ -84,6 +84,8 @@ class Server:
                 if path not in _KEYLESS:
                     self._check_key(request)
                 response = await handler(request)
+            except asyncio.CancelledError:  # the time that a server has to end is up
+                response = _error_response(RequestError(503, "the server is stopping", code="stopping"))
             except Exception as error:
                 response = _error_response(error)
             self.metrics.requests.labels(path, response.status_code).inc()

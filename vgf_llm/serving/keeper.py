@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from vgf_llm.errors import VGFError
-from vgf_llm.sampling.deadline import Deadline
+from vgf_llm.sampling.deadline import AbandonedError, Deadline
 from vgf_llm.sampling.engine import Engine, EngineError
 from vgf_llm.serving.errors import RequestError
 
@@ -74,7 +74,8 @@ class EngineKeeper:
                 print(f"vgf-llm serve: {error}", file=sys.stderr, flush=True)
                 dead.close()
                 if not self._another():
-                    self._on_end()
+                    if not self._closing.is_set():
+                        self._on_end()
                     return
 
     def _another(self) -> bool:
@@ -84,6 +85,8 @@ class EngineKeeper:
                 return False
             try:
                 self._engine = self._start(self._patience)
+            except AbandonedError:
+                return False
             except VGFError as error:
                 print(f"vgf-llm serve: start {number} of {_TRIES} failed: {error}", file=sys.stderr, flush=True)
                 continue
