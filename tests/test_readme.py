@@ -1,9 +1,12 @@
 """The README's commands, run in their order as a newcomer would, in an empty folder beside the recipes."""
 
+import contextlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -40,8 +43,8 @@ def test_linked_files_exist():
 def test_every_command_and_the_python_example_run(tmp_path):
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     found = commands()
-    assert [command.split()[1] for command in found] == ["reward", "secant", "generate", "evaluate", "launch"]
-    for command in found:
+    assert [command.split()[1] for command in found] == ["reward", "secant", "generate", "evaluate", "launch", "serve"]
+    for command in found[:-1]:
         program = command.split()[0]
         shell = command.replace(program, f"{sys.executable} -m {MODULES[program]}", 1)
         output = run(shell, tmp_path)
@@ -49,6 +52,24 @@ def test_every_command_and_the_python_example_run(tmp_path):
     (example,) = blocks("python")
     (tmp_path / "example.py").write_text(example)
     assert "tensor" in run(f"{sys.executable} example.py", tmp_path)
+    if importlib.util.find_spec("vllm") is not None:
+        serve_and_ask(found[-1], tmp_path)
+
+
+def serve_and_ask(command, folder):
+    """Start the README's server on a free port and send it what the README's curl sends."""
+    from benchmarks.serving_process import served
+
+    sent = json.loads(re.search(r"curl.*?-d '(.*?)'", README, flags=re.DOTALL).group(1))
+    recipe = folder / command.split()[-1]
+    with contextlib.chdir(folder), served(["--config", str(recipe)]) as server:
+        asked = urllib.request.Request(
+            f"{server.url}/v1/chat/completions", json.dumps(sent).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=300) as answer:
+            told = json.load(answer)
+    assert told["choices"][0]["message"]["content"]
+    assert told["transport"]["value"] >= told["transport"]["original_value"]
 
 
 @pytest.mark.slow

@@ -22,15 +22,9 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class AnswerSettings:
-    """Prompts, particles and budget."""
+class ImplicitPolicySettings:
+    """Particles, budget, decoder and selection."""
 
-    prompts: str | None = None
-    """Prompt file (.jsonl, .json, .csv, .parquet, .txt) or hub dataset."""
-    prompt_column: str = "prompt"
-    """Column of the prompt file."""
-    num_prompts: int | None = None
-    """Prompts used, from the first; all when unset."""
     budget: TransportBudget = field(default_factory=TransportBudget)
     """Transport budget; steps 0 is best-of-N."""
     decoder: DecoderName = "prior"
@@ -44,6 +38,29 @@ class AnswerSettings:
     and pivot."""
     select: Literal["max", "softmax", "random"] = "max"
     """The response returned: best by value, drawn by softmax of value / budget.temperature, or any of the pool."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
+        if self.num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
+
+
+@dataclass(frozen=True)
+class AnswerSettings(ImplicitPolicySettings):
+    """Prompts, particles and budget."""
+
+    prompts: str | None = None
+    """Prompt file (.jsonl, .json, .csv, .parquet, .txt) or hub dataset."""
+    prompt_column: str = "prompt"
+    """Column of the prompt file."""
+    num_prompts: int | None = None
+    """Prompts used, from the first; all when unset."""
     seed: int = 0
     """Seed; a prompt's answer depends on it and on the prompt's position, not on the batch."""
     batch_prompts: int = 4
@@ -59,10 +76,7 @@ class AnswerSettings:
         Raises:
             ValueError: Naming the key and the value seen.
         """
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
-        if self.num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
+        super().__post_init__()
         if self.num_prompts is not None and self.num_prompts < 1:
             raise ValueError(f"num_prompts must be null or at least 1, got {self.num_prompts}")
         if self.batch_prompts < 1:
@@ -121,11 +135,11 @@ def answer(
             except NonFiniteError as error:
                 index = batch[error.group]
                 raise NonFiniteError(f"prompt {index}: {error}", group=index, step=error.step) from error
-            yield batch, _rows([prompt_text(prompts[i]) for i in batch], outcome, pipeline.tokenizer)
+            yield batch, outcome_rows([prompt_text(prompts[i]) for i in batch], outcome, pipeline.tokenizer)
 
 
-def _rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[Row]:
-    """Return one JSON object a prompt."""
+def outcome_rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[Row]:
+    """Return what came of each prompt as one JSON object, as this module's header lists it."""
     import torch
 
     from vgf_llm.text.responses import changed_tokens

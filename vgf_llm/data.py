@@ -216,12 +216,18 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
                 f"the chat template refuses the messages {shorten(repr(messages), 200)}: {error}"
             ) from error
     else:
-        ids = tokenizer(as_text(prompt))["input_ids"]
-        if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]  # some tokenizers close every text; a prompt goes on
+        ids = encode_text(tokenizer, as_text(prompt))
     if not ids:
         raise DataError(f"the prompt {shorten(repr(prompt))} has no tokens")
     return list(ids)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Encode a text that is to be gone on with, as it stands, with the tokenizer's own BOS and no chat template."""
+    ids = list(tokenizer(text)["input_ids"])
+    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
+        return ids[:-1]  # some tokenizers close every text; a prompt goes on
+    return ids
 
 
 def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:

@@ -16,6 +16,7 @@ COMMANDS = {
     "secant": "reward_models.train_secant",
     "generate": "vgf_llm.generate",
     "transport": "vgf_llm.transport",
+    "serve": "vgf_llm.serve",
     "vgf": "vgf_llm.train",
     "evaluate": "vgf_llm.evaluate",
     "results": "vgf_llm.evaluate",

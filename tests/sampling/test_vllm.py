@@ -22,6 +22,7 @@ from vgf_llm.models import load_skeleton
 from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine import EngineError, EngineRequest
 from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.sampling.engine_thread import EngineThread
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import (
     BlockDecoder,
@@ -188,9 +189,7 @@ def test_a_plan_for_another_table_is_noticed(tiny_engine):
 
 
 def test_an_engine_that_hangs_ends_in_an_error():
-    from vgf_llm.sampling.vllm_engine import _Worker
-
-    worker, free = _Worker("engine under test"), threading.Event()
+    worker, free = EngineThread("engine under test"), threading.Event()
     with pytest.raises(EngineError, match="the engine under test hangs: it gave no sign of life"):
         worker.call(lambda tick: free.wait(), timeout_sec=0.2)
     with pytest.raises(EngineError, match="is not used again"):
@@ -199,14 +198,12 @@ def test_an_engine_that_hangs_ends_in_an_error():
 
 
 def test_an_interrupted_job_ends_and_the_next_one_is_done():
-    from vgf_llm.sampling.vllm_engine import _Worker
-
     def endless(tick):
         while True:
             tick()
             time.sleep(0.01)
 
-    worker = _Worker("engine under test")
+    worker = EngineThread("engine under test")
     threading.Timer(0.3, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         worker.call(endless, timeout_sec=60)

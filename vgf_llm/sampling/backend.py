@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vgf_llm.models import ADAPTER_NAME, base_model_name, eos_token_ids, load_skeleton, resolved_name
+from vgf_llm.sampling.deadline import Deadline
 from vgf_llm.sampling.engine import Engine
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.sampling.vllm_engine import VLLMEngine
@@ -17,7 +18,11 @@ from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
 
 
 def start_engine(
-    models: ModelSettings, sampling: SamplingSettings, settings: EngineSettings, table_VD: Tensor | None
+    models: ModelSettings,
+    sampling: SamplingSettings,
+    settings: EngineSettings,
+    table_VD: Tensor | None,
+    deadline: Deadline | None = None,
 ) -> Engine:
     """Return an engine of the base model: the server at ``settings.url``, or one that is started here.
 
@@ -25,6 +30,7 @@ def start_engine(
 
     Raises:
         EngineError: If the server does not answer or the engine does not start.
+        AbandonedError: If ``deadline`` says that nobody waits for it any more.
     """
     if settings.url is not None:
         return VLLMServer(settings)
@@ -37,6 +43,7 @@ def start_engine(
         dtype=models.dtype,
         most_logprobs=max(sampling.top_k, 1),
         trust_remote_code=models.trust_remote_code,
+        deadline=deadline,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from vgf_llm.errors import VGFError
+from vgf_llm.sampling.deadline import Deadline
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.choosing import RowPlan
 
@@ -81,15 +82,29 @@ class EngineText:
 
 
 class Engine(Protocol):
-    """Writes and reads texts, any number at a time."""
+    """Writes and reads texts, any number at a time, for any number of threads."""
 
     name: str
 
-    def run(self, requests: Sequence[EngineRequest]) -> list[EngineText]:
+    def run(self, requests: Sequence[EngineRequest], deadline: Deadline | None = None) -> list[EngineText]:
         """Return what came of each request, in order.
+
+        Args:
+            requests: What to write or read.
+            deadline: The caller's patience; without it they wait as long as the engine lives.
 
         Raises:
             EngineError: If the engine refuses a request, died, or gave no sign of life for too long.
+            AbandonedError: If the caller has left; the requests are taken out.
+            DeadlineError: If their time is up, likewise.
+        """
+        ...
+
+    def check(self) -> None:
+        """Do nothing while the engine can be used.
+
+        Raises:
+            EngineError: If it died, hangs or does not answer.
         """
         ...
 

@@ -58,6 +58,8 @@ class EngineReference:
         pad_id: Id for padding; not one of ``eos_ids``.
         device: Where responses and laws are to live: the value's device.
         adapter: LoRA that the model is to answer with, by what the engine knows it as.
+        stop: Strings that end what is written; a text keeps the token that completes one. Read by what writes a
+            response from its start (sampling, the decoder ``prior``), where the engine sees all of it.
 
     Raises:
         ConfigError: If the law is not truncated: an engine reports a list of tokens a place, not all of them.
@@ -72,6 +74,7 @@ class EngineReference:
         pad_id: int,
         device: torch.device | str = "cpu",
         adapter: str | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
         if not sampling.top_k:
             raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
@@ -82,6 +85,7 @@ class EngineReference:
         self.pad_id = pad_id
         self.device = torch.device(device)
         self.adapter = adapter
+        self.stop = tuple(stop)
 
     @property
     def columns(self) -> int:
@@ -202,6 +206,7 @@ class EngineReference:
                 int(room_R[row]),
                 plan=plans[row],
                 eos_ids=self.eos_ids,
+                stop=self.stop,
                 logprobs=self.columns,
                 adapter=self.adapter,
             )

@@ -1,22 +1,15 @@
 """vLLM in this process's charge: the offline engine, driven from a thread of its own under a watchdog.
 
-The thread drives the engine step by step; whoever waits for it looks every second at when it last got anywhere and
-whether the engine's process lives. An engine whose process died raises within that second, one that hangs after
-``timeout_sec`` without a step; what is left of either is killed, and it is not used again.
+Any number of threads may ask it at once; their requests share its batch (:mod:`vgf_llm.sampling.engine_thread`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
-import queue
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vgf_llm.models import ADAPTER_NAME
+from vgf_llm.sampling.deadline import Deadline
 from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
+from vgf_llm.sampling.engine_thread import EngineThread, first_line
 from vgf_llm.settings import EngineSettings
 
 PROCESSOR = "vgf_llm.sampling.vllm_processor:PlanProcessor"
 PLAN_ARGUMENT, TABLE_SETTING, TABLE_NAME = "vgf_plan", "vgf_table", "table.safetensors"
-_CLOSING_SEC = 10.0
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 
 
@@ -54,9 +48,11 @@ class VLLMEngine:
         max_length: Most tokens of a prompt and its response; the model's own limit when not given.
         most_logprobs: Most log-probabilities a place that will be asked for.
         trust_remote_code: Whether code in the model's repository may run.
+        deadline: Patience of the one who waits for the start.
 
     Raises:
         EngineError: If vLLM is not installed, or the engine does not start.
+        AbandonedError: If nobody waits for it any more.
     """
 
     def __init__(
@@ -70,10 +66,11 @@ class VLLMEngine:
         max_length: int | None = None,
         most_logprobs: int = 64,
         trust_remote_code: bool = False,
+        deadline: Deadline | None = None,
     ) -> None:
         self.name, self.settings = f"vLLM engine of {model}", settings or EngineSettings()
         self._folder = tempfile.TemporaryDirectory(prefix="vgf_table.")
-        self._adapters, self._count = tuple(adapters), 0
+        self._adapters = tuple(adapters)
         options: dict[str, Any] = {
             "model": model,
             "dtype": dtype,
@@ -93,52 +90,37 @@ class VLLMEngine:
             options["additional_config"] = {TABLE_SETTING: str(save_table(table_VD, self._folder.name))}
         if adapters:
             options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _rank_for(adapters)}
-        self._worker, before = _Worker(self.name), multiprocessing.active_children()
-        self._llm = self._worker.call(lambda tick: _start(options), self.settings.start_timeout_sec)
-        self._worker.processes = [one for one in multiprocessing.active_children() if one not in before]
+        self._worker, before = EngineThread(self.name), multiprocessing.active_children()
+        try:
+            self._llm = self._worker.call(lambda tick: _start(options), self.settings.start_timeout_sec, deadline)
+        except BaseException:  # Ctrl-C too: nothing of a start that nobody waits for is left running
+            self._worker.processes = _children_but(before)
+            self._worker.give_up("it did not start")
+            raise
+        self._worker.processes = _children_but(before)
+        self._worker.batch = _Batch(self._llm.llm_engine)
 
-    def run(self, requests: Sequence[EngineRequest]) -> list[EngineText]:
+    def run(self, requests: Sequence[EngineRequest], deadline: Deadline | None = None) -> list[EngineText]:
         """Return what came of each request; see :class:`vgf_llm.sampling.engine.Engine`."""
-        return self._worker.call(lambda tick: self._run(requests, tick), self.settings.timeout_sec)
+        asked = [(request.prompt, _parameters(request), self._lora(request.adapter)) for request in requests]
+        outputs = self._worker.run(asked, self.settings.timeout_sec, deadline)
+        return [_text(output, request) for output, request in zip(outputs, requests, strict=True)]
+
+    def check(self) -> None:
+        """Do nothing while it can be used; see :class:`vgf_llm.sampling.engine.Engine`."""
+        self._worker.check(self.settings.timeout_sec)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are being written or wait to be."""
+        return self._worker.unfinished
 
     def close(self) -> None:
         """Stop the engine; what does not stop within some seconds is killed."""
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            with contextlib.suppress(EngineError):  # it is not used again either way
-                self._worker.call(lambda tick: llm.llm_engine.engine_core.shutdown(), _CLOSING_SEC)
-            self._worker.stop()
+            self._worker.stop(llm.llm_engine.engine_core.shutdown)
             self._folder.cleanup()
-
-    def _run(self, requests: Sequence[EngineRequest], tick: Callable[[], None]) -> list[EngineText]:
-        from vllm.exceptions import VLLMValidationError
-        from vllm.inputs import TokensPrompt
-
-        engine = self._llm.llm_engine
-        places: dict[str, int] = {}
-        texts: list[EngineText | None] = [None] * len(requests)
-        try:
-            for index, request in enumerate(requests):
-                self._count += 1
-                name = str(self._count)
-                prompt = TokensPrompt(prompt_token_ids=request.prompt)
-                try:
-                    engine.add_request(name, prompt, _parameters(request), lora_request=self._lora(request.adapter))
-                except (ValueError, VLLMValidationError) as error:
-                    raise EngineError(f"the {self.name} refuses request {index}: {_first_line(error)}") from error
-                places[name] = index
-                tick()
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished:
-                        index = places.pop(output.request_id.split("-")[0])
-                        texts[index] = _text(output, requests[index])
-                tick()
-        except BaseException:
-            if places:
-                engine.abort_request(list(places))
-            raise
-        return [text for text in texts if text is not None]
 
     def _lora(self, adapter: str | None) -> Any:
         if adapter is None:
@@ -149,6 +131,40 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
 
         return LoRARequest(adapter, self._adapters.index(adapter) + 1, adapter)
+
+
+class _Batch:
+    """vLLM's running batch; see :class:`vgf_llm.sampling.engine_thread.Batch`."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def add(self, name: str, request: Any) -> None:
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs import TokensPrompt
+
+        prompt, parameters, lora = request
+        try:
+            self.engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), parameters, lora_request=lora)
+        except (ValueError, VLLMValidationError) as error:
+            raise EngineError(first_line(error)) from error
+
+    def step(self) -> Iterator[tuple[str, Any]]:
+        for output in self.engine.step():
+            if output.finished:
+                yield output.request_id.split("-")[0], output
+
+    def abort(self, names: Sequence[str]) -> None:
+        self.engine.abort_request(list(names))
+
+    def wake(self) -> None:
+        outputs = getattr(self.engine.engine_core, "outputs_queue", None)  # a process of its own answers through it
+        if outputs is not None:
+            outputs.put_nowait(RuntimeError("the engine's process is gone"))
+
+
+def _children_but(before: Sequence[Any]) -> list[Any]:
+    return [process for process in multiprocessing.active_children() if process not in before]
 
 
 def _start(options: dict[str, Any]) -> Any:
@@ -206,98 +222,3 @@ def _top(flat: Any, columns: int) -> TopLogps:
     ids = torch.tensor(flat.token_ids, dtype=torch.int64).view(-1, columns + 1)
     logps = torch.tensor(flat.logprobs, dtype=torch.float32).view(-1, columns + 1)
     return TopLogps(logps[:, 0], ids[:, 1:], logps[:, 1:])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-class _Worker:
-    """A thread that does one thing at a time and says when it last got anywhere.
-
-    Attributes:
-        name: What errors call it.
-        processes: What must be alive while it works.
-        broken: Why it is not used again; empty while it is.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name, self.broken = name, ""
-        self.processes: list[Any] = []
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._last = time.monotonic()
-        threading.Thread(target=self._work, name=name, daemon=True).start()
-
-    def call(self, job: Callable[[Callable[[], None]], Any], timeout_sec: float) -> Any:
-        """Return what ``job`` returns; it is given a function to call whenever it has got somewhere.
-
-        Raises:
-            EngineError: If it raised what is no error of the caller's, or got nowhere for ``timeout_sec``.
-        """
-        if self.broken:
-            raise EngineError(f"the {self.name} is not used again: {self.broken}")
-        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        abandoned = threading.Event()
-        self._last = time.monotonic()
-        self._jobs.put((job, done, abandoned))
-        try:
-            result, error = self._wait(done, timeout_sec)
-        except KeyboardInterrupt:
-            abandoned.set()  # nobody waits for it any more: it ends where it next gets somewhere
-            raise
-        if error is None:
-            return result
-        raise self._named(error) from error
-
-    def _wait(self, done: queue.SimpleQueue[Any], timeout_sec: float) -> tuple[Any, BaseException | None]:
-        while True:
-            try:
-                return done.get(timeout=min(1.0, timeout_sec))
-            except queue.Empty:
-                self._check_alive(timeout_sec)
-
-    def _check_alive(self, timeout_sec: float) -> None:
-        silent_sec = time.monotonic() - self._last
-        for process in self.processes:
-            if not process.is_alive():
-                self._break(f"its process {process.pid} ended with exit code {process.exitcode}")
-                raise EngineError(f"the {self.name} died: {self.broken}")
-        if silent_sec > timeout_sec:
-            self._break(f"it gave no sign of life for {silent_sec:.0f} s")
-            raise EngineError(f"the {self.name} hangs: {self.broken}; see its log, or give it longer (timeout_sec)")
-
-    def _break(self, reason: str) -> None:
-        """Use it no more, and leave nothing of it running."""
-        self.broken = reason
-        for process in self.processes:
-            process.kill()
-
-    def stop(self) -> None:
-        """End the thread once it has nothing to do, and what is left of the processes."""
-        self._jobs.put(None)
-        for process in self.processes:
-            process.join(_CLOSING_SEC)
-            process.kill()
-
-    def _named(self, error: BaseException) -> BaseException:
-        if isinstance(error, EngineError):
-            return error
-        message = f"{type(error).__name__}: {_first_line(error)}"
-        self._break(message)
-        return EngineError(f"the {self.name} died: {message}")
-
-    def _tick(self, abandoned: threading.Event) -> None:
-        self._last = time.monotonic()
-        if abandoned.is_set():
-            raise EngineError(f"the {self.name} was interrupted")
-
-    def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if job is None:
-                return
-            run, done, abandoned = job
-            try:
-                done.put((run(partial(self._tick, abandoned)), None))
-            except BaseException as error:  # handed to the one who waits
-                done.put((None, error))

@@ -17,16 +17,18 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
+from vgf_llm.sampling.deadline import OPEN, Deadline
 from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
 from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT
 from vgf_llm.settings import EngineSettings
 
 _LONGEST_MESSAGE = 400
+_LOOK_SEC = 0.1
 _TOKEN_PREFIX = "token_id:"
 
 
@@ -49,13 +51,26 @@ class VLLMServer:
         if self.model not in served:
             raise EngineError(f"the {self.name} has no model {self.model!r}; it serves {', '.join(served)}")
 
-    def run(self, requests: Sequence[EngineRequest]) -> list[EngineText]:
-        """Return what came of each request; see :class:`vgf_llm.sampling.engine.Engine`."""
-        pool = ThreadPoolExecutor(self.settings.max_sequences)
+    def run(self, requests: Sequence[EngineRequest], deadline: Deadline | None = None) -> list[EngineText]:
+        """Return what came of each request; see :class:`vgf_llm.sampling.engine.Engine`.
+
+        Of a caller who leaves, what was sent already is written to its end by the server.
+        """
+        deadline, pool = deadline or OPEN, ThreadPoolExecutor(self.settings.max_sequences)
         try:
-            return list(pool.map(self._run, requests))
+            waiting = set(texts := [pool.submit(self._run, request) for request in requests])
+            while waiting:
+                deadline.check()
+                done, waiting = wait(waiting, _LOOK_SEC, FIRST_EXCEPTION)
+                for text in done:
+                    text.result()
+            return [text.result() for text in texts]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def check(self) -> None:
+        """Do nothing while it answers; see :class:`vgf_llm.sampling.engine.Engine`."""
+        self._ask("/v1/models", None)
 
     def close(self) -> None:
         """Nothing is held: every request had a connection of its own."""

@@ -1,0 +1,116 @@
+"""The real command: an engine that is killed under load, a server that is told to end, and what it refuses to start."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from tests.serving.command import client, serve
+from tests.serving.conftest import chat, wait_until
+from vgf_llm import serve as command
+from vgf_llm.cli import main
+from vgf_llm.errors import ConfigError
+
+CHAT = "/v1/chat/completions"
+LONG = chat(max_tokens=100, transport={"num_particles": 8, "draws": 4, "rounds": 4, "decoder": "pivot"})
+
+
+def asked_while_the_engine_is_killed(own, clients=12):
+    """Every client's status and seconds from the kill to its answer."""
+    with ThreadPoolExecutor(clients) as pool, client(own) as http:
+        first = http.post(CHAT, json=chat())
+        assert first.status_code == 200
+
+        def ask(seed):
+            told = http.post(CHAT, json={**LONG, "seed": seed})
+            return told, time.monotonic()
+
+        waiting = [pool.submit(ask, seed) for seed in range(clients)]
+        wait_until(lambda: "vgf_requests_running 8.0" in http.get("/metrics").text)
+        engine = own.engine()
+        killed = time.monotonic()
+        engine.send_signal(signal.SIGKILL)
+        found = [one.result(timeout=60) for one in waiting]
+    for told, at in found:
+        assert told.status_code == 503, told.text
+        assert at - killed < 10
+    said = [told.json()["error"]["message"] for told, _ in found]
+    assert any(f"died: its process {engine.pid} ended with exit code -9" in one for one in said), said
+    return first.json()["choices"][0]["message"]["content"]
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_killed_fails_who_waits_and_another_one_is_started(served_models):
+    pytest.importorskip("vllm")
+    with serve(served_models) as own:
+        before = asked_while_the_engine_is_killed(own)
+        own.wait_for("another engine runs")
+        with client(own) as http:
+            assert http.get("/health").status_code == 200
+            again = http.post(CHAT, json=chat())
+            assert again.json()["choices"][0]["message"]["content"] == before
+            assert "vgf_engine_restarts_total 1.0" in http.get("/metrics").text
+        family = own.family()
+        with ThreadPoolExecutor(1) as pool, client(own) as http:  # told to end while it answers
+            last = pool.submit(http.post, CHAT, json=LONG)
+            wait_until(lambda: "vgf_requests_running 1.0" in http.get("/metrics").text)
+            own.process.send_signal(signal.SIGTERM)
+            assert own.process.wait(60) == 0
+            assert last.result().status_code in (200, 503)
+        assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_killed_ends_a_server_that_is_to_exit(served_models):
+    pytest.importorskip("vllm")
+    with serve(served_models, "--on_engine_death", "exit") as own:
+        asked_while_the_engine_is_killed(own)
+        assert own.process.wait(30) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_another_engine_starts_leaves_no_process_behind(served_models):
+    pytest.importorskip("vllm")
+    with serve(served_models) as own, client(own) as http:
+        engine = own.engine()
+        engine.kill()
+        wait_until(lambda: http.get("/health").status_code == 503)
+        wait_until(lambda: any(one.pid > engine.pid for one in own.family()), 60)
+        family = own.family()
+        own.process.send_signal(signal.SIGINT)
+        assert own.process.wait(40) == 0
+        assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch):
+    monkeypatch.delenv("VGF_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"host 0.0.0.0 can be reached by others: set VGF_API_KEY"):
+        command.main(["--host", "0.0.0.0"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} of host 127.0.0.1 cannot be listened on"):
+            command.main(["--port", str(port)])
+    pytest.importorskip("starlette", reason="the server's packages are not installed (extra serve)")
+    with pytest.raises(ConfigError, match="reward_model is not set"):
+        command.main(["--port", "0"])
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--port", "70000"], "port must be in 0 to 65535"),
+        (["--max_running", "0"], "max_running must be at least 1"),
+        (["--max_waiting", "-1"], "max_waiting must be at least 0"),
+        (["--most.timeout_sec", "0"], "timeout_sec must be above 0"),
+        (["--most.num_particles", "4"], "num_particles is 8 by default and at most 4"),
+        (["--on_engine_death", "weep"], "on_engine_death"),
+    ],
+)
+def test_settings_out_of_range_are_refused(flags, said, capsys):
+    assert main(["serve", *flags]) == 2
+    assert said in capsys.readouterr().err

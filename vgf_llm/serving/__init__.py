@@ -1,0 +1,6 @@
+"""Serving: OpenAI's interface in front of one engine and one value, with a transport budget a request.
+
+Data goes one way: body -> ``schema`` (types) -> ``question`` (defaults, limits, tokens) -> ``admission`` (a place) ->
+``service`` (sample, transport, decode, select) -> ``answers`` (OpenAI's bodies). ``keeper`` watches the engine, ``app``
+holds the routes. Nothing here is imported by other packages; the command is :mod:`vgf_llm.serve`.
+"""

@@ -1,0 +1,157 @@
+"""The fields of a request and their types: OpenAI's for what is sampled, ``transport`` for how far it is moved.
+
+Strict: an unknown field, text for a number, true for 1, NaN or infinity is refused by name. What OpenAI's interface
+has and this server does not do (several answers, penalties, log-probabilities) may be sent with the value that asks for
+nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import fields
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from vgf_llm.config_keys import field_hints
+from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.serving.errors import RequestError
+from vgf_llm.settings import DecoderName
+from vgf_llm.text.implicit_policy import Selection
+
+_SEED = 2**63
+_SHOWN = 60  # characters of a value that an error repeats
+_BRANCH = re.compile(r"^(str|int|float|list\[.*\])$")  # what pydantic adds to a path where a field has several types
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class TextPart(_Strict):
+    """A part of a message; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """The turn with its parts joined."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class StreamOptions(_Strict):
+    """What else a stream brings."""
+
+    include_usage: bool = False
+
+
+_BUDGET: Any = {name: (hint | None, None) for name, hint in field_hints(TransportBudget).items()}
+Transport = create_model(
+    "Transport",
+    __base__=_Strict,
+    **_BUDGET,
+    num_particles=(Annotated[int, Field(ge=1)] | None, None),
+    draws=(Annotated[int, Field(ge=1)] | None, None),
+    decoder=(DecoderName | None, None),
+    select=(Selection | None, None),
+    timeout_sec=(Annotated[float, Field(gt=0)] | None, None),
+)
+BUDGET_FIELDS = tuple(one.name for one in fields(TransportBudget))
+
+
+class Asked(_Strict):
+    """What chat and plain completions have in common."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=64)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=64)]], Field(max_length=4)]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    transport: Transport | None = None  # type: ignore[valid-type]
+    user: str | None = Field(None, max_length=256)  # a note of the client's, not looked at
+    n: int | None = Field(None, ge=1, le=1)
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+
+
+class AskedChat(Asked):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: Literal[False] | None = None
+
+
+class AskedText(Asked):
+    """The body of ``/v1/completions``; a prompt is text or token ids and gets no chat template."""
+
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    echo: Literal[False] | None = None
+    best_of: int | None = Field(None, ge=1, le=1)
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """Return a body as its model.
+
+    Raises:
+        RequestError: 400, naming the first field that is at fault, the value seen and what it must be.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explained(kind, error) from None
+
+
+def _explained(kind: type[BaseModel], error: ValidationError) -> RequestError:
+    found = error.errors(include_url=False, include_context=False)
+    first = found[0]
+    path = _path(first["loc"])
+    if first["type"] == "json_invalid":
+        return RequestError(400, f"the body is no JSON in UTF-8: {first['msg']}", code="invalid_json")
+    if not path:
+        return RequestError(400, "the body must be a JSON object", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        return RequestError(400, f"{path} is unknown{_nearest(kind, path)}", param=path, code="unknown_field")
+    if first["type"] == "missing":
+        return RequestError(400, f"{path} is missing", param=path, code="missing_field")
+    wanted = dict.fromkeys(one["msg"] for one in found if _path(one["loc"]).startswith(path))
+    said = ", or ".join(one[0].lower() + one[1:] for one in wanted).replace("input should be", "must be")
+    return RequestError(400, f"{path} {said}, got {_shown(first['input'])}", param=path, code="invalid_value")
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    parts = [part for part in loc if isinstance(part, int) or not _BRANCH.match(part.replace("constrained-", ""))]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+
+
+def _nearest(kind: type[BaseModel], path: str) -> str:
+    parent, _, name = path.rpartition(".")
+    known = Transport.model_fields if parent == "transport" else kind.model_fields if not parent else {}
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -1,0 +1,192 @@
+"""The work for one request: sample, transport, decode, select, and say what it came to.
+
+Runs in as many threads as requests are worked on. The answer depends on the question alone, never on what is served
+beside it: its noise is hashed from its own seed, and its texts are rows of their own in the engine.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgf_llm.answering import outcome_rows
+from vgf_llm.data import encode_response
+from vgf_llm.pipeline import Pipeline, make_decoder
+from vgf_llm.sampling import ReferenceSampler, Sampler
+from vgf_llm.sampling.deadline import Deadline
+from vgf_llm.sampling.engine import Engine, EngineRequest
+from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.serving.guards import Guard, GuardedEngine, GuardedValue, guarded_gradient
+from vgf_llm.serving.question import Question, Questions
+from vgf_llm.serving.schema import Asked
+from vgf_llm.serving.settings import ServeSettings
+from vgf_llm.text import ImplicitPolicy, row_seeds
+from vgf_llm.text.particles import token_spacing
+from vgf_llm.text.responses import Responses
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client gets.
+
+    Attributes:
+        text: The response, without what stopped it.
+        finish_reason: ``stop`` where the text ended by itself or at a stop string, ``length`` where it was cut.
+        prompt_tokens: Tokens of the prompt.
+        completion_tokens: Tokens of the response, its EOS and what stopped it included.
+        transport: Values, distance, seed, seconds and budget.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    transport: dict[str, Any]
+
+
+class Service:
+    """One value model and whatever engine is running, as an answerer of questions.
+
+    Args:
+        pipeline: The value with its gradient, the tokenizer, and the law and shape of the base model.
+        settings: Defaults and limits.
+        engine: Returns the engine that is running; raises where there is none.
+    """
+
+    def __init__(self, pipeline: Pipeline, settings: ServeSettings, engine: Callable[[], Engine]) -> None:
+        self.pipeline, self.settings, self.engine = pipeline, settings, engine
+        config = pipeline.reference.model.config
+        self.questions = Questions(
+            settings,
+            pipeline.reference.sampling,
+            pipeline.tokenizer,
+            config.vocab_size,
+            getattr(config, "max_position_embeddings", None),
+        )
+        self._length_unit = token_spacing(pipeline.value.embedding_table_VD)
+        self._turn, self._tokenizer_turn = threading.Lock(), threading.Lock()
+
+    def question(self, asked: Asked) -> Question:
+        """Return what a body asks for; see :meth:`vgf_llm.serving.question.Questions.of`."""
+        with self._tokenizer_turn:  # a fast tokenizer may be read by several threads, but not set up
+            return self.questions.of(asked)
+
+    def answer(self, question: Question, deadline: Deadline, waited_sec: float = 0.0) -> Answer:
+        """Answer a question.
+
+        Args:
+            question: What is asked.
+            deadline: The caller's patience.
+            waited_sec: Seconds that the request has waited for its place.
+
+        Raises:
+            AbandonedError: If the caller has left.
+            DeadlineError: If their time is up.
+            EngineError: If the engine died or hangs.
+            VGFError: If the decoder refuses the budget, or a value is not finite.
+        """
+        started, guard = time.monotonic(), Guard(deadline, self._turn)
+        policy = self._policy(question, guard)
+        outcome = policy([question.prompt], row_seeds(question.seed, [0], question.num_particles))
+        with self._tokenizer_turn:
+            (row,) = outcome_rows([""], outcome, self.pipeline.tokenizer)
+        text, value, was_stopped = self._cut(question, guard, row["response"], row["value"])
+        original, original_value, _ = self._cut(question, guard, row["original"], row["original_value"])
+        seconds = {"queue": waited_sec, **guard.seconds, "total": waited_sec + time.monotonic() - started}
+        return Answer(
+            text=text,
+            finish_reason="stop" if row["ended"] or was_stopped else "length",
+            prompt_tokens=len(question.prompt),
+            completion_tokens=int(outcome.selected.lengths_BN),
+            transport={
+                "value": value,
+                "original_value": original_value,
+                "mean_original_value": round(float(outcome.original_values_BN.mean()), 4),
+                "original": original,
+                "source": row["source"],
+                "source_value": row["source_value"],
+                "rounds": row["rounds"],
+                **row["distance"],
+                "seed": question.seed,
+                "budget": question.echo(),
+                "seconds": {name: round(sec, 4) for name, sec in seconds.items()},
+            },
+        )
+
+    def _policy(self, question: Question, guard: Guard) -> ImplicitPolicy:
+        """Return the policy that this request asks for; it shares weights and engine with all others."""
+        engine, value = self.engine(), GuardedValue(self.pipeline.value, guard)
+        sampler: Sampler = PlainSampler(GuardedEngine(engine, guard, "sample"), self.pipeline.reference, question)
+        decoder: Any = None  # nothing is decoded where nothing is moved
+        if not question.is_plain:
+            sampler = ReferenceSampler(self._law(question, GuardedEngine(engine, guard, "sample")))
+        if not question.budget.is_none:
+            options = self.settings.decoder_options if question.decoder == self.settings.decoder else {}
+            law = self._law(question, GuardedEngine(engine, guard, "decode"))
+            decoder = make_decoder(question.decoder, law, value, options)
+        return ImplicitPolicy(
+            sampler,
+            value,
+            decoder,
+            question.budget,
+            select=question.select,
+            gradient=guarded_gradient(self.pipeline.gradient, guard),
+            draws=question.draws,
+            length_unit=self._length_unit,
+        )
+
+    def _law(self, question: Question, engine: Engine) -> EngineReference:
+        like = self.pipeline.reference
+        return EngineReference(
+            engine, like.model, question.sampling, like.eos_ids, like.pad_id, like.device, like.adapter, question.stop
+        )
+
+    def _cut(self, question: Question, guard: Guard, text: str, value: float) -> tuple[str, float, bool]:
+        """Return a text up to its first stop string with the value of what is left, and whether it had one."""
+        ends = [text.index(one) for one in question.stop if one in text]
+        if not ends:
+            return text, value, False
+        text, own = text[: min(ends)], self.pipeline
+        with self._tokenizer_turn:
+            tokens = encode_response(own.tokenizer, text, eos=False) or encode_response(own.tokenizer, "", eos=True)
+        tokens_BNT = torch.tensor([[tokens]], device=own.reference.device)
+        with guard.turn_at("score"):
+            value_BN = own.value.score(
+                own.value.prefix([question.prompt]), tokens_BNT, torch.ones_like(tokens_BNT).bool()
+            )
+        return text, round(float(value_BN), 4), True
+
+
+class PlainSampler:
+    """The engine's own sampler for one question, seeded by the question's seed; no plan picks a token.
+
+    Args:
+        engine: Writes.
+        like: Says how a text ends and is padded.
+        question: Prompt, law and seed.
+    """
+
+    def __init__(self, engine: Engine, like: EngineReference, question: Question) -> None:
+        self.engine, self.like, self.question = engine, like, question
+
+    def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:
+        """Return one response; see :class:`vgf_llm.sampling.protocol.Sampler`."""
+        own, like = self.question, self.like
+        request = EngineRequest(
+            own.prompt,
+            own.sampling.max_new_tokens,
+            sampling=None if own.greedy else own.sampling,
+            seed=own.seed,
+            eos_ids=like.eos_ids,
+            stop=own.stop,
+            adapter=like.adapter,
+        )
+        (text,) = self.engine.run([request])
+        tokens_BNT = torch.tensor([[text.tokens]], device=like.device)
+        return Responses(prompts, tokens_BNT, torch.ones_like(tokens_BNT).bool(), like.eos_ids, like.pad_id)

@@ -1,0 +1,107 @@
+"""Options of the server. This module imports nothing heavy, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
+from typing import Any, Literal
+
+from vgf_llm.answering import ImplicitPolicySettings
+from vgf_llm.settings import EngineSettings
+
+
+@dataclass(frozen=True)
+class MostSettings:
+    """The most that one request may ask for."""
+
+    steps: int = 8
+    """Flow steps a round, at least 0."""
+    rounds: int = 4
+    """Rounds, at least 1."""
+    num_particles: int = 32
+    """Responses that are sampled and moved, at least 1."""
+    draws: int = 8
+    """Texts decoded from each moved response, at least 1."""
+    nats: float = 16.0
+    """KL that decoding may spend on a response, in nats, at least 0."""
+    max_tokens: int = 256
+    """Tokens of the answer, at least 1."""
+    prompt_tokens: int = 2048
+    """Tokens of the prompt, at least 1; the model's own limit holds beside it."""
+    timeout_sec: float = 120.0
+    """Seconds from a request's arrival to its answer, above 0; also what holds where a request names none."""
+    body_kib: int = 256
+    """Size of a request's body, in KiB, at least 1."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        for one in fields(self):
+            value, least = getattr(self, one.name), 0 if one.name in ("steps", "nats") else 1
+            if one.name == "timeout_sec":
+                if not value > 0:
+                    raise ValueError(f"timeout_sec must be above 0, got {value}")
+            elif not value >= least:
+                raise ValueError(f"{one.name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class ServeSettings(ImplicitPolicySettings):
+    """Where to listen, what a request gets by default, the most it may ask for, and how many are served at once."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; one that others can reach needs a key in VGF_API_KEY."""
+    port: int = 8000
+    """Port to listen on, 0 to 65535; 0 takes a free one."""
+    served_name: str | None = None
+    """What requests call the model; model_name_or_path when unset."""
+    most: MostSettings = field(default_factory=MostSettings)
+    """The most that one request may ask for."""
+    max_running: int = 8
+    """Requests worked on at once, at least 1; their texts share the engine's batch."""
+    max_waiting: int = 64
+    """Requests that may wait for a place, at least 0; more are answered with 429."""
+    on_engine_death: Literal["restart", "exit"] = "restart"
+    """What to do when the engine died: start it again, or end with exit code 1."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """The vllm engine."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        super().__post_init__()
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be in 0 to 65535, got {self.port}")
+        if self.max_running < 1:
+            raise ValueError(f"max_running must be at least 1, got {self.max_running}")
+        if self.max_waiting < 0:
+            raise ValueError(f"max_waiting must be at least 0, got {self.max_waiting}")
+        for name, value in self.limited().items():
+            if value > getattr(self.most, name):
+                raise ValueError(f"{name} is {value} by default and at most {getattr(self.most, name)} (most.{name})")
+
+    def limited(self) -> dict[str, Any]:
+        """Return the defaults that have a maximum, by name."""
+        return {
+            "steps": self.budget.steps,
+            "rounds": self.budget.rounds,
+            "nats": self.budget.nats,
+            "num_particles": self.num_particles,
+            "draws": self.draws,
+        }
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
