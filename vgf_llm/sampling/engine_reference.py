@@ -11,7 +11,7 @@ Prompts and what is kept of a response are found in the engine's prefix cache; r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,9 @@ class EngineReference:
         device: Where responses and laws are to live: the value's device.
         adapter: LoRA that the model is to answer with, by what the engine knows it as.
 
+    Attributes:
+        on_written: Is shown whatever the engine has written, before anything is made of it.
+
     Raises:
         ConfigError: If the law is not truncated: an engine reports a list of tokens a place, not all of them.
     """
@@ -82,6 +85,7 @@ class EngineReference:
         self.pad_id = pad_id
         self.device = torch.device(device)
         self.adapter = adapter
+        self.on_written: Callable[[list[EngineRequest], list[EngineText]], None] | None = None
 
     @property
     def columns(self) -> int:
@@ -207,7 +211,10 @@ class EngineReference:
             )
             for row in live
         ]
-        texts: dict[int, EngineText] = dict(zip(live, self.engine.run(requests), strict=True))
+        written = self.engine.run(requests)
+        if self.on_written is not None:
+            self.on_written(requests, written)
+        texts: dict[int, EngineText] = dict(zip(live, written, strict=True))
         length = max((len(text.tokens) for text in texts.values()), default=1)
         tokens_RT = torch.full((len(done), length), self.pad_id)
         inside_RT = torch.zeros_like(tokens_RT, dtype=torch.bool)

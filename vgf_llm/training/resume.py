@@ -38,6 +38,7 @@ _OPTIM = (
     "max_grad_norm",
     "seed",
 )
+_HOW = ("engine", "sync_check")  # of the method: how a run is made, not what it makes
 _SAMPLED = 1024  # values of a parameter that go into its digest one by one
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
 _CHUNK = 2**24  # values that are summed at a time
@@ -67,7 +68,7 @@ def identity_of(
         "rewards": [_contents(name) for name in script.rewards],
         "reward_weights": list(script.reward_weights),
         "value_weights": None if start is None else _contents(start),
-        **dump(method),
+        **{key: value for key, value in dump(method).items() if key not in _HOW},
         "sampling": dataclasses.asdict(sampling),
         "optimisation": {name: getattr(optim, name) for name in _OPTIM},
         "trainer_arguments": optim.trainer_arguments,
