@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vgf_llm.models import ADAPTER_NAME
 from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
+from vgf_llm.sampling.reaper import Reaper
 from vgf_llm.settings import EngineSettings
 
 PROCESSOR = "vgf_llm.sampling.vllm_processor:PlanProcessor"
@@ -104,6 +105,7 @@ class VLLMEngine:
         self._worker, before = _Worker(self.name), multiprocessing.active_children()
         self._llm = self._worker.call(lambda tick: _start(options), self.settings.start_timeout_sec)
         self._worker.processes = [one for one in multiprocessing.active_children() if one not in before]
+        self._reaper = Reaper([process.pid for process in self._worker.processes])
 
     def run(self, requests: Sequence[EngineRequest]) -> list[EngineText]:
         """Return what came of each request; see :class:`vgf_llm.sampling.engine.Engine`."""
@@ -144,6 +146,7 @@ class VLLMEngine:
             with contextlib.suppress(EngineError):  # it is not used again either way
                 self._worker.call(lambda tick: llm.llm_engine.engine_core.shutdown(), _CLOSING_SEC)
             self._worker.stop()
+            self._reaper.dismiss()
             self._folder.cleanup()
 
     def _run(self, requests: Sequence[EngineRequest], tick: Callable[[], None]) -> list[EngineText]:

@@ -25,6 +25,7 @@ from vgf_llm.errors import ConfigError
 from vgf_llm.sampling.engine import EngineRequest, EngineText, TakesWeights
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import SamplingSettings
+from vgf_llm.training.checkpoint import writing
 from vgf_llm.training.config import PolicySettings, VGFSettings
 from vgf_llm.training.gather import full_tensors
 from vgf_llm.training.saving import under
@@ -100,7 +101,8 @@ class ParticleEngine:
         names = [name for name, p in trainer.model.named_parameters() if p.requires_grad and name.startswith("policy.")]
         tensors = under(full_tensors(trainer.model, names), "policy.")
         if trainer.args.should_save:
-            trainer.models.policy.save_pretrained(folder, state_dict=tensors)
+            with writing("the weights that the engine is given", folder, "free some space, and resume"):
+                trainer.models.policy.save_pretrained(folder, state_dict=tensors)
         trainer.accelerator.wait_for_everyone()
         if trainer.models.is_lora:
             self.law.adapter = self.engine.push_adapter(folder) if self._gives else str(folder)
