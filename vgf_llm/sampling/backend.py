@@ -24,6 +24,7 @@ def start_engine(
     settings: EngineSettings,
     table_VD: Tensor | None,
     pushed: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
 ) -> TakesWeights:
     """Return an engine of the base model: the server at ``settings.url``, or one that is started here.
 
@@ -35,6 +36,7 @@ def start_engine(
         settings: The engine.
         table_VD: Input embeddings that particles live in.
         pushed: PEFT configuration of the LoRAs that will be pushed to an engine that is started here.
+        max_length: Most tokens of a prompt and its response there; the model's own limit when not given.
 
     Raises:
         EngineError: If the server does not answer or the engine does not start.
@@ -49,6 +51,7 @@ def start_engine(
         adapters=() if adapter is None else (adapter,),
         pushed=pushed,
         dtype=models.dtype,
+        max_length=max_length,
         most_logprobs=max(sampling.top_k, 1),
         trust_remote_code=models.trust_remote_code,
     )

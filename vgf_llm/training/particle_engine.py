@@ -186,11 +186,18 @@ def engine_maker(
     def make(trainer: VGFTrainer) -> ParticleEngine:
         def start(table_VD: Tensor) -> TakesWeights:
             lora = trainer.models.policy.peft_config["default"].to_dict() if pushes and trainer.models.is_lora else None
-            return start_engine(models, sampling, method.engine, table_VD, lora)
+            return start_engine(models, sampling, method.engine, table_VD, lora, _longest(trainer))
 
         return ParticleEngine(trainer, start, policy.dtype, adapter)
 
     return make
+
+
+def _longest(trainer: VGFTrainer) -> int:
+    """Return the most tokens that the engine will hold of a text: less than its model's limit needs less memory."""
+    needed = max(len(row.ids) for row in trainer.train_dataset) + trainer.sampling.max_new_tokens
+    limit = getattr(trainer.models.policy_lm.config, "max_position_embeddings", None) or needed + 1
+    return min(needed + 1, limit)  # an engine writes a token after what it is to read
 
 
 def _require_engines_apart(method: VGFSettings, processes: int) -> None:
