@@ -9,9 +9,10 @@ them.
 ``identical_tokens``  share of places where both wrote the same token, a place that only one reached counted as
 different: of the samples, and of the transported texts. From a first difference on, two texts go their own ways.
 ``largest_gap_nats``  at the first difference of each sample: by how much transformers preferred its token to vLLM's,
-noise included. A rounding error decides there and nowhere else where this is about the size of one.
-``difference``  vLLM minus transformers with 95% paired bootstrap intervals over prompts: value of the selected
-response, mean value of the transported texts, and nats that they spent.
+noise included. A rounding error decides there and nowhere else where this is about the size of one. ``off_the_list``:
+first differences where vLLM's token is not even among transformers' top k.
+``difference``  vLLM minus transformers with 95% paired bootstrap intervals over prompts: mean value of the
+samples and of the transported texts, value of the selected response, and nats that were spent.
 
 With ``--record`` the figures go to docs/results/sampling_parity.json under their dtype. The last line of standard
 output is one JSON object.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -60,6 +62,7 @@ class Answers:
         """Return one figure a prompt."""
         found = {
             "selected_value": [outcome.selected_values_B for outcome in self.outcomes],
+            "sample_value": [outcome.original_values_BN.mean(1) for outcome in self.outcomes],
             "cloud_value": [outcome.transported_values_BN.mean(1) for outcome in self.outcomes],
             "nats": [outcome.nats_BN.mean(1) for outcome in self.outcomes],
         }[name]
@@ -103,9 +106,10 @@ def compare(here: Answers, there: Answers, seeds: Sequence[Tensor]) -> dict[str,
         "identical_tokens": {"samples": _identical(samples), "transported": _identical(texts)},
         "differing_responses": {"samples": _differing(samples), "transported": _differing(texts)},
         "responses": sum(len(mine) for mine, _ in samples),
-        "largest_gap_nats": max(gaps, default=0.0),
+        "largest_gap_nats": max((gap for gap in gaps if gap < math.inf), default=0.0),
+        "off_the_list": gaps.count(math.inf),
     }
-    for name in ("selected_value", "cloud_value", "nats"):
+    for name in ("sample_value", "cloud_value", "selected_value", "nats"):
         mine, theirs = here.values(name), there.values(name)
         estimate = bootstrap_mean([b - a for a, b in zip(mine, theirs, strict=True)])
         figures.setdefault("difference", {})[name] = asdict(estimate) | {"excludes_zero": estimate.excludes_zero}
@@ -130,7 +134,7 @@ def first_gaps(mine_RT: Tensor, theirs_RT: Tensor, samples: Responses, seeds_BN:
         ids_K, logps_K = law.ids.flatten(0, 1)[row, t], law.logps.flatten(0, 1)[row, t]
         scores_K = logps_K + gumbel_noise(seeds_R[row : row + 1].to(ids_K.device), t, ids_K.unsqueeze(0))[0]
         other = scores_K[ids_K == theirs_RT[row, t]]
-        gaps.append(float(scores_K.max() - other.max()) if len(other) else float("inf"))
+        gaps.append(float(scores_K.max() - other.max()) if len(other) else math.inf)
     return gaps
 
 

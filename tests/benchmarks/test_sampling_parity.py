@@ -45,5 +45,5 @@ def test_the_last_line_holds_the_named_figures(tmp_path, capfd):  # vLLM asks fo
     figures = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert figures["identical_tokens"] == {"samples": 1.0, "transported": 1.0}
     assert figures["largest_gap_nats"] == 0 and figures["responses"] == 6
-    assert set(figures["difference"]) == {"selected_value", "cloud_value", "nats"}
+    assert set(figures["difference"]) == {"sample_value", "cloud_value", "selected_value", "nats"}
     assert abs(figures["difference"]["cloud_value"]["mean"]) < 1e-4
