@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vgf_llm.errors import ConfigError
+from vgf_llm.processes import of_first
 from vgf_llm.sampling.engine import EngineRequest, EngineText, TakesWeights
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import SamplingSettings
@@ -57,7 +58,7 @@ class ParticleEngine:
         self.runs_policy = trainer.method.particles_from == "policy"
         self.shared = trainer.method.engine.url is not None
         self.folder = Path(trainer.args.output_dir).resolve() / PUSHED_FOLDER
-        self._run = _of_first(uuid.uuid4().hex[:8])  # a folder of an earlier run is never taken for one of this
+        self._run = of_first(uuid.uuid4().hex[:8])  # a folder of an earlier run is never taken for one of this
         self._pushed: Path | None = None
         self._unproved = False
         self._clear()
@@ -229,10 +230,3 @@ def _own_gpu(trainer: VGFTrainer) -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = seen
-
-
-def _of_first(found: Any) -> Any:
-    """Return what the first process found, on every process."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([found])[0]
