@@ -32,6 +32,10 @@ class DivergedError(VGFError):
     """A loss or gradient of training became infinite or NaN."""
 
 
+class SyncError(VGFError):
+    """An engine that training samples from does not run the weights that are trained."""
+
+
 class NonFiniteError(VGFError):
     """A value or gradient became infinite or NaN during the flow.
 

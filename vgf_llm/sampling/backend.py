@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vgf_llm.models import ADAPTER_NAME, base_model_name, eos_token_ids, load_skeleton, resolved_name
 from vgf_llm.sampling.deadline import Deadline
-from vgf_llm.sampling.engine import Engine
+from vgf_llm.sampling.engine import TakesWeights
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.sampling.vllm_engine import VLLMEngine
 from vgf_llm.sampling.vllm_server import VLLMServer
@@ -22,11 +24,22 @@ def start_engine(
     sampling: SamplingSettings,
     settings: EngineSettings,
     table_VD: Tensor | None,
+    pushed: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
     deadline: Deadline | None = None,
-) -> Engine:
+) -> TakesWeights:
     """Return an engine of the base model: the server at ``settings.url``, or one that is started here.
 
     Where the base model is a PEFT adapter's folder, the engine runs its base and knows the adapter by that folder.
+
+    Args:
+        models: Names the base model.
+        sampling: The law; the engine reports the top k of it.
+        settings: The engine.
+        table_VD: Input embeddings that particles live in.
+        pushed: PEFT configuration of the LoRAs that will be pushed to an engine that is started here.
+        max_length: Most tokens of a prompt and its response there; the model's own limit when not given.
+        deadline: Of whoever waits for the start; nobody leaves when not given.
 
     Raises:
         EngineError: If the server does not answer or the engine does not start.
@@ -40,7 +53,9 @@ def start_engine(
         settings,
         table_VD=table_VD,
         adapters=() if adapter is None else (adapter,),
+        pushed=pushed,
         dtype=models.dtype,
+        max_length=max_length,
         most_logprobs=max(sampling.top_k, 1),
         trust_remote_code=models.trust_remote_code,
         deadline=deadline,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -110,4 +111,27 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of the engine and its memory."""
+        ...
+
+
+class TakesWeights(Engine, Protocol):
+    """An engine whose weights are replaced while it runs. The folder must be one that its processes can read."""
+
+    def push_adapter(self, folder: str | Path) -> str:
+        """Load a PEFT adapter in place of the one that was pushed before; returns what requests name it by.
+
+        Args:
+            folder: Not one of an adapter that was pushed before: what is cached is known by it.
+
+        Raises:
+            EngineError: If the engine refuses it, died, or does not answer in time.
+        """
+        ...
+
+    def push_weights(self, folder: str | Path) -> None:
+        """Replace all weights by those of a model's safetensors, and forget what was cached under the old ones.
+
+        Raises:
+            EngineError: As above.
+        """
         ...

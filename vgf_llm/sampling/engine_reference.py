@@ -11,7 +11,7 @@ Prompts and what is kept of a response are found in the engine's prefix cache; r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,9 @@ class EngineReference:
         stop: Strings that end what is written; a text keeps the token that completes one. Read by what writes a
             response from its start (sampling, the decoder ``prior``), where the engine sees all of it.
 
+    Attributes:
+        on_written: Is shown whatever the engine has written, before anything is made of it.
+
     Raises:
         ConfigError: If the law is not truncated: an engine reports a list of tokens a place, not all of them.
     """
@@ -86,6 +89,7 @@ class EngineReference:
         self.device = torch.device(device)
         self.adapter = adapter
         self.stop = tuple(stop)
+        self.on_written: Callable[[list[EngineRequest], list[EngineText]], None] | None = None
 
     @property
     def columns(self) -> int:
@@ -212,7 +216,10 @@ class EngineReference:
             )
             for row in live
         ]
-        texts: dict[int, EngineText] = dict(zip(live, self.engine.run(requests), strict=True))
+        written = self.engine.run(requests)
+        if self.on_written is not None:
+            self.on_written(requests, written)
+        texts: dict[int, EngineText] = dict(zip(live, written, strict=True))
         length = max((len(text.tokens) for text in texts.values()), default=1)
         tokens_RT = torch.full((len(done), length), self.pad_id)
         inside_RT = torch.zeros_like(tokens_RT, dtype=torch.bool)

@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from vgf_llm.models import ADAPTER_NAME
 from vgf_llm.sampling.deadline import Deadline
 from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
 from vgf_llm.sampling.engine_thread import EngineThread, first_line
+from vgf_llm.sampling.reaper import Reaper
 from vgf_llm.settings import EngineSettings
 
 PROCESSOR = "vgf_llm.sampling.vllm_processor:PlanProcessor"
+WORKER = "vgf_llm.sampling.vllm_worker.FolderWorker"
 PLAN_ARGUMENT, TABLE_SETTING, TABLE_NAME = "vgf_plan", "vgf_table", "table.safetensors"
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
+_PUSHED_FROM = 1000  # numbers of pushed LoRAs, beyond those of the start
 
 
 def save_table(table_VD: Tensor, folder: str | Path) -> Path:
@@ -44,6 +47,7 @@ class VLLMEngine:
         settings: Memory, parallelism and patience.
         table_VD: Input embeddings that particles live in; without it nothing can be tilted.
         adapters: Folders of LoRAs that requests may name.
+        pushed: PEFT configuration of the LoRAs that will be pushed while it runs; none can be without it.
         dtype: Parameter dtype.
         max_length: Most tokens of a prompt and its response; the model's own limit when not given.
         most_logprobs: Most log-probabilities a place that will be asked for.
@@ -62,6 +66,7 @@ class VLLMEngine:
         *,
         table_VD: Tensor | None = None,
         adapters: Sequence[str] = (),
+        pushed: Mapping[str, Any] | None = None,
         dtype: str = "float32",
         max_length: int | None = None,
         most_logprobs: int = 64,
@@ -70,7 +75,8 @@ class VLLMEngine:
     ) -> None:
         self.name, self.settings = f"vLLM engine of {model}", settings or EngineSettings()
         self._folder = tempfile.TemporaryDirectory(prefix="vgf_table.")
-        self._adapters = tuple(adapters)
+        self._adapters = {name: number for number, name in enumerate(adapters, 1)}
+        self._pushed, self._pushes = "", 0
         options: dict[str, Any] = {
             "model": model,
             "dtype": dtype,
@@ -83,13 +89,16 @@ class VLLMEngine:
             "enforce_eager": self.settings.eager,
             "trust_remote_code": trust_remote_code,
             "logits_processors": [PROCESSOR],
+            "worker_extension_cls": WORKER,
         }
         if self.settings.kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(self.settings.kv_cache_gib * 2**30)
         if table_VD is not None:
             options["additional_config"] = {TABLE_SETTING: str(save_table(table_VD, self._folder.name))}
-        if adapters:
-            options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _rank_for(adapters)}
+        configs = [json.loads((Path(one) / ADAPTER_NAME).read_text(encoding="utf-8")) for one in adapters]
+        if pushed is not None:
+            configs.append(dict(pushed))
+        options |= _lora_options(configs)
         self._worker, before = EngineThread(self.name), multiprocessing.active_children()
         try:
             self._llm = self._worker.call(lambda tick: _start(options), self.settings.start_timeout_sec, deadline)
@@ -99,6 +108,7 @@ class VLLMEngine:
             raise
         self._worker.processes = _children_but(before)
         self._worker.batch = _Batch(self._llm.llm_engine)
+        self._reaper = Reaper([process.pid for process in self._worker.processes])
 
     def run(self, requests: Sequence[EngineRequest], deadline: Deadline | None = None) -> list[EngineText]:
         """Return what came of each request; see :class:`vgf_llm.sampling.engine.Engine`."""
@@ -115,11 +125,40 @@ class VLLMEngine:
         """Requests that are being written or wait to be."""
         return self._worker.unfinished
 
+    def push_adapter(self, folder: str | Path) -> str:
+        """Load a LoRA in place of the one before; see :class:`vgf_llm.sampling.engine.TakesWeights`."""
+        from vllm.lora.request import LoRARequest
+
+        engine, name = self._llm.llm_engine, str(folder)
+        self._pushes += 1
+        # Name, number and path are new each time: vLLM's prefix cache knows a LoRA by its name and path.
+        number = _PUSHED_FROM + self._pushes
+
+        def replace(tick: Callable[[], None]) -> None:
+            if self._pushed:
+                engine.remove_lora(self._adapters.pop(self._pushed))
+            engine.add_lora(LoRARequest(name, number, name))
+
+        self._worker.call(replace, self.settings.timeout_sec)
+        self._pushed, self._adapters[name] = name, number
+        return name
+
+    def push_weights(self, folder: str | Path) -> None:
+        """Replace all weights by a folder's; see :class:`vgf_llm.sampling.engine.TakesWeights`."""
+
+        def replace(tick: Callable[[], None]) -> bool:
+            self._llm.collective_rpc("load_folder", args=(str(folder),))
+            return bool(self._llm.reset_prefix_cache())
+
+        if not self._worker.call(replace, self.settings.timeout_sec):
+            raise EngineError(f"the {self.name} keeps its prefix cache, which is of the weights before; start it again")
+
     def close(self) -> None:
         """Stop the engine; what does not stop within some seconds is killed."""
         if self._llm is not None:
             llm, self._llm = self._llm, None
             self._worker.stop(llm.llm_engine.engine_core.shutdown)
+            self._reaper.dismiss()
             self._folder.cleanup()
 
     def _lora(self, adapter: str | None) -> Any:
@@ -130,7 +169,7 @@ class VLLMEngine:
             raise EngineError(f"the {self.name} has no adapter {adapter!r}; it was started with {known}")
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest(adapter, self._adapters.index(adapter) + 1, adapter)
+        return LoRARequest(adapter, self._adapters[adapter], adapter)
 
 
 class _Batch:
@@ -178,12 +217,30 @@ def _start(options: dict[str, Any]) -> Any:
     return LLM(**options)
 
 
-def _rank_for(adapters: Sequence[str]) -> int:
-    """Return the smallest rank that vLLM has room for and no adapter exceeds."""
-    largest = max(json.loads((Path(one) / ADAPTER_NAME).read_text(encoding="utf-8"))["r"] for one in adapters)
-    room = [rank for rank in _LORA_RANKS if rank >= largest]
+def _lora_options(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what vLLM has to know of adapters in advance: how many, how large, and which layers they are on.
+
+    Without the layers it prepares the output layer too, and on a CPU can then read no text with an adapter.
+    """
+    if not configs:
+        return {}
+    options = {"enable_lora": True, "max_loras": len(configs), "max_lora_rank": lora_room(max(c["r"] for c in configs))}
+    named = [config["target_modules"] for config in configs]
+    if any(isinstance(names, str) for names in named):  # a pattern
+        return options
+    leaves = {name.rpartition(".")[2] for names in named for name in names}
+    return options | {"lora_target_modules": sorted(leaves)}
+
+
+def lora_room(rank: int) -> int:
+    """Return the smallest rank that vLLM has room for and an adapter of this one fits.
+
+    Raises:
+        EngineError: If there is none.
+    """
+    room = [known for known in _LORA_RANKS if known >= rank]
     if not room:
-        raise EngineError(f"an adapter has rank {largest}, vLLM goes to {_LORA_RANKS[-1]}; merge it into its base")
+        raise EngineError(f"an adapter has rank {rank}, vLLM goes to {_LORA_RANKS[-1]}; merge it into its base")
     return room[0]
 
 

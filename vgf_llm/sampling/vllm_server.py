@@ -8,23 +8,29 @@ continuous batching does the rest. The server must run the plan processor and re
         --additional-config '{"vgf_table": "FOLDER"}'
 
 with FOLDER from :func:`vgf_llm.sampling.vllm_engine.save_table`. An API key is read from ``VLLM_API_KEY``.
+
+Weights are pushed as the name of a folder that the server can read: an adapter where it runs with --enable-lora and
+VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, a whole model where it runs with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls
+vgf_llm.sampling.vllm_worker.FolderWorker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vgf_llm.sampling.deadline import OPEN, Deadline
 from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
-from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT
+from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT, WORKER
 from vgf_llm.settings import EngineSettings
 
 _LONGEST_MESSAGE = 400
@@ -45,7 +51,7 @@ class VLLMServer:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
-        self.name = f"vLLM server at {settings.url}"
+        self.name, self._pushed = f"vLLM server at {settings.url}", ""
         served = [entry["id"] for entry in self._ask("/v1/models", None)["data"]]
         self.model = settings.served_model or served[0]
         if self.model not in served:
@@ -72,8 +78,32 @@ class VLLMServer:
         """Do nothing while it answers; see :class:`vgf_llm.sampling.engine.Engine`."""
         self._ask("/v1/models", None)
 
+    def push_adapter(self, folder: str | Path) -> str:
+        """Load a LoRA in place of the one before; see :class:`vgf_llm.sampling.engine.TakesWeights`."""
+        name, old = str(folder), self._pushed
+        how = "--enable-lora, --max-lora-rank of at least its rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+        self._push("/v1/load_lora_adapter", {"lora_name": name, "lora_path": name}, folder, how)
+        self._pushed = name
+        if old:
+            self._send("/v1/unload_lora_adapter", {"lora_name": old})
+        return name
+
+    def push_weights(self, folder: str | Path) -> None:
+        """Replace all weights by a folder's; see :class:`vgf_llm.sampling.engine.TakesWeights`."""
+        body = {"method": "load_folder", "args": [str(folder)]}
+        self._push("/collective_rpc", body, folder, f"VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls {WORKER}")
+        if not self._ask("/reset_prefix_cache", {})["success"]:
+            raise EngineError(
+                f"the {self.name} keeps its prefix cache, which is of the weights before: somebody else is asking it; "
+                "let nobody else use a server whose weights are trained"
+            )
+
     def close(self) -> None:
-        """Nothing is held: every request had a connection of its own."""
+        """Let go of the LoRA that was pushed; else nothing is held: every request had a connection of its own."""
+        if self._pushed:
+            old, self._pushed = self._pushed, ""
+            with contextlib.suppress(EngineError):  # it may be gone
+                self._send("/v1/unload_lora_adapter", {"lora_name": old})
 
     def _run(self, request: EngineRequest) -> EngineText:
         choice = self._ask("/v1/completions", _body(request, request.adapter or self.model))["choices"][0]
@@ -84,7 +114,20 @@ class VLLMServer:
             along = _written_logps(choice, request.logprobs)
         return EngineText(choice["token_ids"], along, prompt)
 
+    def _push(self, path: str, body: dict[str, Any], folder: str | Path, how: str) -> None:
+        try:
+            self._send(path, body)
+        except EngineError as error:
+            raise EngineError(f"{error}; it must run with {how}, and be able to read '{folder}'") from error
+
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        answer = self._send(path, body)
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise EngineError(f"the {self.name} answers {path} with no JSON: {error}; is it vLLM's server?") from error
+
+    def _send(self, path: str, body: dict[str, Any] | None) -> bytes:
         headers = {"Content-Type": "application/json"}
         if os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {os.environ['VLLM_API_KEY']}"
@@ -92,7 +135,7 @@ class VLLMServer:
         asked = urllib.request.Request(f"{self.settings.url.rstrip('/')}{path}", data, headers)
         try:
             with urllib.request.urlopen(asked, timeout=self.settings.timeout_sec) as answer:
-                return json.load(answer)
+                return answer.read()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:_LONGEST_MESSAGE]
             raise EngineError(f"the {self.name} refuses a request with {error.code}: {said}") from error
@@ -100,7 +143,7 @@ class VLLMServer:
             raise EngineError(
                 f"the {self.name} hangs: no answer to {path} in {self.settings.timeout_sec:g} s (timeout_sec)"
             ) from error
-        except (urllib.error.URLError, OSError, ValueError) as error:
+        except (urllib.error.URLError, OSError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 reason = f"no connection in {self.settings.timeout_sec:g} s"

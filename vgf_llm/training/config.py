@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.settings import DecoderName
+from vgf_llm.settings import BackendName, DecoderName, EngineSettings
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,12 @@ class VGFSettings:
     """Texts decoded from each moved response, at least 1."""
     particles_from: Literal["reference", "policy"] = "reference"
     """Law that the particles are sampled from and decoded by."""
+    backend: BackendName = "transformers"
+    """What runs that law: transformers in this process, or a vllm engine, which a policy's weights are pushed to."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """The vllm engine: one a process where it is started here, one for all behind a URL."""
+    sync_check: bool = True
+    """Stop where the engine's log-probabilities of sampled tokens are not the trainer's, looked at in every step."""
     value: Literal["reward", "learned"] = "reward"
     """What moves the particles: the reward models among the rewards, or a value learned from the rewards."""
     learned_value: LearnedValueSettings = field(default_factory=LearnedValueSettings)

@@ -16,6 +16,7 @@ from torch import nn
 from vgf_llm.config import dump
 from vgf_llm.errors import CheckpointError, ConfigError
 from vgf_llm.models import fingerprint
+from vgf_llm.processes import of_first
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.training.checkpoint import beyond, newest_whole, supersede
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
@@ -38,6 +39,7 @@ _OPTIM = (
     "max_grad_norm",
     "seed",
 )
+_HOW = ("engine", "sync_check")  # of the method: how a run is made, not what it makes
 _SAMPLED = 1024  # values of a parameter that go into its digest one by one
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
 _CHUNK = 2**24  # values that are summed at a time
@@ -67,7 +69,7 @@ def identity_of(
         "rewards": [_contents(name) for name in script.rewards],
         "reward_weights": list(script.reward_weights),
         "value_weights": None if start is None else _contents(start),
-        **dump(method),
+        **{key: value for key, value in dump(method).items() if key not in _HOW},
         "sampling": dataclasses.asdict(sampling),
         "optimisation": {name: getattr(optim, name) for name in _OPTIM},
         "trainer_arguments": optim.trainer_arguments,
@@ -148,7 +150,7 @@ def _find(trainer: VGFTrainer, wanted: bool | str) -> Path | None:
             raise ConfigError(f"resume_from_checkpoint: '{wanted}' is no folder; true takes the newest of output_dir")
         return Path(wanted)
     first = trainer.is_world_process_zero()
-    folder = _of_first(newest_whole(trainer.args.output_dir) if first else None)
+    folder = of_first(newest_whole(trainer.args.output_dir) if first else None)
     if folder is None and first:
         print(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew", file=sys.stderr)
     return folder
@@ -172,7 +174,7 @@ def _make_way(trainer: VGFTrainer, folder: Path | None, step: int, goes_on: bool
     """Set later checkpoints of this run aside, and refuse to mix with those of another one."""
     output_dir, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
     own = goes_on or (folder is not None and folder.resolve().parent == output_dir.resolve())
-    found = _of_first(beyond(output_dir, step if own else 0) if first else [])
+    found = of_first(beyond(output_dir, step if own else 0) if first else [])
     if not found:
         return
     names = ", ".join(path.name for path in found)
@@ -184,10 +186,3 @@ def _make_way(trainer: VGFTrainer, folder: Path | None, step: int, goes_on: bool
     if first:
         print(f"set aside as .<name>.superseded: {names}", file=sys.stderr)
         supersede(found)
-
-
-def _of_first(found: Any) -> Any:
-    """Return what the first process found, on every process."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([found])[0]

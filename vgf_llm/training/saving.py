@@ -90,11 +90,11 @@ class SavesWhole:
         tensors, value = self.trained_tensors(), self.value_tensors()
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            self.models.policy.save_pretrained(folder, state_dict=_under(tensors, "policy."))
+            self.models.policy.save_pretrained(folder, state_dict=under(tensors, "policy."))
             self.tokenizer.save_pretrained(folder)
             if self.learned is not None:
                 save_value_model(self.learned.model, folder / VALUE_FOLDER, self.tokenizer, value)
-                self.learned.save_secant(folder / VALUE_FOLDER, _under(tensors, "secant."))
+                self.learned.save_secant(folder / VALUE_FOLDER, under(tensors, "secant."))
             if with_state:
                 self._write_state(folder, tensors)
         self.accelerator.wait_for_everyone()
@@ -173,7 +173,8 @@ class SavesWhole:
         return prepared
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with a prefix, under their names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

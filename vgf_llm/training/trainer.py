@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from vgf_llm.errors import DivergedError
 from vgf_llm.pipeline import make_decoder
 from vgf_llm.sampling import ReferenceSampler
+from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
 from vgf_llm.text.implicit_policy import Outcome
@@ -40,6 +41,7 @@ from vgf_llm.training.losses import dpo, group_weights, kl_anchor, weighted_nll
 from vgf_llm.training.metrics import MetricSums, responses_tokens, rollout_metrics
 from vgf_llm.training.models import PolicyAndValue, PolicyModels, response_logps
 from vgf_llm.training.observing import Observes
+from vgf_llm.training.particle_engine import EngineMaker, SamplesInEngine
 from vgf_llm.training.rewards import Rewards
 from vgf_llm.training.rollout import (
     ObservedPolicy,
@@ -57,7 +59,7 @@ _SECANT_STREAM = 0x5EC  # the token changes that a secant head learns from
 _SHORTLIST = 50  # likeliest tokens these come from, where the sampler's own law is too wide to be kept
 
 
-class VGFTrainer(SavesWhole, Observes, Trainer):
+class VGFTrainer(SamplesInEngine, SavesWhole, Observes, Trainer):
     """Fine-tune a policy, and a value if one is learned, on transported responses.
 
     Args:
@@ -69,6 +71,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         tokenizer: The policy's.
         eos_ids: Every id that ends a response.
         identity: What must not change when the run is resumed.
+        make_engine: Starts the engine that particles are sampled and decoded in; None: transformers does, here.
         kwargs: For transformers' Trainer: args, train_dataset (of `PromptRow`), callbacks.
     """
 
@@ -82,6 +85,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         tokenizer: PreTrainedTokenizerBase,
         eos_ids: tuple[int, ...],
         identity: dict[str, Any],
+        make_engine: EngineMaker | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -92,6 +96,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         )
         self.models, self.learned, self.rewards, self.method = models, learned, rewards, method
         self.sampling, self.tokenizer, self.eos_ids, self.identity = sampling, tokenizer, eos_ids, identity
+        self.make_engine = make_engine
         self.model_accepts_loss_kwargs = True  # losses are divided by global counts, never by accumulation steps
         models.to(self.args.device)
         self._reward_value = rewards.value() if learned is None else None
@@ -111,6 +116,8 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         started = time.perf_counter()
         batches = []
         with whole_weights(self.accelerator, self.model_wrapped):
+            if self.particle_engine is not None:
+                self.particle_engine.begin_step()
             for _ in range(num_batches):
                 prompts = next(epoch_iterator, None)
                 if prompts is not None:
@@ -159,8 +166,11 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         return row_seeds(seed, [prompt.index for prompt in prompts], self.method.num_particles)
 
     @contextlib.contextmanager
-    def particle_law(self) -> Iterator[Reference]:
+    def particle_law(self) -> Iterator[Reference | EngineReference]:
         """Yield the law that particles start from and are decoded by: the reference's, or the current policy's."""
+        if self.particle_engine is not None:
+            yield self.particle_engine.law
+            return
         if self.method.particles_from == "policy":
             yield self.law_of(self.models.policy_lm)
             return
@@ -171,7 +181,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         """Return a model as a law; a new one each time, since it remembers prompts under the weights of the moment."""
         return Reference(model, sampling or self.sampling, self.eos_ids, self.tokenizer.pad_token_id)
 
-    def sample(self, law: Reference, prompts: list[PromptRow], seeds_BN: Tensor) -> Responses:
+    def sample(self, law: Reference | EngineReference, prompts: list[PromptRow], seeds_BN: Tensor) -> Responses:
         """Draw N responses to each prompt."""
         return ReferenceSampler(law).sample([prompt.ids for prompt in prompts], seeds_BN)
 
@@ -179,7 +189,7 @@ class VGFTrainer(SavesWhole, Observes, Trainer):
         """Return what the flow climbs, and where its direction comes from."""
         return self._reward_value if self.learned is None else self.learned.flow()
 
-    def implicit_policy(self, law: Reference) -> ObservedPolicy:
+    def implicit_policy(self, law: Reference | EngineReference) -> ObservedPolicy:
         """Return the policy that the training budget implies."""
         value, gradient = self.flow_value()
         if self._length_unit is None:
