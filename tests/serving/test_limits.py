@@ -145,11 +145,11 @@ def test_another_engine_is_started_and_health_says_what_holds(served_pipeline):
         first.dead.set()
         told = http.post(CHAT, json=SHORT)
         assert told.status_code == 503 and "died" in told.json()["error"]["message"]
-        wait_until(lambda: http.get("/health").status_code == 503)
+        assert http.get("/health").status_code == 503
+        wait_until(lambda: "vgf_engine_up 0.0" in http.get("/metrics").text)
         told = http.post(CHAT, json=SHORT)
         assert told.status_code == 503 and "another one starts" in told.json()["error"]["message"]
         assert int(told.headers["retry-after"]) >= 1
-        assert "vgf_engine_up 0.0" in http.get("/metrics").text
         may_start.set()
         assert restarted.wait(10)
         assert http.get("/health").status_code == http.post(CHAT, json=SHORT).status_code == 200

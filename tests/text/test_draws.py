@@ -93,7 +93,7 @@ def test_generate_names_the_sample_that_a_draw_came_from(parts, tiny_tokenizer):
     for seed in range(8):
         outcome = run(parts, TransportBudget(nats=2.0, rounds=2), n=4, seed=seed, draws=3, select="random")
         originals = outcome.originals.texts(tiny_tokenizer)
-        for b, row in enumerate(answering._rows(["a", "b", "c"], outcome, tiny_tokenizer)):
+        for b, row in enumerate(answering.outcome_rows(["a", "b", "c"], outcome, tiny_tokenizer)):
             rounds, particle, draw = pool[int(outcome.selected_index_B[b])]
             rounds_seen.add(rounds)
             assert row["rounds"] == rounds and row["source"] == originals[b][particle]
