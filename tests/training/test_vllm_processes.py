@@ -188,10 +188,11 @@ def test_a_server_of_another_model_ends_the_run_before_anything_is_learned(
 def test_two_steps_of_the_recipe_on_the_real_model(folder: Path) -> None:
     """As a user calls it; a reward function in place of the trained reward model."""
     flags = "--backend vllm --engine.kv_cache_gib 0.1 --engine.eager true --particles_from policy --dtype float32"
-    flags += " --max_steps 2 --logging_steps 1 --num_prompts 4 --per_device_train_batch_size 2 --num_particles 4"
+    flags += " --max_steps 2 --logging_steps 1 --num_prompts 2 --per_device_train_batch_size 1 --num_particles 2"
+    flags += " --max_new_tokens 12"
     recipe = ["--config", "recipes/smollm2_sentiment/vgf_function.yaml", "--output_dir", folder / "real"]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-m", "vgf_llm.train"]
-    done = subprocess.run([*command, *recipe, *flags.split()], capture_output=True, text=True, timeout=500, cwd=ROOT)
+    done = subprocess.run([*command, *recipe, *flags.split()], capture_output=True, text=True, timeout=900, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["steps"] == 2
     assert all(line["sync/logps_abs"] < 1e-4 for line in read_jsonl(folder / "real" / "metrics.jsonl"))
