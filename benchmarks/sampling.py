@@ -1,18 +1,18 @@
 """What vLLM costs and saves: tokens a second against transformers, and transported against plain decoding.
 
-    python -m benchmarks.sampling
+    python -m benchmarks.sampling [--record]
     python -m benchmarks.sampling --shape tiny --tokens 8 --counts 1 4 --repetitions 2
 
 Every arm writes the same number of tokens after the same prompts (no token ends a text), the arms take turns, and the
-ratios are those of the median times of one run:
+ratios are taken turn by turn; their median is given, and their range over the turns:
 
 ``vllm_over_transformers_tokens_per_sec``  vLLM's own sampler against ``generate`` of transformers, both at top-k 50,
 for each number of sequences.
 ``transported_over_plain_time``  the ``prior`` decoder's tilted law in the engine, its plans made and followed included,
 against the engine's own sampler, at the number of sequences nearest to 32.
 
-The engine runs in this process; resident memory is read after each start. The last line of standard output is one JSON
-object.
+The engine runs in this process; resident memory is read after each start. ``--record`` writes
+docs/results/sampling.json; the last line of standard output is the same JSON object.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.io import write_json_atomic
 from vgf_llm.models import load_causal_lm, load_skeleton, load_tokenizer, resolved_name
 from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine import EngineRequest
@@ -47,6 +48,7 @@ from vgf_llm.text import Move, Moved, PriorDecoder, Responses, row_seeds
 _NEAREST_TO = 32
 _TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 _NATS = 4.0
+_RECORD = "docs/results/sampling.json"
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     command = f"python -m benchmarks.sampling {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
-    print(
-        json.dumps(
-            {**figures, "memory_mib": models.memory, "setting": setting, "hardware": machine, "command": command}
-        )
-    )
+    record = {**figures, "memory_mib": models.memory, "setting": setting, "hardware": machine, "command": command}
+    if arguments.record:
+        write_json_atomic(_RECORD, record)
+    print(json.dumps(record))
 
 
 def measure(models: Models, counts: Sequence[int], repetitions: int) -> dict:
     """Time the arms in turn and return the ratios."""
-    speedups, rates, transported = {}, {}, {}
+    speedups, rates, transported, spread = {}, {}, {}, {}
     nearest = min(counts, key=lambda count: abs(count - _NEAREST_TO))
     for count in counts:
         arms: dict[str, Callable[[], None]] = {
@@ -156,16 +157,28 @@ def measure(models: Models, counts: Sequence[int], repetitions: int) -> dict:
             arms["transported"] = lambda move=move: models.transported(move)
         seconds = _in_turn(arms, repetitions)
         tokens = count * models.sampling.max_new_tokens
-        speedups[str(count)] = round(seconds["transformers"] / seconds["vllm"], 3)
-        rates[str(count)] = {name: round(tokens / one, 1) for name, one in seconds.items()}
+        ratios = [here / there for here, there in zip(seconds["transformers"], seconds["vllm"], strict=True)]
+        speedups[str(count)], spread[str(count)] = _median_and_range(ratios)
+        rates[str(count)] = {name: round(tokens / statistics.median(one), 1) for name, one in seconds.items()}
         print(f"{count} sequences: {rates[str(count)]} tokens a second", file=sys.stderr)
         if count == nearest:
-            transported = {"transported_over_plain_time": round(seconds["transported"] / seconds["vllm"], 3)}
-    return {"vllm_over_transformers_tokens_per_sec": speedups, **transported, "tokens_per_sec": rates}
+            ratios = [moved / plain for moved, plain in zip(seconds["transported"], seconds["vllm"], strict=True)]
+            ratio, spread["transported"] = _median_and_range(ratios)
+            transported = {"transported_over_plain_time": ratio}
+    return {
+        "vllm_over_transformers_tokens_per_sec": speedups,
+        **transported,
+        "range_over_turns": spread,
+        "tokens_per_sec": rates,
+    }
 
 
-def _in_turn(arms: dict[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
-    """Return the median seconds of each arm; the first turn is not counted."""
+def _median_and_range(ratios: Sequence[float]) -> tuple[float, list[float]]:
+    return round(statistics.median(ratios), 3), [round(min(ratios), 3), round(max(ratios), 3)]
+
+
+def _in_turn(arms: dict[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
+    """Return the seconds of each arm in every turn but the first, in which all arms run after each other."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(repetitions + 1):
         for name, run in arms.items():
@@ -173,7 +186,7 @@ def _in_turn(arms: dict[str, Callable[[], None]], repetitions: int) -> dict[str,
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def _load(arguments: argparse.Namespace, scratch: Path) -> Models:
@@ -218,6 +231,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="parameter dtype")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where transformers runs")
     parser.add_argument("--kv-cache-gib", type=float, default=0.5, help="memory for keys and values of the engine")
+    parser.add_argument("--record", action="store_true", help=f"write {_RECORD} too")
     parser.add_argument("--eager", action="store_true", help="start the engine without compiling the model")
     return parser.parse_args(argv)
 
