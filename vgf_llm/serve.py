@@ -74,7 +74,7 @@ def run(
     died = False
 
     def another(deadline: Deadline) -> Engine:
-        return start_engine(models, sampling, settings.engine, pipeline.value.embedding_table_VD, deadline)
+        return start_engine(models, sampling, settings.engine, pipeline.value.embedding_table_VD, deadline=deadline)
 
     def end() -> None:
         nonlocal died

@@ -24,6 +24,7 @@ def start_engine(
     sampling: SamplingSettings,
     settings: EngineSettings,
     table_VD: Tensor | None,
+    *,
     pushed: Mapping[str, Any] | None = None,
     max_length: int | None = None,
     deadline: Deadline | None = None,

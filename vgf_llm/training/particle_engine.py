@@ -187,7 +187,7 @@ def engine_maker(
     def make(trainer: VGFTrainer) -> ParticleEngine:
         def start(table_VD: Tensor) -> TakesWeights:
             lora = trainer.models.policy.peft_config["default"].to_dict() if pushes and trainer.models.is_lora else None
-            return start_engine(models, sampling, method.engine, table_VD, lora, _longest(trainer))
+            return start_engine(models, sampling, method.engine, table_VD, pushed=lora, max_length=_longest(trainer))
 
         return ParticleEngine(trainer, start, policy.dtype, adapter)
 
