@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from vgf_llm import __version__
 from vgf_llm.errors import VGFError
-from vgf_llm.processes import leave_process_group
+from vgf_llm.processes import in_process_group, leave_process_group
 
 COMMANDS = {
     "demo": ("vgf_llm.demo", "train a reward model, transport, decode and compare, on a small real model (minutes)"),
@@ -66,9 +66,11 @@ def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str
     Returns:
         The command's code; 2 after a VGFError; 130 after Ctrl-C.
     """
+    found_group = in_process_group()  # of an engine in this process, say, which goes on after the command
     try:
         code = command_main(None if argv is None else list(argv)) or 0
-        leave_process_group()
+        if not found_group:
+            leave_process_group()
         return code
     except VGFError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,12 @@ from typing import Any
 _SETTLE_SECONDS = 0.2
 
 
+def in_process_group() -> bool:
+    """Return whether torch's default process group is open."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def leave_process_group() -> None:
     """Close torch's default process group, if one is open, and let its threads finish; for the end of a command.
 
@@ -17,10 +23,9 @@ def leave_process_group() -> None:
     after all work is done (seen at one exit in eight of a bare DDP process under torch 2.13). Sleeping gives it the
     lock.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+    if not in_process_group():
         return
-    distributed.destroy_process_group()
+    sys.modules["torch.distributed"].destroy_process_group()
     time.sleep(_SETTLE_SECONDS)
 
 

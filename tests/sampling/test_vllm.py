@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import dataclasses
 import os
+import signal
 import threading
 import time
 
@@ -204,9 +205,13 @@ def test_an_interrupted_job_ends_and_the_next_one_is_done():
             time.sleep(0.01)
 
     worker = EngineThread("engine under test")
-    threading.Timer(0.3, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-        worker.call(endless, timeout_sec=60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell started this in the background
+    try:
+        threading.Timer(0.3, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            worker.call(endless, timeout_sec=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert worker.call(lambda tick: "next", timeout_sec=60) == "next"
     worker.stop()
 
