@@ -109,7 +109,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write_figure(runs: Sequence[Path], path: Path | None = None) -> Path | None:
-    """Draw score against flow steps, a line a step size and the clone as a dashed one; None without matplotlib.
+    """Draw score, and return beside a success rate, against flow steps; None without matplotlib.
 
     Args:
         runs: Folders of runs of one task.
@@ -124,23 +124,32 @@ def write_figure(runs: Sequence[Path], path: Path | None = None) -> Path | None:
     from matplotlib import pyplot
 
     result, rows = summarise(runs), _last(runs[0])
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    arms = result["arms"]
-    base = next((arm for arm in rows if arm.startswith("best-of-")), None)
-    for size in sorted({row["step_size"] for row in rows.values() if row["step_size"]}):
-        names = ([base] if base else []) + [arm for arm, row in rows.items() if row["step_size"] == size]
-        steps = [rows[arm]["flow_steps"] for arm in names]
-        means, lows, highs = np.array([arms[arm]["score"] for arm in names]).T
-        axes.errorbar(steps, means, [means - lows, highs - means], marker="o", capsize=3, label=f"step size {size:g}")
-    axes.axhline(arms[CLONE]["score"][0], linestyle="--", color="grey", label="clone")
-    axes.set_xlabel("flow steps at test time (0: best-of-N)")
-    axes.set_ylabel("success rate (%)" if result["measure"] == "success rate" else "return")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    panels = [("score", "success rate (%)"), ("return", "return")] if _solved(rows[CLONE]) else [("score", "return")]
+    figure, all_axes = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4), layout="constrained", squeeze=False
+    )
+    for axes, (key, label) in zip(all_axes[0], panels, strict=True):
+        _draw(axes, result["arms"], rows, key)
+        axes.set_ylabel(label)
+    # The clone's return is that of its failures, which would leave the budgets no room to differ.
+    all_axes[0, 0].axhline(result["arms"][CLONE]["score"][0], linestyle="--", color="grey", label="clone")
+    all_axes[0, 0].legend()
     path = path or runs[0] / "score.png"
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path
+
+
+def _draw(axes: Any, arms: dict[str, Any], rows: dict[str, Any], key: str) -> None:
+    """Draw a figure of the arms against flow steps, a line a step size."""
+    base = next((arm for arm in rows if arm.startswith("best-of-")), None)
+    for size in sorted({row["step_size"] for row in rows.values() if row["step_size"]}):
+        names = ([base] if base else []) + [arm for arm, row in rows.items() if row["step_size"] == size]
+        steps = [rows[arm]["flow_steps"] for arm in names]
+        means, lows, highs = np.array([arms[arm][key] for arm in names]).T
+        axes.errorbar(steps, means, [means - lows, highs - means], marker="o", capsize=3, label=f"step size {size:g}")
+    axes.set_xlabel("flow steps at test time (0: best-of-N)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _last(run: Path) -> dict[str, dict[str, Any]]:
