@@ -116,7 +116,7 @@ BAD_CHATS = {
         "nats",
     ),
     "an endless field": (chat(**{"x" * 9000: 1}), "x" * 80),
-    "messages without end": (chat() | {"messages": [{}] * 5000}, "messages"),
+    "messages without end": (chat() | {"messages": [{}] * 3000}, "messages"),
     "characters without end": (chat("x" * 10000), "messages"),
     "a prompt too long, as a stream": (chat("sea " * 500, stream=True), "messages"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 import time
@@ -16,7 +17,7 @@ from vgf_llm import serve as command
 from vgf_llm.cli import main
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.serving.settings import ServeSettings
+from vgf_llm.serving.settings import MostSettings, ServeSettings
 from vgf_llm.settings import ModelSettings
 
 CHAT = "/v1/chat/completions"
@@ -104,6 +105,14 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch):
         command.main(["--port", "0"])
 
 
+def test_what_is_infinite_is_refused():
+    """A recipe can say so, a flag cannot; every answer repeats its budget, and JSON has no infinity."""
+    with pytest.raises(ValueError, match=r"budget.max_token_nats must be finite to be served, got inf"):
+        ServeSettings(budget=TransportBudget(max_token_nats=math.inf))
+    with pytest.raises(ValueError, match="nats must be at least 0 and finite, got inf"):
+        MostSettings(nats=math.inf)
+
+
 @pytest.mark.parametrize("key", ["two words", "ünknown", "tab\t", "\u00a0"])
 def test_a_key_that_nobody_can_send_is_refused(monkeypatch, key):
     monkeypatch.setenv("VGF_API_KEY", key)
@@ -139,8 +148,6 @@ def test_a_default_that_no_request_could_use_is_refused_at_the_start(served_pipe
         (["--most.num_particles", "4"], "num_particles is 8 by default and at most 4"),
         (["--on_engine_death", "weep"], "on_engine_death"),
         (["--max_new_tokens", "300"], "max_new_tokens is 300 by default and at most 256"),
-        (["--budget.max_token_nats", "inf"], "budget.max_token_nats must be finite"),
-        (["--most.nats", "inf"], "nats must be at least 0 and finite"),
     ],
 )
 def test_settings_out_of_range_are_refused(flags, said, capsys):
