@@ -5,10 +5,13 @@
 
 Starts the real ``vgf-llm serve`` on this machine, asks each question alone, and then lets clients ask the same ones
 side by side for some seconds: a quarter each of plain answers, best-of-N, a budget, and a larger budget in two rounds;
-every other client reads a stream. Reported are answers that were lost (an error) or different (another text than alone;
-in float32 two tokens that are as good as tied may fall either way in another batch), 429s, seconds to an answer by kind
-(p50, p95), and resident memory: the median of the last ten seconds against that of the ten seconds after the warm-up.
-The last line of standard output is one JSON object; ``--record`` writes docs/results/serving[_<shape>].json too.
+every other client reads a stream. Reported are answers that were lost (an error) or different (another text than alone,
+or another value or nats beyond rounding; in float32 two tokens that are as good as tied may fall either way in another
+batch, and every such answer is shown beside the one alone), seconds from a question's first attempt to its answer by
+kind (p50, p95) with the 429s on the way, and resident memory: the median of the last ten seconds against that of the
+ten seconds after the warm-up. The last line of standard output is one JSON object; ``--record`` writes
+docs/results/serving[_<shape>].json too. The exit code is 1 where an answer was lost, and with ``--shape tiny`` also
+where one was different: a text of the tiny model does not hang by a near tie.
 """
 
 from __future__ import annotations
@@ -60,20 +63,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         suffix = "" if arguments.shape == "smollm2" else f"_{arguments.shape}"
         write_json_atomic(folder / f"serving{suffix}.json", figures)
     print(json.dumps(figures))
-    return 0
+    is_wrong = figures["lost"] or (arguments.shape == "tiny" and figures["different"])
+    return 1 if is_wrong else 0
 
 
 def measure(server: ServerProcess, questions: list[Question], arguments: argparse.Namespace) -> dict[str, Any]:
     """Ask alone, ask under load, and return the figures."""
     known = alone(server.url, questions)
     print(f"{len(known)} questions answered alone", file=sys.stderr)
-    watch = partial(resident_mib, psutil.Process(server.process.pid), server.family())
+    watch = partial(resident_mib, psutil.Process(server.process.pid))
     load = under_load(
         server.url, questions, known, clients=arguments.clients, seconds=arguments.seconds, resident_mib=watch
     )
-    for question, reply in load.different:
+    by_seed = {question.body["seed"]: known[index] for index, question in enumerate(questions)}
+    for question, reply, what in load.different:
+        seed = question.body["seed"]
         print(
-            f"another text than alone: {question.kind}, seed {question.body['seed']}: {reply.text!r}", file=sys.stderr
+            f"another {what} than alone: {question.kind}, seed {seed}: {reply.text!r}, value {reply.value}, nats "
+            f"{reply.nats}; alone {by_seed[seed].text!r}, {by_seed[seed].value}, {by_seed[seed].nats}",
+            file=sys.stderr,
         )
     lost = [reply.error for reply in load.replies if reply.text is None]
     for error in lost[:5]:
@@ -82,7 +90,8 @@ def measure(server: ServerProcess, questions: list[Question], arguments: argpars
         "answers": len(load.replies) - len(lost),
         "lost": len(lost),
         "different": len(load.different),
-        "turned_away": load.turned_away,
+        "different_in": {one: sum(what == one for *_, what in load.different) for one in ("text", "value", "nats")},
+        "turned_away": sum(reply.turned_away for reply in load.replies),
         "answers_per_sec": round((len(load.replies) - len(lost)) / _span(load), 3),
         "seconds": {kind: _waiting(kind, load.replies) for kind in KINDS},
         "alone_seconds": {kind: _waiting(kind, list(known.values())) for kind in KINDS},
@@ -95,11 +104,13 @@ def _span(load: Load) -> float:
 
 
 def _waiting(kind: str, replies: Sequence[Reply]) -> dict[str, Any]:
-    seconds = sorted(reply.seconds for reply in replies if reply.kind == kind and reply.text is not None)
+    answers = [reply for reply in replies if reply.kind == kind and reply.text is not None]
+    seconds = [reply.seconds for reply in answers]
+    found = {"answers": len(answers), "turned_away": sum(reply.turned_away for reply in answers)}
     if len(seconds) < 2:
-        return {"answers": len(seconds)}
+        return found
     return {
-        "answers": len(seconds),
+        **found,
         "p50": round(statistics.median(seconds), 3),
         "p95": round(statistics.quantiles(seconds, n=20)[-1], 3),
     }

@@ -9,10 +9,12 @@ it: what is being answered has some seconds to end, and the engine's processes e
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from vgf_llm.cli import run_main
@@ -37,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Serve a base model under a transport budget, as OpenAI's interface.",
     )
     api_key = os.environ.get(KEY_VARIABLE) or None
+    if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+        raise ConfigError(f"{KEY_VARIABLE} must be of visible ASCII without blanks, or no client can send it")
+    if sampling.max_new_tokens > settings.most.max_tokens:
+        raise ConfigError(
+            f"max_new_tokens is {sampling.max_new_tokens} by default and at most {settings.most.max_tokens} "
+            "(most.max_tokens)"
+        )
     if api_key is None and not settings.is_loopback:
         raise ConfigError(f"host {settings.host} can be reached by others: set {KEY_VARIABLE}, or use host 127.0.0.1")
     signal.signal(signal.SIGTERM, _interrupt)  # while models load; afterwards the server listens for it
@@ -67,6 +76,7 @@ def run(
     from vgf_llm.sampling.backend import start_engine
     from vgf_llm.sampling.deadline import Deadline
     from vgf_llm.sampling.engine import Engine
+    from vgf_llm.sampling.engine_reference import EngineReference
     from vgf_llm.serving.keeper import EngineKeeper
     from vgf_llm.serving.service import Service
 
@@ -83,6 +93,7 @@ def run(
     pipeline = load_pipeline(models, sampling, settings.engine)
     metrics = Metrics()
     restarts = settings.on_engine_death == "restart"
+    assert isinstance(pipeline.reference, EngineReference)  # which an engine was asked for
     keeper = EngineKeeper(pipeline.reference.engine, another if restarts else None, metrics.restarts.inc, end)
     server = Server(Service(pipeline, settings, keeper.engine), keeper, metrics, served_name(settings, models), api_key)
     http = uvicorn.Server(
@@ -103,8 +114,9 @@ def run(
 
 
 def served_name(settings: ServeSettings, models: ModelSettings) -> str:
-    """Return what requests call the model."""
-    return settings.served_name or models.model_name_or_path
+    """Return what requests call the model; of a path into this machine no more than its end."""
+    name = models.model_name_or_path
+    return settings.served_name or (Path(name).name if Path(name).is_absolute() else name)
 
 
 def _listening(settings: ServeSettings) -> socket.socket:

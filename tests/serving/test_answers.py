@@ -144,6 +144,31 @@ def test_a_text_ends_before_a_stop_string_and_its_value_is_that_of_what_is_left(
     assert any(found.transport["value"] == pytest.approx(value, abs=1e-3) for value in values)
 
 
+@pytest.mark.parametrize("transport", [{"steps": 0}, {}], ids=["best of n", "transported"])
+def test_the_answer_to_a_stop_string_is_selected_by_the_value_of_what_is_returned(running, transport):
+    for seed in range(8):
+        free = ask(running, transport, seed=seed, max_tokens=16).choices[0].message.content.split()
+        told = ask(running, transport, seed=seed, max_tokens=16, stop=[free[0][-1], free[-1]]).transport
+        assert told["value"] >= told["original_value"] >= told["mean_original_value"]
+        assert told["source_value"] <= told["original_value"]
+        if transport:
+            assert told["value"] == told["original_value"]
+
+
+def test_nats_0_keeps_the_temperature_that_selects(running):
+    def values(transport):
+        return [ask(running, transport, seed=seed).transport["value"] for seed in range(8)]
+
+    own = {"select": "softmax", "temperature": 1e-4}
+    assert values({"nats": 0, **own}) == values({"steps": 0, **own}) == values({"nats": 0})
+    assert ask(running, {"nats": 0, **own}).transport["budget"]["temperature"] == 1e-4
+
+
+def test_a_negative_seed_is_a_seed_of_the_plain_answer_too(running):
+    said = {ask(running, PLAIN, seed=-1).choices[0].message.content for _ in range(3)}
+    assert len(said) == 1 != len({ask(running, PLAIN, seed=-seed).choices[0].message.content for seed in (1, 2, 3)})
+
+
 def test_every_decoder_answers(running):
     for decoder, more in {"block": {}, "pivot": {"rounds": 2}, "edit": {}, "edit_greedy": {}, "nearest": {}}.items():
         told = ask(running, {"decoder": decoder, "num_particles": 2, "draws": 1, **more}).transport

@@ -107,6 +107,18 @@ BAD_CHATS = {
     "a list": (b"[]", "body"),
     "nested without end": (b"[" * 10000, "body"),
     "an oversized body": (chat("x" * 20000), "body"),
+    "top_k that no tensor holds": (chat(top_k=2**64, transport={"steps": 0, "num_particles": 1}), "top_k"),
+    "max_tokens that no tensor holds": (chat(max_tokens=2**64), "max_tokens"),
+    "steps that no tensor holds": (moved(steps=2**64), "transport.steps"),
+    "a key twice": (b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "seed": 1, "seed": 2}', "seed"),
+    "a key twice in transport": (
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "transport": {"nats": 1, "nats": 2}}',
+        "nats",
+    ),
+    "an endless field": (chat(**{"x" * 9000: 1}), "x" * 80),
+    "messages without end": (chat() | {"messages": [{}] * 3000}, "messages"),
+    "characters without end": (chat("x" * 10000), "messages"),
+    "a prompt too long, as a stream": (chat("sea " * 500, stream=True), "messages"),
 }
 
 BAD_TEXTS = {
@@ -117,6 +129,7 @@ BAD_TEXTS = {
     "a negative token": ({"model": MODEL, "prompt": [1, -2]}, "prompt"),
     "messages": ({"model": MODEL, "prompt": "a", "messages": []}, "messages"),
     "echo": ({"model": MODEL, "prompt": "a", "echo": True}, "echo"),
+    "a token that no tensor holds": ({"model": MODEL, "prompt": [2**70]}, "prompt"),
     "a prompt too long": ({"model": MODEL, "prompt": [1] * 200}, "prompt"),
 }
 BAD = [(CHAT, name, *case) for name, case in BAD_CHATS.items()]
@@ -132,6 +145,7 @@ def test_a_bad_request_is_told_what_is_wrong_and_the_next_one_is_answered(runnin
         error = told.json()["error"]
         assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
         assert field in error["message"], error
+        assert len(error["message"]) < 500 and len(error["param"] or "") <= 80
         assert field == "body" or error["param"] is None or error["param"].startswith(field.partition("[")[0])
         assert http.post(CHAT, json=chat(max_tokens=2, transport={"steps": 0, "num_particles": 1})).status_code == 200
 
@@ -157,6 +171,7 @@ def test_paths_methods_and_content_types(running):
     with running.http() as http:
         found = [
             (404, "GET /v1/embeddings", http.get("/v1/embeddings")),
+            (404, "GET /health/", http.get("/health/")),
             (405, "GET /v1/chat/completions", http.get(CHAT)),
             (415, "Content-Type must be", http.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"})),
             (404, "'other' is not served; there is 'tiny'", http.post(CHAT, json=chat() | {"model": "other"})),
@@ -190,8 +205,8 @@ def test_a_key_is_asked_for_where_there_is_one(served_pipeline):
             for told in (http.post(CHAT, json=chat(), headers=headers), http.get("/v1/models", headers=headers)):
                 assert told.status_code == 401 and told.json()["error"]["type"] == "authentication_error"
                 assert "Authorization" in told.json()["error"]["message"] and "a secret" not in told.text
-        raw = http.post(CHAT, json=chat(), headers=[(b"Authorization", "Bearer ünknown".encode())])
-        assert raw.status_code == 401
+        for given in ("Bearer ünknown".encode(), b"Bearer a secret\xa0"):
+            assert http.post(CHAT, json=chat(), headers=[(b"Authorization", given)]).status_code == 401
         good = {"Authorization": "Bearer a secret"}
         assert http.post(CHAT, json=chat(max_tokens=2), headers=good).status_code == 200
         assert http.get("/health").status_code == http.get("/metrics").status_code == 200

@@ -168,6 +168,85 @@ def test_a_start_that_fails_again_and_again_ends_the_server(served_pipeline, cap
     assert "start 3 of 3 failed: no memory" in capfd.readouterr().err
 
 
+class _Broken(_Mortal):
+    """Fails with something that nobody thought of."""
+
+    def check(self):
+        if self.dead.is_set():
+            raise KeyError("for a test")
+
+
+def test_an_error_that_nobody_thought_of_is_a_death(served_pipeline, capfd):
+    first, ended = _Broken(served_pipeline.reference.engine), threading.Event()
+
+    def start(deadline):
+        raise OverflowError("no port")
+
+    with serving(served_pipeline, engine=first, start=start, on_end=ended.set) as own, own.http() as http:
+        first.dead.set()
+        assert ended.wait(10)
+        assert http.get("/health").status_code == 503 and not own.server.keeper.is_up
+    said = capfd.readouterr().err
+    assert "KeyError: 'for a test'" in said and "start 3 of 3 failed: no port" in said and "Traceback" in said
+
+
+def test_engines_that_start_and_die_again_and_again_end_the_server(served_pipeline):
+    first, ended, started = _Mortal(served_pipeline.reference.engine), threading.Event(), []
+
+    def start(deadline):
+        started.append(_Mortal(served_pipeline.reference.engine))
+        started[-1].dead.set()
+        return started[-1]
+
+    with serving(served_pipeline, engine=first, start=start, on_end=ended.set):
+        first.dead.set()
+        assert ended.wait(20) and len(started) == 3
+
+
+def test_what_an_engine_died_of_is_in_the_log_and_nowhere_else(served_pipeline, capfd):
+    first = _Mortal(served_pipeline.reference.engine)
+    with serving(served_pipeline, engine=first, start=lambda _: first) as own, own.http() as http:
+        first.dead.set()
+        told = http.post(CHAT, json=SHORT)
+        assert told.status_code == 503 and "for a test" not in told.text
+    assert "died: for a test" in capfd.readouterr().err
+
+
+def test_prompts_are_encoded_by_who_has_a_place_and_health_answers_meanwhile(served_pipeline):
+    """A tokenizer that does not come to an end holds one place; the queue is bounded, and time runs from arrival."""
+    slow = threading.Event()
+    with (
+        serving(served_pipeline, max_running=1, max_waiting=1) as own,
+        ThreadPoolExecutor(8) as pool,
+        own.http() as http,
+    ):
+        encoded = own.server.service.questions.encoded
+        own.server.service.questions.encoded = lambda question: (slow.wait(20), encoded(question))[1]
+        hurried = {**SHORT, "transport": {**SHORT["transport"], "timeout_sec": 1.0}}
+        found = [pool.submit(http.post, CHAT, json=hurried) for _ in range(6)]
+        wait_until(lambda: sum(one.done() for one in found) == 4)
+        assert [one.result().status_code for one in found if one.done()] == [429] * 4
+        assert http.get("/health").status_code == 200
+        asked = time.monotonic()
+        wait_until(lambda: all(one.done() for one in found))
+        assert time.monotonic() - asked < 4
+        assert sorted(one.result().status_code for one in found) == [429] * 4 + [504] * 2
+        assert own.server.worker.admission.running == 1  # what cannot be broken off keeps its place
+        slow.set()
+        wait_until(lambda: is_at_rest(own))
+        assert http.post(CHAT, json=SHORT).status_code == 200
+
+
+def test_a_stream_is_counted_as_what_it_ends_in(served_pipeline):
+    late = {**LONG, "transport": {**LONG["transport"], "timeout_sec": 0.5}, "stream": True}
+    with serving(served_pipeline) as own, own.http() as http:
+        assert http.post(CHAT, json={**SHORT, "stream": True}).status_code == 200
+        http.post(CHAT, json=late)
+        text = http.get("/metrics").text
+        for status in (200, 504):
+            assert f'vgf_requests_total{{endpoint="{CHAT}",status="{status}"}} 1.0' in text
+
+
 def test_requests_in_one_connection_and_http_errors_of_the_client_do_not_add_up(running):
     with httpx.Client(base_url=running.url, limits=httpx.Limits(max_connections=1)) as http:
         for _ in range(20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 import time
@@ -15,6 +16,9 @@ from tests.serving.conftest import chat, wait_until
 from vgf_llm import serve as command
 from vgf_llm.cli import main
 from vgf_llm.errors import ConfigError
+from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.serving.settings import MostSettings, ServeSettings
+from vgf_llm.settings import ModelSettings
 
 CHAT = "/v1/chat/completions"
 LONG = chat(max_tokens=100, transport={"num_particles": 8, "draws": 4, "rounds": 4, "decoder": "pivot"})
@@ -40,7 +44,8 @@ def asked_while_the_engine_is_killed(own, clients=12):
         assert told.status_code == 503, told.text
         assert at - killed < 10
     said = [told.json()["error"]["message"] for told, _ in found]
-    assert any(f"died: its process {engine.pid} ended with exit code -9" in one for one in said), said
+    assert all("died" in one and str(engine.pid) not in one for one in said), said
+    assert f"died: its process {engine.pid} ended with exit code -9" in "".join(own.said)
     return first.json()["choices"][0]["message"]["content"]
 
 
@@ -100,6 +105,39 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch):
         command.main(["--port", "0"])
 
 
+def test_what_is_infinite_is_refused():
+    """A recipe can say so, a flag cannot; every answer repeats its budget, and JSON has no infinity."""
+    with pytest.raises(ValueError, match=r"budget.max_token_nats must be finite to be served, got inf"):
+        ServeSettings(budget=TransportBudget(max_token_nats=math.inf))
+    with pytest.raises(ValueError, match="nats must be at least 0 and finite, got inf"):
+        MostSettings(nats=math.inf)
+
+
+@pytest.mark.parametrize("key", ["two words", "ünknown", "tab\t", "\u00a0"])
+def test_a_key_that_nobody_can_send_is_refused(monkeypatch, key):
+    monkeypatch.setenv("VGF_API_KEY", key)
+    with pytest.raises(ConfigError, match="VGF_API_KEY must be of visible ASCII"):
+        command.main(["--port", "0"])
+
+
+def test_a_path_is_not_told_to_clients():
+    models = ModelSettings(model_name_or_path="/somewhere/own/model")
+    assert command.served_name(ServeSettings(), models) == "model"
+    assert command.served_name(ServeSettings(), ModelSettings(model_name_or_path="a/model")) == "a/model"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"decoder_options": {"foo": 1}}, "no option 'foo'"), ({"decoder": "pivot"}, "needs budget.kernel none")],
+)
+def test_a_default_that_no_request_could_use_is_refused_at_the_start(served_pipeline, options, said):
+    from vgf_llm.serving.service import Service
+
+    settings = ServeSettings(budget=TransportBudget(kernel="rbf"), **options)
+    with pytest.raises(ConfigError, match=said):
+        Service(served_pipeline, settings, lambda: None)
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -109,6 +147,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch):
         (["--most.timeout_sec", "0"], "timeout_sec must be above 0"),
         (["--most.num_particles", "4"], "num_particles is 8 by default and at most 4"),
         (["--on_engine_death", "weep"], "on_engine_death"),
+        (["--max_new_tokens", "300"], "max_new_tokens is 300 by default and at most 256"),
     ],
 )
 def test_settings_out_of_range_are_refused(flags, said, capsys):

@@ -7,6 +7,7 @@ import hmac
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -16,17 +17,21 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from vgf_llm.errors import VGFError
-from vgf_llm.sampling.deadline import AbandonedError, Deadline
+from vgf_llm.sampling.deadline import AbandonedError
+from vgf_llm.sampling.engine import EngineError
 from vgf_llm.serving.answers import Form, event
 from vgf_llm.serving.errors import RequestError, as_request_error
 from vgf_llm.serving.keeper import EngineKeeper
 from vgf_llm.serving.metrics import Metrics
 from vgf_llm.serving.schema import Asked, AskedChat, AskedText, parse
-from vgf_llm.serving.service import Answer, Service
-from vgf_llm.serving.work import Worker, until_done
+from vgf_llm.serving.service import Service
+from vgf_llm.serving.work import Job, Patience, Worker, until_done
 
 _SIGN_OF_LIFE_SEC = 5.0  # between comments in a stream whose answer is not there yet
 _METRICS_TYPE = "text/plain; version=0.0.4"
+_READERS = 2
+_LEFT = 499  # what a stream ends in whose client is gone
+_SHOWN = 80  # characters of a name that an error repeats
 _KEYLESS = ("/health", "/metrics")
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -50,6 +55,7 @@ class Server:
         self.most = service.settings.most
         self._key = None if api_key is None else api_key.encode()
         self.worker: Worker
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reading")  # of bodies
         metrics.engine_up.set_function(lambda: float(keeper.is_up))
 
     def app(self) -> Starlette:
@@ -62,11 +68,13 @@ class Server:
             ("/health", self._health, "GET"),
             ("/metrics", self._metrics, "GET"),
         ]
-        return Starlette(
+        app = Starlette(
             routes=[Route(path, self._answering(path, handler), methods=[verb]) for path, handler, verb in routes],
             exception_handlers={HTTPException: self._no_such_route},
             lifespan=self._lifespan,
         )
+        app.router.redirect_slashes = False  # a path with a slash too many is unknown, and says so
+        return app
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -74,6 +82,7 @@ class Server:
         self.worker = Worker(self.service, settings.max_running, settings.max_waiting, self.metrics)
         yield
         self.worker.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.keeper.close)
 
     def _answering(self, path: str, handler: Handler) -> Handler:
@@ -88,7 +97,8 @@ class Server:
                 response = _error_response(RequestError(503, "the server is stopping", code="stopping"))
             except Exception as error:
                 response = _error_response(error)
-            self.metrics.requests.labels(path, response.status_code).inc()
+            if not isinstance(response, StreamingResponse):  # a stream counts when it ends, as what it ended in
+                self.metrics.requests.labels(path, response.status_code).inc()
             return response
 
         return answering
@@ -97,7 +107,7 @@ class Server:
         if self._key is None:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip(" ").encode("latin-1"), self._key):
             raise RequestError(
                 401,
                 "Authorization must be 'Bearer <key>' with this server's key",
@@ -128,45 +138,53 @@ class Server:
         return Response(self.metrics.text(), media_type=_METRICS_TYPE)
 
     async def _no_such_route(self, request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method} {request.url.path[:_SHOWN]}: {error.detail}"
         return _error_response(RequestError(error.status_code, message, param="path"))
 
     # One question --------------------------------------------------------------------------------------------------
 
     async def _asked(self, request: Request, kind: type[Asked]) -> Response:
-        asked = parse(kind, await self._body(request))
+        deadline = Patience(self.most.timeout_sec)
+        body = await self._body(request)
+        asked = await asyncio.get_running_loop().run_in_executor(self._readers, parse, kind, body)
         self._check_model(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise RequestError(400, "stream_options needs stream true", param="stream_options", code="invalid_value")
         self.keeper.engine()  # says at once that there is none
-        question = await asyncio.to_thread(self.service.question, asked)
-        deadline = Deadline(question.timeout_sec)
-        task = self.worker.start(question, deadline)
+        question = self.service.questions.of(asked)
+        deadline.limit(question.timeout_sec)
+        job = self.worker.start(question, deadline)
         form = Form(kind is AskedChat, self.model)
-        if asked.stream:
-            include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            events = self._events(request, form, task, deadline, include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        await until_done(task, deadline, request.is_disconnected)
-        return JSONResponse(form.whole(task.result()))
+        if not asked.stream:
+            await until_done(job.task, deadline, request.is_disconnected)
+            return JSONResponse(form.whole(job.task.result()))
+        await until_done(job.begun, deadline, request.is_disconnected)
+        if job.task.done():
+            job.task.result()  # refused with a status, as long as there is none
+        include_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        events = self._events(request, form, job, include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def _events(
-        self, request: Request, form: Form, task: asyncio.Task[Answer], deadline: Deadline, include_usage: bool
-    ) -> AsyncIterator[str]:
+    async def _events(self, request: Request, form: Form, job: Job, include_usage: bool) -> AsyncIterator[str]:
         """Yield a stream: its beginning at once, signs of life, then the answer in pieces or an error."""
+        ended_in = _LEFT
         try:
             if (first := form.first_piece()) is not None:
                 yield first
-            while not await until_done(task, deadline, request.is_disconnected, _SIGN_OF_LIFE_SEC):
+            while not await until_done(job.task, job.deadline, request.is_disconnected, _SIGN_OF_LIFE_SEC):
                 yield ": working\n\n"
-            for piece in form.pieces(task.result(), include_usage):
+            for piece in form.pieces(job.task.result(), include_usage):
                 yield piece
+            ended_in = 200
         except AbandonedError:
             return
         except Exception as error:
-            yield event(_told(error).body)
+            found = _told(error)
+            ended_in = found.status
+            yield event(found.body)
         finally:
-            deadline.abandon()
+            job.deadline.abandon()
+            self.metrics.requests.labels(request.url.path, ended_in).inc()
 
     async def _body(self, request: Request) -> bytes:
         """Return the body, of which no more is read than it may have."""
@@ -193,7 +211,7 @@ class Server:
         if name != self.model:
             raise RequestError(
                 404,
-                f"model {name[:80]!r} is not served; there is {self.model!r}",
+                f"model {name[:_SHOWN]!r} is not served; there is {self.model!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -205,7 +223,9 @@ class Server:
 def _told(error: BaseException) -> RequestError:
     """Return what the client is told; what they cannot mend goes to the log."""
     found = as_request_error(error)
-    if found.status == 500 and not isinstance(error, VGFError):
+    if isinstance(error, EngineError):
+        print(f"vgf-llm serve: {error}", file=sys.stderr, flush=True)
+    elif found.status == 500 and not isinstance(error, VGFError):
         traceback.print_exception(error, file=sys.stderr)
     return found
 

@@ -63,7 +63,8 @@ def as_request_error(error: BaseException) -> RequestError:
     if isinstance(error, AbandonedError):
         return RequestError(499, str(error), code="client_left")
     if isinstance(error, EngineError):
-        return RequestError(503, str(error), code="engine_error", retry_sec=5)
+        # Paths and process ids in it are nobody's business; the log has them.
+        return RequestError(503, "the engine died or could not answer; come again", code="engine_error", retry_sec=5)
     if isinstance(error, ConfigError | DataError):
         return RequestError(400, str(error), code="invalid_value")
     if isinstance(error, VGFError):

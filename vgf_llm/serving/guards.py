@@ -90,7 +90,7 @@ class GuardedValue:
     """A value as one request asks it; see :class:`vgf_llm.text.protocols.Value`."""
 
     def __init__(self, value: Value, guard: Guard) -> None:
-        self.own, self._guard = value, guard
+        self.own, self.guard = value, guard
 
     @property
     def embedding_table_VD(self) -> Tensor:
@@ -99,7 +99,7 @@ class GuardedValue:
 
     def prefix(self, prompts: list[list[int]]) -> Any:
         """Run prompts once."""
-        with self._guard.turn_at("score"):
+        with self.guard.turn_at("score"):
             return self.own.prefix(prompts)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class GuardedValue:
 
     def score(self, prefix: Any, responses: Tensor, mask_BNT: Tensor) -> Tensor:
         """Return values [B, N]."""
-        with self._guard.turn_at("score"):
+        with self.guard.turn_at("score"):
             return self.own.score(prefix, responses, mask_BNT)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vgf_llm.data import encode_prompt, encode_text
@@ -19,6 +19,7 @@ _SEEDS = 2**53  # of a request without one: a number that every JSON reader keep
 _SHOWN = 40  # digits of a number that an error repeats
 _COLDEST = 0.01  # sampling temperature above 0; below it logits leave float32
 _SCALES = (1e-6, 1e6)  # of step size, temperature and bandwidth: what float32 carries through a flow
+_CHARACTERS = 64  # of a token: longer ones are runs of blanks or of one letter
 _SPENDING = ("prior", "block")  # decoders that nats 0 leave at the samples
 
 
@@ -27,7 +28,8 @@ class Question:
     """What is to be answered.
 
     Attributes:
-        prompt: Token ids.
+        asked: The body.
+        prompt: Token ids; none until they are encoded.
         sampling: The reference law; its temperature is that of the server where ``greedy``.
         greedy: Whether the most probable token is taken at each place.
         budget: Transport budget; the empty one is best-of-N.
@@ -40,6 +42,7 @@ class Question:
         timeout_sec: Patience.
     """
 
+    asked: Asked
     prompt: list[int]
     sampling: SamplingSettings
     greedy: bool
@@ -86,7 +89,7 @@ class Questions:
         self.vocabulary, self.positions = vocabulary, positions
 
     def of(self, asked: Asked) -> Question:
-        """Return what a body asks for.
+        """Return what a body asks for, its prompt not encoded yet: that takes time, and so a place.
 
         Raises:
             RequestError: 400, naming the field that is out of range or over the server's limit.
@@ -99,9 +102,10 @@ class Questions:
         self._check_limits({"steps": budget.steps, "rounds": budget.rounds, "nats": budget.nats, **chosen})
         _at_most("transport.timeout_sec", timeout_sec, most.timeout_sec)
         if budget.nats == 0 and chosen["decoder"] in _SPENDING:
-            budget = TransportBudget.none()
+            budget = replace(budget, steps=0)  # the rest still says how the answer is selected
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         question = Question(
+            asked=asked,
             prompt=[],
             sampling=self._sampling(asked),
             greedy=asked.temperature == 0,
@@ -112,7 +116,15 @@ class Questions:
             **chosen,
         )
         self._check_together(question)
-        return Question(**{**vars(question), "prompt": self._prompt(asked, question.sampling.max_new_tokens)})
+        return question
+
+    def encoded(self, question: Question) -> Question:
+        """Return a question with its prompt in tokens.
+
+        Raises:
+            RequestError: 400, where the prompt is empty, too long, or refused by the chat template.
+        """
+        return replace(question, prompt=self._prompt(question.asked, question.sampling.max_new_tokens))
 
     def _budget(self, given: dict[str, Any]) -> TransportBudget:
         merged = {**asdict(self.settings.budget), **{name: given[name] for name in BUDGET_FIELDS if name in given}}
@@ -139,7 +151,7 @@ class Questions:
             if tokens is not None:
                 raise refused("max_tokens", "max_tokens and max_completion_tokens are both set; give one of them")
             tokens, name = asked.max_completion_tokens, "max_completion_tokens"
-        tokens = min(own.max_new_tokens, self.settings.most.max_tokens) if tokens is None else tokens
+        tokens = own.max_new_tokens if tokens is None else tokens
         _at_most(name, tokens, self.settings.most.max_tokens)
         if asked.temperature is not None and 0 < asked.temperature < _COLDEST:
             raise refused("temperature", f"temperature must be 0 or at least {_COLDEST}, got {asked.temperature}")
@@ -167,6 +179,10 @@ class Questions:
             raise refused("stop", f"stop needs transport.decoder prior, got {question.decoder}: others write in pieces")
 
     def _prompt(self, asked: Asked, new_tokens: int) -> list[int]:
+        room = self.settings.most.prompt_tokens
+        if self.positions is not None:
+            room = max(min(room, self.positions - new_tokens), 0)
+        _check_characters(asked, room)
         if isinstance(asked, AskedChat):
             name, found = "messages", self._encoded("messages", encode_prompt, [one.plain for one in asked.messages])
         else:
@@ -178,13 +194,10 @@ class Questions:
             raise refused(name, f"{name} has no tokens")
         if max(found) >= self.vocabulary:
             raise refused(name, f"{name} holds token {max(found)}; the model knows 0 to {self.vocabulary - 1}")
-        room = self.settings.most.prompt_tokens
-        if self.positions is not None:
-            room = min(room, self.positions - new_tokens)
         if len(found) > room:
             raise RequestError(
                 400,
-                f"{name} has {len(found)} tokens and may have {max(room, 0)} with {new_tokens} new ones; shorten it",
+                f"{name} has {len(found)} tokens and may have {room} with {new_tokens} new ones; shorten it",
                 param=name,
                 code="context_length_exceeded",
             )
@@ -195,6 +208,23 @@ class Questions:
             return encode(self.tokenizer, prompt)
         except DataError as error:
             raise refused(name, f"{name}: {error}") from error
+
+
+def _check_characters(asked: Asked, room: int) -> None:
+    """Refuse a text that no tokenizer makes short enough, before one has worked on it."""
+    if isinstance(asked, AskedChat):
+        name, characters = "messages", sum(len(one.plain["content"]) for one in asked.messages)
+    else:
+        assert isinstance(asked, AskedText)
+        name, characters = "prompt", len(asked.prompt) if isinstance(asked.prompt, str) else 0
+    most = _CHARACTERS * room
+    if characters > most:
+        raise RequestError(
+            400,
+            f"{name} has {characters} characters, more than {most} for {room} tokens; shorten it",
+            param=name,
+            code="context_length_exceeded",
+        )
 
 
 def _at_most(param: str, value: float, most: float) -> None:

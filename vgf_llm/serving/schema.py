@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +22,8 @@ from vgf_llm.settings import DecoderName
 from vgf_llm.text.implicit_policy import Selection
 
 _SEED = 2**63
+_INTEGER = 2**31 - 1  # what every engine and tensor takes
+_NAME_SHOWN = 80  # characters of a field's name that an error repeats
 _SHOWN = 60  # characters of a value that an error repeats
 _BRANCH = re.compile(r"^(str|int|float|list\[.*\])$")  # what pydantic adds to a path where a field has several types
 
@@ -40,7 +43,7 @@ class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=256, fail_fast=True)]
 
     @property
     def plain(self) -> dict[str, str]:
@@ -55,13 +58,15 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-_BUDGET: Any = {name: (hint | None, None) for name, hint in field_hints(TransportBudget).items()}
+Count = Annotated[int, Field(ge=1, le=_INTEGER)]
+_BOUNDED = {int: Annotated[int, Field(le=_INTEGER)]}
+_BUDGET: Any = {name: (_BOUNDED.get(hint, hint) | None, None) for name, hint in field_hints(TransportBudget).items()}
 Transport = create_model(
     "Transport",
     __base__=_Strict,
     **_BUDGET,
-    num_particles=(Annotated[int, Field(ge=1)] | None, None),
-    draws=(Annotated[int, Field(ge=1)] | None, None),
+    num_particles=(Count | None, None),
+    draws=(Count | None, None),
     decoder=(DecoderName | None, None),
     select=(Selection | None, None),
     timeout_sec=(Annotated[float, Field(gt=0)] | None, None),
@@ -73,10 +78,10 @@ class Asked(_Strict):
     """What chat and plain completions have in common."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, le=_INTEGER)
     seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
     stop: (
         Annotated[str, Field(min_length=1, max_length=64)]
@@ -95,15 +100,20 @@ class Asked(_Strict):
 class AskedChat(Asked):
     """The body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
+    max_completion_tokens: Count | None = None
     logprobs: Literal[False] | None = None
 
 
 class AskedText(Asked):
     """The body of ``/v1/completions``; a prompt is text or token ids and gets no chat template."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[
+            list[Annotated[int, Field(ge=0, le=_INTEGER)]], Field(min_length=1, max_length=2**17, fail_fast=True)
+        ]
+    )
     echo: Literal[False] | None = None
     best_of: int | None = Field(None, ge=1, le=1)
 
@@ -118,15 +128,28 @@ def parse(kind: type[Body], body: bytes) -> Body:
         RequestError: 400, naming the first field that is at fault, the value seen and what it must be.
     """
     try:
-        return kind.model_validate_json(body)
+        found = kind.model_validate_json(body)
     except ValidationError as error:
         raise _explained(kind, error) from None
+    json.loads(body, object_pairs_hook=_once)
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse a key that stands twice in one object: readers of JSON differ in which of the two they take."""
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise RequestError(
+                400, f"{name} stands twice in one object; give it once", param=name, code="duplicate_field"
+            )
+        seen.add(name)
 
 
 def _explained(kind: type[BaseModel], error: ValidationError) -> RequestError:
     found = error.errors(include_url=False, include_context=False)
     first = found[0]
-    path = _path(first["loc"])
+    path = _path(first["loc"])[:_NAME_SHOWN]
     if first["type"] == "json_invalid":
         return RequestError(400, f"the body is no JSON in UTF-8: {first['msg']}", code="invalid_json")
     if not path:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from vgf_llm.answering import outcome_rows
-from vgf_llm.data import encode_response
 from vgf_llm.pipeline import Pipeline, make_decoder
 from vgf_llm.sampling import ReferenceSampler, Sampler
 from vgf_llm.sampling.deadline import Deadline
@@ -24,11 +23,15 @@ from vgf_llm.sampling.engine import Engine, EngineRequest
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.serving.guards import Guard, GuardedEngine, GuardedValue, guarded_gradient
 from vgf_llm.serving.question import Question, Questions
-from vgf_llm.serving.schema import Asked
 from vgf_llm.serving.settings import ServeSettings
+from vgf_llm.serving.stopping import StoppedPolicy, StoppedValue, cut
 from vgf_llm.text import ImplicitPolicy, row_seeds
 from vgf_llm.text.particles import token_spacing
+from vgf_llm.text.protocols import check_no_kernel
 from vgf_llm.text.responses import Responses
+
+_WITH_KERNEL = ("prior", "block", "nearest")
+_ENGINE_SEEDS = 2**63  # the engine takes -1 for no seed at all
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,29 @@ class Service:
         self._length_unit = token_spacing(pipeline.value.embedding_table_VD)
         self._turn, self._tokenizer_turn = threading.Lock(), threading.Lock()
 
-    def question(self, asked: Asked) -> Question:
-        """Return what a body asks for; see :meth:`vgf_llm.serving.question.Questions.of`."""
+        self._check_default_decoder()
+
+    def encoded(self, question: Question, deadline: Deadline) -> Question:
+        """Return a question with its prompt in tokens; see :meth:`vgf_llm.serving.question.Questions.encoded`.
+
+        Raises:
+            AbandonedError: If the caller has left.
+            DeadlineError: If their time is up.
+        """
+        deadline.check()
         with self._tokenizer_turn:  # a fast tokenizer may be read by several threads, but not set up
-            return self.questions.of(asked)
+            return self.questions.encoded(question)
+
+    def _check_default_decoder(self) -> None:
+        """Find out at the start, and not with the first request, that the decoder refuses its options or budget.
+
+        Raises:
+            ConfigError: Naming the option.
+        """
+        own = self.settings
+        make_decoder(own.decoder, self.pipeline.reference, self.pipeline.value, own.decoder_options)
+        if own.decoder not in _WITH_KERNEL and not own.budget.is_none:
+            check_no_kernel(own.decoder, own.budget)
 
     def answer(self, question: Question, deadline: Deadline, waited_sec: float = 0.0) -> Answer:
         """Answer a question.
@@ -96,8 +118,7 @@ class Service:
         outcome = policy([question.prompt], row_seeds(question.seed, [0], question.num_particles))
         with self._tokenizer_turn:
             (row,) = outcome_rows([""], outcome, self.pipeline.tokenizer)
-        text, value, was_stopped = self._cut(question, guard, row["response"], row["value"])
-        original, original_value, _ = self._cut(question, guard, row["original"], row["original_value"])
+        text, was_stopped = cut(row["response"], question.stop)
         seconds = {"queue": waited_sec, **guard.seconds, "total": waited_sec + time.monotonic() - started}
         return Answer(
             text=text,
@@ -105,11 +126,11 @@ class Service:
             prompt_tokens=len(question.prompt),
             completion_tokens=int(outcome.selected.lengths_BN),
             transport={
-                "value": value,
-                "original_value": original_value,
+                "value": row["value"],
+                "original_value": row["original_value"],
                 "mean_original_value": round(float(outcome.original_values_BN.mean()), 4),
-                "original": original,
-                "source": row["source"],
+                "original": cut(row["original"], question.stop)[0],
+                "source": cut(row["source"], question.stop)[0],
                 "source_value": row["source_value"],
                 "rounds": row["rounds"],
                 **row["distance"],
@@ -121,8 +142,11 @@ class Service:
 
     def _policy(self, question: Question, guard: Guard) -> ImplicitPolicy:
         """Return the policy that this request asks for; it shares weights and engine with all others."""
-        engine, value = self.engine(), GuardedValue(self.pipeline.value, guard)
-        sampler: Sampler = PlainSampler(GuardedEngine(engine, guard, "sample"), self.pipeline.reference, question)
+        own, engine = self.pipeline, self.engine()
+        value = GuardedValue(own.value, guard)
+        if question.stop:
+            value = StoppedValue(value, own.tokenizer, self._tokenizer_turn, question.stop)
+        sampler: Sampler = PlainSampler(GuardedEngine(engine, guard, "sample"), own.reference, question)
         decoder: Any = None  # nothing is decoded where nothing is moved
         if not question.is_plain:
             sampler = ReferenceSampler(self._law(question, GuardedEngine(engine, guard, "sample")))
@@ -130,13 +154,14 @@ class Service:
             options = self.settings.decoder_options if question.decoder == self.settings.decoder else {}
             law = self._law(question, GuardedEngine(engine, guard, "decode"))
             decoder = make_decoder(question.decoder, law, value, options)
-        return ImplicitPolicy(
+        policy = StoppedPolicy if question.stop else ImplicitPolicy
+        return policy(
             sampler,
             value,
             decoder,
             question.budget,
             select=question.select,
-            gradient=guarded_gradient(self.pipeline.gradient, guard),
+            gradient=guarded_gradient(own.gradient, guard),
             draws=question.draws,
             length_unit=self._length_unit,
         )
@@ -146,21 +171,6 @@ class Service:
         return EngineReference(
             engine, like.model, question.sampling, like.eos_ids, like.pad_id, like.device, like.adapter, question.stop
         )
-
-    def _cut(self, question: Question, guard: Guard, text: str, value: float) -> tuple[str, float, bool]:
-        """Return a text up to its first stop string with the value of what is left, and whether it had one."""
-        ends = [text.index(one) for one in question.stop if one in text]
-        if not ends:
-            return text, value, False
-        text, own = text[: min(ends)], self.pipeline
-        with self._tokenizer_turn:
-            tokens = encode_response(own.tokenizer, text, eos=False) or encode_response(own.tokenizer, "", eos=True)
-        tokens_BNT = torch.tensor([[tokens]], device=own.reference.device)
-        with guard.turn_at("score"):
-            value_BN = own.value.score(
-                own.value.prefix([question.prompt]), tokens_BNT, torch.ones_like(tokens_BNT).bool()
-            )
-        return text, round(float(value_BN), 4), True
 
 
 class PlainSampler:
@@ -182,7 +192,7 @@ class PlainSampler:
             own.prompt,
             own.sampling.max_new_tokens,
             sampling=None if own.greedy else own.sampling,
-            seed=own.seed,
+            seed=own.seed % _ENGINE_SEEDS,
             eos_ids=like.eos_ids,
             stop=own.stop,
             adapter=like.adapter,

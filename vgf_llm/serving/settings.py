@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
+from math import inf, isfinite
 from typing import Any, Literal
 
 from vgf_llm.answering import ImplicitPolicySettings
@@ -42,10 +43,10 @@ class MostSettings:
         for one in fields(self):
             value, least = getattr(self, one.name), 0 if one.name in ("steps", "nats") else 1
             if one.name == "timeout_sec":
-                if not value > 0:
-                    raise ValueError(f"timeout_sec must be above 0, got {value}")
-            elif not value >= least:
-                raise ValueError(f"{one.name} must be at least {least}, got {value}")
+                if not 0 < value < inf:
+                    raise ValueError(f"timeout_sec must be above 0 and finite, got {value}")
+            elif not least <= value < inf:
+                raise ValueError(f"{one.name} must be at least {least} and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class ServeSettings(ImplicitPolicySettings):
             raise ValueError(f"max_running must be at least 1, got {self.max_running}")
         if self.max_waiting < 0:
             raise ValueError(f"max_waiting must be at least 0, got {self.max_waiting}")
+        for one in fields(self.budget):
+            value = getattr(self.budget, one.name)
+            if isinstance(value, float) and not isfinite(value):  # every answer repeats it, and JSON has no infinity
+                raise ValueError(f"budget.{one.name} must be finite to be served, got {value}")
         for name, value in self.limited().items():
             if value > getattr(self.most, name):
                 raise ValueError(f"{name} is {value} by default and at most {getattr(self.most, name)} (most.{name})")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 from vgf_llm.sampling.deadline import AbandonedError, Deadline
 from vgf_llm.serving.admission import Admission, Place
@@ -13,6 +17,31 @@ from vgf_llm.serving.question import Question
 from vgf_llm.serving.service import Answer, Service
 
 _LOOK_SEC = 0.1
+_LAST_LOOK_SEC = 0.3  # after the end of the time: most jobs notice it themselves and free their place
+
+
+class Patience(Deadline):
+    """A request's patience, counted from its arrival; what its body says of it is known later."""
+
+    def limit(self, seconds: float) -> None:
+        """Set how long the caller waits in all."""
+        self._until += seconds - self.seconds
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """A question that is worked on.
+
+    Attributes:
+        task: Ends in the answer; it is abandoned by its deadline and never cancelled.
+        begun: Done once the question has its place and its prompt is found good, or the task has ended.
+        deadline: The caller's patience.
+    """
+
+    task: asyncio.Task[Answer]
+    begun: asyncio.Future[None]
+    deadline: Deadline
 
 
 class Worker:
@@ -32,17 +61,19 @@ class Worker:
         self._threads = ThreadPoolExecutor(running, thread_name_prefix="answering")
         self._deadlines: dict[asyncio.Task[Answer], Deadline] = {}
 
-    def start(self, question: Question, deadline: Deadline) -> asyncio.Task[Answer]:
-        """Begin with a question and return its task, which is abandoned by its deadline and never cancelled.
+    def start(self, question: Question, deadline: Deadline) -> Job:
+        """Begin with a question whose prompt is not encoded yet.
 
         Raises:
             RequestError: 429, where there is no place.
         """
+        begun = asyncio.get_running_loop().create_future()
         # The place is given back by the task alone, so nothing may come between the two.
-        task = asyncio.create_task(self._work(self.admission.enter(deadline), question, deadline))
+        task = asyncio.create_task(self._work(self.admission.enter(deadline), question, deadline, begun))
         self._deadlines[task] = deadline
         task.add_done_callback(self._ended)
-        return task
+        task.add_done_callback(lambda _: None if begun.done() else begun.set_result(None))
+        return Job(task, begun, deadline)
 
     def close(self) -> None:
         """Abandon everything that is worked on."""
@@ -50,10 +81,12 @@ class Worker:
             deadline.abandon()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _work(self, place: Place, question: Question, deadline: Deadline) -> Answer:
+    async def _work(self, place: Place, question: Question, deadline: Deadline, begun: asyncio.Future[None]) -> Answer:
         async with place as waited_sec:
-            loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._threads, self.service.answer, question, deadline, waited_sec)
+            in_thread, service = asyncio.get_running_loop().run_in_executor, self.service
+            question = await in_thread(self._threads, service.encoded, question, deadline)
+            begun.set_result(None)
+            answer = await in_thread(self._threads, service.answer, question, deadline, waited_sec)
         self.metrics.answered(answer)
         return answer
 
@@ -64,28 +97,32 @@ class Worker:
 
 
 async def until_done(
-    task: asyncio.Task[Answer],
+    end: asyncio.Future[Any],
     deadline: Deadline,
     has_left: Callable[[], Awaitable[bool]],
-    most_sec: float | None = None,
+    most_sec: float = math.inf,
 ) -> bool:
-    """Wait for a task and watch whether its caller is still there; returns whether it is done.
+    """Wait for a part of a job and watch whether its caller is still there; returns whether it is done.
 
     Args:
-        task: From :meth:`Worker.start`.
+        end: A future of :class:`Job`.
         deadline: Its own; abandoned where the caller has left.
         has_left: Asks the connection.
         most_sec: Longest wait.
 
     Raises:
         AbandonedError: If the caller has left.
+        DeadlineError: If their time is up; the job winds down by itself and keeps its place until then.
     """
-    until = None if most_sec is None else asyncio.get_running_loop().time() + most_sec
-    while not task.done():
-        await asyncio.wait({task}, timeout=_LOOK_SEC)
-        if not task.done() and await has_left():
+    until = time.monotonic() + most_sec
+    while not end.done() and time.monotonic() < until:
+        is_late = deadline.left_sec <= 0
+        await asyncio.wait({end}, timeout=_LAST_LOOK_SEC if is_late else min(_LOOK_SEC, deadline.left_sec))
+        if end.done():
+            break
+        if is_late:
+            deadline.check()
+        if await has_left():
             deadline.abandon()
             raise AbandonedError("the caller has left")
-        if until is not None and asyncio.get_running_loop().time() >= until:
-            break
-    return task.done()
+    return end.done()
