@@ -382,3 +382,6 @@ def test_a_prompt_longer_than_the_model():
     check_prompt_fits([1] * 800, None, 4, index=0)
     with pytest.raises(DataError, match="prompt 7: 9 tokens and up to 4 new ones exceed the model's 12 positions"):
         check_prompt_fits([1] * 9, 12, 4, index=7)
+    check_prompt_fits([1] * 7, 12, 4, index=7, reserved=1)
+    with pytest.raises(DataError, match="12 positions less the 1 that an engine needs to read; shorten it to 7 tokens"):
+        check_prompt_fits([1] * 8, 12, 4, index=7, reserved=1)

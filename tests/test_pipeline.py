@@ -1,14 +1,21 @@
 """What commands load: the gradient that a reward model's folder offers, and decoders by name."""
 
+import dataclasses
+
 import pytest
 import torch
 
+import vgf_llm.evaluation.work
+import vgf_llm.pipeline
 from reward_models.loading import save_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import SecantHead, save_secant_head, stated_fidelity
-from vgf_llm.errors import ConfigError, ModelError
-from vgf_llm.pipeline import load_gradient, make_decoder
-from vgf_llm.settings import SamplingSettings
+from vgf_llm.answering import AnswerSettings, answer
+from vgf_llm.errors import ConfigError, DataError, ModelError
+from vgf_llm.evaluation.settings import EvaluateSettings
+from vgf_llm.pipeline import Pipeline, encode_prompts, load_gradient, make_decoder
+from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text import EditGreedyDecoder, PivotDecoder, Reference
 from vgf_llm.text.particles import exact_gradient
 
@@ -55,3 +62,44 @@ def test_decoder_options_reach_the_decoder_and_unknown_ones_are_named(tiny_lm, v
         make_decoder("edit", reference, value, {"proposals": 4})
     with pytest.raises(ConfigError, match="checked must be from 1 to proposals"):
         make_decoder("edit_greedy", reference, value, {"checked": 9})
+
+
+class ClosedPipeline(Pipeline):
+    closed = 0
+
+    def close(self):
+        ClosedPipeline.closed += 1
+
+
+@pytest.fixture
+def loaded(tiny_lm, tiny_tokenizer, value, monkeypatch):
+    """A pipeline that is found in place of a loaded one; no prompt is short enough for its model."""
+    reference = Reference(tiny_lm, SamplingSettings(max_new_tokens=10_000), (2, 5), 0)
+    pipeline = ClosedPipeline(reference, value, tiny_tokenizer, exact_gradient)
+    for module in (vgf_llm.pipeline, vgf_llm.evaluation.work):
+        monkeypatch.setattr(module, "load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(ClosedPipeline, "closed", 0)
+    return pipeline
+
+
+def test_a_prompt_that_does_not_fit_closes_the_engine(loaded, tmp_path):
+    with pytest.raises(DataError, match="prompt 0: .* exceed the model's"):
+        list(answer(AnswerSettings(), ModelSettings(), loaded.reference.sampling, ["red"]))
+    assert ClosedPipeline.closed == 1
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red\n")
+    settings = EvaluateSettings(prompts=str(prompts), gold="length_words")
+    with pytest.raises(DataError, match="prompt 0: .* exceed the model's"):
+        list(vgf_llm.evaluation.work.work(settings, ModelSettings(), loaded.reference.sampling, set(), list))
+    assert ClosedPipeline.closed == 2
+
+
+def test_an_engine_keeps_a_position_free(loaded):
+    model = loaded.reference.model
+    limit = model.config.max_position_embeddings
+    reference = Reference(model, SamplingSettings(max_new_tokens=limit - 3), (2,), 0)
+    full = dataclasses.replace(loaded, reference=reference)
+    assert len(encode_prompts(full, ["red"])[0]) == 3
+    reference.reserved_positions = EngineReference.reserved_positions
+    with pytest.raises(DataError, match=f"{limit} positions less the 1 that an engine needs to read"):
+        encode_prompts(full, ["red"])

@@ -112,23 +112,23 @@ def answer(
     from vgf_llm.text import ImplicitPolicy, row_seeds
 
     pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
-    encoded = encode_prompts(pipeline, list(prompts))
-    todo = list(range(len(encoded)) if indices is None else indices)
-    policy = ImplicitPolicy(
-        ReferenceSampler(pipeline.reference),
-        pipeline.value,
-        make_decoder(settings.decoder, pipeline.reference, pipeline.value, settings.decoder_options),
-        settings.budget,
-        select=settings.select,
-        gradient=pipeline.gradient,
-        draws=settings.draws,
-    )
-    print(
-        f"answering {len(todo)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
-        file=sys.stderr,
-    )
-    batches = [todo[start : start + settings.batch_prompts] for start in range(0, len(todo), settings.batch_prompts)]
     with closing(pipeline):
+        encoded = encode_prompts(pipeline, list(prompts))
+        todo = list(range(len(encoded)) if indices is None else indices)
+        policy = ImplicitPolicy(
+            ReferenceSampler(pipeline.reference),
+            pipeline.value,
+            make_decoder(settings.decoder, pipeline.reference, pipeline.value, settings.decoder_options),
+            settings.budget,
+            select=settings.select,
+            gradient=pipeline.gradient,
+            draws=settings.draws,
+        )
+        print(
+            f"answering {len(todo)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
+            file=sys.stderr,
+        )
+        batches = [todo[at : at + settings.batch_prompts] for at in range(0, len(todo), settings.batch_prompts)]
         for batch in track(batches, description):
             try:
                 outcome = policy([encoded[i] for i in batch], row_seeds(settings.seed, batch, settings.num_particles))

@@ -256,7 +256,9 @@ def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def check_prompt_fits(ids: Sequence[int], max_positions: int | None, new_tokens: int, index: int) -> None:
+def check_prompt_fits(
+    ids: Sequence[int], max_positions: int | None, new_tokens: int, index: int, reserved: int = 0
+) -> None:
     """Refuse a prompt that leaves no room for the response.
 
     Args:
@@ -264,12 +266,15 @@ def check_prompt_fits(ids: Sequence[int], max_positions: int | None, new_tokens:
         max_positions: positions of the model (tokens); None where it has no limit.
         new_tokens: longest response (tokens).
         index: position of the prompt in its list, for the message.
+        reserved: positions that neither may take; an engine needs one to read what was written.
 
     Raises:
         DataError: prompt and response together exceed the model's positions.
     """
-    if max_positions is not None and len(ids) + new_tokens > max_positions:
+    if max_positions is not None and len(ids) + new_tokens + reserved > max_positions:
+        kept = f" less the {reserved} that an engine needs to read" if reserved else ""
         raise DataError(
             f"prompt {index}: {len(ids)} tokens and up to {new_tokens} new ones exceed the model's {max_positions} "
-            f"positions; shorten it to {max(max_positions - new_tokens, 0)} tokens or lower max_new_tokens"
+            f"positions{kept}; shorten it to {max(max_positions - reserved - new_tokens, 0)} tokens or lower "
+            "max_new_tokens"
         )

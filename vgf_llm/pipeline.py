@@ -87,11 +87,12 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
             f"the reward model's table has {table_V} tokens, the tokenizer {len(tokenizer)} (base model: {own_V}); "
             "train the reward model on this base model"
         )
+    gradient = load_gradient(models.reward_model, value)  # what can fail comes before an engine is started
     if engine is None:
         reference = Reference(base, sampling, eos_token_ids(base, tokenizer), tokenizer.pad_token_id)
     else:
         reference = engine_reference(models, sampling, engine, tokenizer, value.embedding_table_VD, device)
-    return Pipeline(reference, value, tokenizer, load_gradient(models.reward_model, value))
+    return Pipeline(reference, value, tokenizer, gradient)
 
 
 def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
@@ -148,13 +149,14 @@ def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:
     """
     from vgf_llm.data import check_prompt_fits, encode_prompt
 
-    limit = getattr(pipeline.reference.model.config, "max_position_embeddings", None)
+    reference = pipeline.reference
+    limit = getattr(reference.model.config, "max_position_embeddings", None)
     encoded = []
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(pipeline.tokenizer, prompt)
         if not ids:
             raise DataError(f"prompt {index} is empty; remove it or write something")
-        check_prompt_fits(ids, limit, pipeline.reference.sampling.max_new_tokens, index)
+        check_prompt_fits(ids, limit, reference.sampling.max_new_tokens, index, reference.reserved_positions)
         encoded.append(ids)
     return encoded
 

@@ -109,6 +109,7 @@ def build_trainer(
     from vgf_llm.data import load_prompts
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
+    from vgf_llm.sampling.engine_reference import EngineReference
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
     from vgf_llm.training.gather import loaded_whole
     from vgf_llm.training.learned_value import LearnedValue
@@ -128,7 +129,8 @@ def build_trainer(
     with loaded_whole():
         tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)
         base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
-        prompts = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens)
+        reserved = 0 if make_engine is None else EngineReference.reserved_positions
+        prompts = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens, reserved)
         rewards = load_rewards(
             script.rewards,
             script.reward_weights,
@@ -189,9 +191,9 @@ def refuse_adapter_on_adapter(policy: PolicySettings) -> None:
 
 
 def encode_rows(
-    prompts: Sequence[Any], source: str, tokenizer: Any, config: Any, max_new_tokens: int
+    prompts: Sequence[Any], source: str, tokenizer: Any, config: Any, max_new_tokens: int, reserved: int = 0
 ) -> list[PromptRow]:
-    """Encode the prompts of a file.
+    """Encode the prompts of a file; ``reserved`` positions of the model are taken by nothing.
 
     Raises:
         DataError: A prompt is empty or leaves no room for a response.
@@ -207,7 +209,7 @@ def encode_rows(
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
             raise DataError(f"prompt {index} of '{source}' is empty; remove it or write something")
-        check_prompt_fits(ids, limit, max_new_tokens, index)
+        check_prompt_fits(ids, limit, max_new_tokens, index, reserved)
         rows.append(PromptRow(index, ids, prompt_text(prompt)))
     if not rows:
         raise ConfigError(f"prompts: '{source}' holds none")

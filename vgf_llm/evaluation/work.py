@@ -42,12 +42,12 @@ def work(
     if not todo:
         return
     pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
-    ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
-    sizes = Sizes.of(pipeline.reference.model, pipeline.value)
-    experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
-    arms_left = sum(len(arms) for _, _, arms in todo)
-    print(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go", file=sys.stderr)
     with closing(pipeline):
+        ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
+        sizes = Sizes.of(pipeline.reference.model, pipeline.value)
+        experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
+        arms_left = sum(len(arms) for _, _, arms in todo)
+        print(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go", file=sys.stderr)
         for seed, indices, arms in track(todo, "evaluating"):
             batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
             for rows in experiment.rows(arms, batch, seed):

@@ -23,6 +23,10 @@ class EngineError(VGFError):
     """An engine cannot be reached, died, did not answer in time, or does something else than it was asked."""
 
 
+class RequestRefusedError(EngineError):
+    """An engine does not take a request as it is; it goes on with all others."""
+
+
 @dataclass(frozen=True)
 class EngineRequest:
     """One text to be written, or only to be read.
@@ -32,7 +36,7 @@ class EngineRequest:
         max_tokens: Most tokens to write, at least 1.
         plan: Picks the tokens; without one the engine's own sampler does, under ``sampling`` and ``seed``.
         sampling: The law for a request without a plan.
-        seed: Seed of the engine's own sampler.
+        seed: Seed of the engine's own sampler, any whole number.
         eos_ids: Ids that end the text; they stay in it.
         stop: Strings that end the text where they have been written.
         logprobs: Most probable tokens to report at each place that is written; 0 for none.
@@ -82,6 +86,11 @@ class EngineText:
     prompt: TopLogps | None = None
 
 
+def engine_seed(seed: int | None) -> int | None:
+    """Return a seed in the 63 bits that every engine takes; vLLM takes -1 for none, which nothing reproduces."""
+    return None if seed is None else seed & (2**63 - 1)
+
+
 class Engine(Protocol):
     """Writes and reads texts, any number at a time, for any number of threads."""
 
@@ -95,7 +104,8 @@ class Engine(Protocol):
             deadline: The caller's patience; without it they wait as long as the engine lives.
 
         Raises:
-            EngineError: If the engine refuses a request, died, or gave no sign of life for too long.
+            RequestRefusedError: If the engine does not take one of them.
+            EngineError: If it died, or gave no sign of life for too long.
             AbandonedError: If the caller has left; the requests are taken out.
             DeadlineError: If their time is up, likewise.
         """

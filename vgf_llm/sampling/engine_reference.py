@@ -62,11 +62,15 @@ class EngineReference:
             response from its start (sampling, the decoder ``prior``), where the engine sees all of it.
 
     Attributes:
+        reserved_positions: Of the model's positions, those that no text may take: one, as an engine that reads a text
+            writes a token after it.
         on_written: Is shown whatever the engine has written, before anything is made of it.
 
     Raises:
         ConfigError: If the law is not truncated: an engine reports a list of tokens a place, not all of them.
     """
+
+    reserved_positions = 1
 
     def __init__(
         self,
@@ -203,9 +207,8 @@ class EngineReference:
         done = [False] * len(rows.prompts) if done_R is None else done_R.tolist()
         room_R = torch.full_like(start_R, most_tokens) if same_place else most_tokens - start_R
         plans = choose.plans(start_R, most_tokens)
-        live = [row for row, is_done in enumerate(done) if not is_done]
-        requests = [
-            EngineRequest(
+        requests = {
+            row: EngineRequest(
                 rows.prompts[row] + rows.written[row],
                 int(room_R[row]),
                 plan=plans[row],
@@ -214,37 +217,52 @@ class EngineReference:
                 logprobs=self.columns,
                 adapter=self.adapter,
             )
-            for row in live
-        ]
-        written = self.engine.run(requests)
+            for row, is_done in enumerate(done)
+            if not is_done
+        }
+        written = self.engine.run(list(requests.values()))
         if self.on_written is not None:
-            self.on_written(requests, written)
-        texts: dict[int, EngineText] = dict(zip(live, written, strict=True))
+            self.on_written(list(requests.values()), written)
+        tokens_RT, inside_RT, law = self._laid_out(dict(zip(requests, written, strict=True)), len(done))
+        self._follow(choose, law, tokens_RT, inside_RT, start_R.to(self.device), same_place=same_place)
+        return tokens_RT, inside_RT
+
+    def _laid_out(self, texts: dict[int, EngineText], number: int) -> tuple[Tensor, Tensor, Shortlist]:
+        """Return tokens [R, T], bool [R, T] and laws [R, T, K] of R rows, given the texts of some of them."""
         length = max((len(text.tokens) for text in texts.values()), default=1)
-        tokens_RT = torch.full((len(done), length), self.pad_id)
+        tokens_RT = torch.full((number, length), self.pad_id)
         inside_RT = torch.zeros_like(tokens_RT, dtype=torch.bool)
-        ids_RTK = torch.zeros((len(done), length, self.columns), dtype=torch.int64)
-        raw_RTK = torch.zeros((len(done), length, self.columns))
+        ids_RTK = torch.zeros((number, length, self.columns), dtype=torch.int64)
+        raw_RTK = torch.zeros((number, length, self.columns))
         for row, text in texts.items():
             here = slice(0, len(text.tokens))
             tokens_RT[row, here], inside_RT[row, here] = torch.tensor(text.tokens), True
             ids_RTK[row, here], raw_RTK[row, here] = text.written.ids_TK, text.written.logps_TK
         law = normalised(ids_RTK, raw_RTK / self.sampling.temperature, self.sampling.top_p)
         law = Shortlist(law.ids.to(self.device), law.logps.to(self.device))
-        tokens_RT, inside_RT, start_R = (x.to(self.device) for x in (tokens_RT, inside_RT, start_R))
+        return tokens_RT.to(self.device), inside_RT.to(self.device), law
+
+    def _follow(
+        self,
+        choose: Chooser,
+        law: Shortlist,
+        tokens_RT: Tensor,
+        inside_RT: Tensor,
+        start_R: Tensor,
+        *,
+        same_place: bool,
+    ) -> None:
+        """Bring the chooser to where it would be had it picked the tokens itself, and see that it would have."""
         strays = torch.zeros((), dtype=torch.int64, device=self.device)
-        for offset in range(length):
+        for offset in range(tokens_RT.shape[1]):
             position = int(start_R[0]) + offset if same_place else start_R + offset
             here = Shortlist(law.ids[:, offset], law.logps[:, offset])
             own_R = choose.follow(here, position, tokens_RT[:, offset], inside_RT[:, offset])
             strays += ((own_R != tokens_RT[:, offset]) & inside_RT[:, offset]).sum()
-        self._check_followed(int(strays), int(inside_RT.sum()))
-        return tokens_RT, inside_RT
-
-    def _check_followed(self, strays: int, tokens: int) -> None:
-        if strays > 1 + _STRAYS * tokens:
+        tokens = int(inside_RT.sum())
+        if int(strays) > 1 + _STRAYS * tokens:
             raise EngineError(
-                f"the {self.engine.name} wrote {strays} of {tokens} tokens otherwise than planned; it must run "
+                f"the {self.engine.name} wrote {int(strays)} of {tokens} tokens otherwise than planned; it must run "
                 "vgf_llm.sampling.vllm_processor:PlanProcessor as a logits processor, with the table of this value "
                 "model and the same version of vgf_llm"
             )

@@ -14,15 +14,17 @@ import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from vgf_llm.sampling.deadline import OPEN, Deadline
-from vgf_llm.sampling.engine import EngineError
+from vgf_llm.sampling.engine import EngineError, RequestRefusedError
 
 _LOOK_SEC, _LOOK_AT_DEADLINE_SEC = 1.0, 0.1
 _CLOSING_SEC = 10.0
+_ADDED_AT_ONCE = 16  # requests between two steps: each takes up to some milliseconds in which nothing is written
 
 
 class Batch(Protocol):
@@ -32,7 +34,7 @@ class Batch(Protocol):
         """Take a request in.
 
         Raises:
-            EngineError: If the engine refuses it.
+            RequestRefusedError: If the engine refuses it, and is what it was before.
         """
         ...
 
@@ -71,13 +73,14 @@ class _Job(_Call):
 class _Texts(_Call):
     def __init__(self, requests: Sequence[Any]) -> None:
         super().__init__()
-        self.requests = requests
+        self.number = len(requests)
+        self.left = deque(enumerate(requests))
         self.found: dict[int, Any] = {}
 
     def put(self, index: int, text: Any) -> None:
         self.found[index] = text
-        if len(self.found) == len(self.requests):
-            self.done.put(([self.found[i] for i in range(len(self.requests))], None))
+        if len(self.found) == self.number:
+            self.done.put(([self.found[i] for i in range(self.number)], None))
 
 
 class EngineThread:
@@ -97,6 +100,7 @@ class EngineThread:
         self.processes: list[Any] = []
         self.batch: Batch | None = None
         self._inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._arriving: deque[_Texts] = deque()  # with requests that are not in the batch yet
         self._waiting: dict[str, tuple[_Texts, int]] = {}
         self._names = map(str, itertools.count())
         self._idle, self._last = True, time.monotonic()
@@ -121,7 +125,8 @@ class EngineThread:
         """Return what came of each request, written beside those of other callers.
 
         Raises:
-            EngineError: If the engine refuses a request, died, or gave no sign of life for ``timeout_sec``.
+            RequestRefusedError: If the engine refuses a request.
+            EngineError: If it died, or gave no sign of life for ``timeout_sec``.
             AbandonedError: If ``deadline`` says that the caller has left; the requests are taken out.
             DeadlineError: If it has passed, likewise.
         """
@@ -129,8 +134,8 @@ class EngineThread:
 
     @property
     def unfinished(self) -> int:
-        """Requests that are being written."""
-        return len(self._waiting)
+        """Requests that are being written or wait to be."""
+        return len(self._waiting) + sum(len(texts.left) for texts in list(self._arriving))
 
     def check(self, timeout_sec: float) -> None:
         """Do nothing while the engine can be used.
@@ -181,7 +186,7 @@ class EngineThread:
             raise
         if error is None:
             return result
-        raise (error if isinstance(call, _Job) else EngineError(str(error))) from error
+        raise (error if isinstance(call, _Job) else _likewise(error)) from error
 
     def _wait(self, call: _Call, timeout_sec: float, deadline: Deadline) -> tuple[Any, BaseException | None]:
         look_sec = _LOOK_SEC if deadline is OPEN else _LOOK_AT_DEADLINE_SEC
@@ -200,6 +205,7 @@ class EngineThread:
     def _work(self) -> None:
         while self._take_in():
             self._drop_abandoned()
+            self._add_some()
             if self._waiting:
                 self._step()
 
@@ -207,8 +213,9 @@ class EngineThread:
         """Do what callers brought since the last step, and wait for them where there is nothing to write."""
         while True:
             try:
-                self._idle = not self._waiting and self._inbox.empty()
-                call = self._inbox.get(block=not self._waiting)
+                nothing = not self._waiting and not self._arriving
+                self._idle = nothing and self._inbox.empty()
+                call = self._inbox.get(block=nothing)
             except queue.Empty:
                 return True
             self._last, self._idle = time.monotonic(), False
@@ -218,7 +225,7 @@ class EngineThread:
             if isinstance(call, _Job):
                 self._do(call)
             elif isinstance(call, _Texts):
-                self._add(call)
+                self._arriving.append(call)
 
     def _do(self, job: _Job) -> None:
         try:
@@ -231,24 +238,31 @@ class EngineThread:
         if job.abandoned.is_set():
             raise EngineError(f"the {self.name} was interrupted")
 
-    def _add(self, texts: _Texts) -> None:
-        mine: list[str] = []
+    def _add_some(self) -> None:
+        """Add requests of the callers in turn, and not so many that those that are written have to wait for long."""
+        for _ in range(_ADDED_AT_ONCE):
+            if not self._arriving:
+                return
+            texts = self._arriving.popleft()
+            if self._add(texts, *texts.left.popleft()) and texts.left:
+                self._arriving.append(texts)
+
+    def _add(self, texts: _Texts, index: int, request: Any) -> bool:
+        """Add a request; returns whether its caller still waits for all of theirs."""
+        name = next(self._names)
         try:
-            for index, request in enumerate(texts.requests):
-                name = next(self._names)
-                try:
-                    self.batch.add(name, request)
-                except EngineError as error:
-                    raise EngineError(f"the {self.name} refuses request {index}: {error}") from error
-                mine.append(name)
-                self._waiting[name] = (texts, index)
-                self._last = time.monotonic()
-        except EngineError as error:
-            self._take_out(mine)
-            texts.done.put((None, error))
+            self.batch.add(name, request)
+        except RequestRefusedError as error:
+            self._take_out([other for other, (owner, _) in self._waiting.items() if owner is texts])
+            texts.done.put((None, RequestRefusedError(f"the {self.name} refuses request {index}: {error}")))
+            return False
         except BaseException as error:  # the engine is no more
             texts.done.put((None, self._named(error)))
             self._fail_all(self._named(error))
+            return False
+        self._waiting[name] = (texts, index)
+        self._last = time.monotonic()
+        return True
 
     def _step(self) -> None:
         try:
@@ -261,6 +275,7 @@ class EngineThread:
         self._last = time.monotonic()
 
     def _drop_abandoned(self) -> None:
+        self._arriving = deque(texts for texts in self._arriving if not texts.abandoned.is_set())
         self._take_out([name for name, (texts, _) in self._waiting.items() if texts.abandoned.is_set()])
 
     def _take_out(self, names: list[str]) -> None:
@@ -271,8 +286,9 @@ class EngineThread:
                 self.batch.abort(names)
 
     def _fail_all(self, error: BaseException) -> None:
-        for texts in {id(texts): texts for texts, _ in self._waiting.values()}.values():
+        for texts in {*self._arriving, *(texts for texts, _ in self._waiting.values())}:
             texts.done.put((None, error))
+        self._arriving.clear()
         self._waiting.clear()
 
     def _named(self, error: BaseException) -> EngineError:
@@ -281,6 +297,11 @@ class EngineThread:
         message = f"{type(error).__name__}: {first_line(error)}"
         self.give_up(self.broken or message)
         return EngineError(f"the {self.name} died: {self.broken}")
+
+
+def _likewise(error: BaseException) -> EngineError:
+    """Return another of the kind, so that callers who share one do not share its traceback."""
+    return RequestRefusedError(str(error)) if isinstance(error, RequestRefusedError) else EngineError(str(error))
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,8 @@ for a token twice.
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +36,9 @@ _SHAPES = {
 _WHOLE = ("seed", "start", "token", "law_ids")
 _FLAGS = ("inside", "movable", "coupled", "unchanged")
 _NUMBERS = {"tilt": 4, "regrow": 1}
-_OPTIONS = ("multiplier", "coupling", "after_change")
+_LAW, _OPTIONS = ("temperature", "top_k", "top_p"), ("multiplier", "coupling", "after_change")
+_RULES = {"draw": (*_LAW, "ends_first"), "tilt": (*_LAW, "eos_ids", *_OPTIONS), "regrow": (*_LAW, "eos_ids")}
+"""What the rule of each kind of plan holds, and nothing else: rows are told apart by it."""
 
 
 @dataclass
@@ -69,16 +73,7 @@ class PlannedRow:
         Raises:
             DataError: Naming the tensor or key that is missing, of another shape or type, or out of range.
         """
-        tensors = _checked_tensors(plan)
-        try:
-            sampling = SamplingSettings(*(plan.rule[name] for name in ("temperature", "top_k", "top_p")))
-            if plan.kind == "tilt":
-                TiltOptions(*(plan.rule[name] for name in _OPTIONS))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"the rule {plan.rule} of a {plan.kind} row: {error!r}") from error
-        ids = plan.rule.get("ends_first" if plan.kind == "draw" else "eos_ids", None)
-        if not isinstance(ids, list) or not all(isinstance(one, int) and 0 <= one < 2**31 for one in ids):
-            raise DataError(f"the EOS ids of a {plan.kind} row must be a list of token ids, got {ids!r}")
+        tensors, sampling = _checked_tensors(plan), _checked_rule(plan)
         start = int(tensors["start"])
         if not 0 <= start < 2**20:
             raise DataError(f"start of a {plan.kind} row must be a place in a response, got {start}")
@@ -104,13 +99,50 @@ class PlannedRow:
         if width != table_VD.shape[1]:
             raise DataError(f"displacement of a row has width {width}, the engine's table {table_VD.shape[1]}")
         limit = min(len(table_VD), vocabulary)
-        columns = min(self.sampling.top_k or vocabulary, vocabulary)
+        columns = min(self.sampling.top_k or limit, limit)
         if "law_ids" in tensors and tensors["law_ids"].shape[-1] < columns:
             raise DataError(f"law_ids of a row has {tensors['law_ids'].shape[-1]} columns, its law at least {columns}")
         for name in ("token", "law_ids"):
             ids = tensors.get(name)
             if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
                 raise DataError(f"{name} of a row holds {int(ids.max())}, the engine knows tokens 0 to {limit - 1}")
+
+
+def check_plan(plan: RowPlan, max_tokens: int | None) -> None:
+    """Check a plan before it reaches an engine.
+
+    Args:
+        plan: The plan.
+        max_tokens: Most tokens that are to be written by it; None where there is no limit.
+
+    Raises:
+        DataError: If it cannot be followed, or says nothing about the last of these tokens.
+    """
+    most = PlannedRow.of(plan).most_tokens
+    if most is not None and (max_tokens is None or max_tokens > most):
+        raise DataError(f"max_tokens must be at most the plan's {most}, got {max_tokens}")
+
+
+def _checked_rule(plan: RowPlan) -> SamplingSettings:
+    """Check a plan's rule and return the law in it."""
+    rule, wanted = plan.rule, _RULES[plan.kind]
+    if set(rule) != set(wanted):
+        raise DataError(f"the rule of a {plan.kind} row holds {reprlib.repr(sorted(rule))}, it must hold {wanted}")
+    for name in _LAW:
+        if type(rule[name]) not in ((int,) if name == "top_k" else (int, float)):
+            raise DataError(f"{name} in the rule of a {plan.kind} row must be a number, got {reprlib.repr(rule[name])}")
+    try:
+        if not math.isfinite(rule["temperature"]):
+            raise ValueError(f"temperature must be finite, got {rule['temperature']}")
+        sampling = SamplingSettings(*(rule[name] for name in _LAW))
+        if plan.kind == "tilt":
+            TiltOptions(*(rule[name] for name in _OPTIONS))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"the rule of a {plan.kind} row: {error!r}") from error
+    ids = rule["ends_first" if plan.kind == "draw" else "eos_ids"]
+    if not isinstance(ids, list) or not all(type(one) is int and 0 <= one < 2**31 for one in ids):
+        raise DataError(f"the EOS ids of a {plan.kind} row must be a list of token ids, got {reprlib.repr(ids)}")
+    return sampling
 
 
 def _checked_tensors(plan: RowPlan) -> dict[str, Tensor]:
@@ -152,6 +184,8 @@ def step(rows: Sequence[PlannedRow], offsets: Sequence[int], logits_RV: Tensor, 
         table_VD: Input embeddings that the particles live in.
     """
     first, device = rows[0], logits_RV.device
+    if first.plan.kind != "draw":  # a token that the table does not know has no embedding to be tilted by
+        logits_RV = logits_RV[:, : len(table_VD)]
     law = truncate(logits_RV, first.sampling)
     position_R = torch.tensor([row.start + offset for row, offset in zip(rows, offsets, strict=True)], device=device)
     steps: dict[str, Callable[..., Tensor]] = {"draw": _draw, "tilt": _tilt, "regrow": _regrow}

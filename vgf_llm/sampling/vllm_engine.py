@@ -17,15 +17,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vgf_llm.errors import DataError
 from vgf_llm.models import ADAPTER_NAME
 from vgf_llm.sampling.deadline import Deadline
-from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
+from vgf_llm.sampling.engine import (
+    EngineError,
+    EngineRequest,
+    EngineText,
+    RequestRefusedError,
+    TopLogps,
+    engine_seed,
+)
 from vgf_llm.sampling.engine_thread import EngineThread, first_line
+from vgf_llm.sampling.plan_rows import check_plan
 from vgf_llm.sampling.reaper import Reaper
 from vgf_llm.settings import EngineSettings
 
 PROCESSOR = "vgf_llm.sampling.vllm_processor:PlanProcessor"
 WORKER = "vgf_llm.sampling.vllm_worker.FolderWorker"
+PLAN_IS_CHECKED = "_vgf_is_checked"  # an attribute, which nobody can send along with a request
 PLAN_ARGUMENT, TABLE_SETTING, TABLE_NAME = "vgf_plan", "vgf_table", "table.safetensors"
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _PUSHED_FROM = 1000  # numbers of pushed LoRAs, beyond those of the start
@@ -112,7 +122,7 @@ class VLLMEngine:
 
     def run(self, requests: Sequence[EngineRequest], deadline: Deadline | None = None) -> list[EngineText]:
         """Return what came of each request; see :class:`vgf_llm.sampling.engine.Engine`."""
-        asked = [(request.prompt, _parameters(request), self._lora(request.adapter)) for request in requests]
+        asked = [self._checked(request, f"request {index}") for index, request in enumerate(requests)]
         outputs = self._worker.run(asked, self.settings.timeout_sec, deadline)
         return [_text(output, request) for output, request in zip(outputs, requests, strict=True)]
 
@@ -161,6 +171,13 @@ class VLLMEngine:
             self._reaper.dismiss()
             self._folder.cleanup()
 
+    def _checked(self, request: EngineRequest, name: str) -> tuple[list[int], Any, Any]:
+        """Return what vLLM is asked; what is slow to check is checked here, where it keeps nobody else waiting."""
+        try:
+            return request.prompt, _parameters(request), self._lora(request.adapter)
+        except _refusals() as error:
+            raise RequestRefusedError(f"the {self.name} refuses {name}: {first_line(error)}") from error
+
     def _lora(self, adapter: str | None) -> Any:
         if adapter is None:
             return None
@@ -179,14 +196,20 @@ class _Batch:
         self.engine = engine
 
     def add(self, name: str, request: Any) -> None:
-        from vllm.exceptions import VLLMValidationError
+        import zmq
         from vllm.inputs import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt, parameters, lora = request
         try:
             self.engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), parameters, lora_request=lora)
-        except (ValueError, VLLMValidationError) as error:
-            raise EngineError(first_line(error)) from error
+        except (EngineDeadError, zmq.ZMQError):  # what is wrong is not the request
+            raise
+        except _refusals() as error:
+            raise RequestRefusedError(first_line(error)) from error
+        except Exception as error:  # it could not be read, or not be sent: then vLLM waits for it already
+            self.abort([name])
+            raise RequestRefusedError(f"{type(error).__name__}: {first_line(error)}") from error
 
     def step(self) -> Iterator[tuple[str, Any]]:
         for output in self.engine.step():
@@ -244,15 +267,27 @@ def lora_room(rank: int) -> int:
     return room[0]
 
 
+def _refusals() -> tuple[type[Exception], ...]:
+    from vllm.exceptions import VLLMValidationError
+
+    return ValueError, VLLMValidationError, DataError
+
+
 def _parameters(request: EngineRequest) -> Any:
+    """Return vLLM's parameters of a request.
+
+    Raises:
+        DataError: If its plan is none, or says nothing about all of its tokens.
+        ValueError: If a number is out of range.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     own = request.sampling
     law = {} if own is None else {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
-    return SamplingParams(
+    parameters = SamplingParams(
         **({"temperature": 0.0} if request.plan is not None or own is None else law),
-        seed=request.seed,
+        seed=engine_seed(request.seed),
         max_tokens=request.max_tokens,
         stop_token_ids=list(request.eos_ids),
         stop=list(request.stop),
@@ -264,6 +299,10 @@ def _parameters(request: EngineRequest) -> Any:
         output_kind=RequestOutputKind.FINAL_ONLY,
         extra_args=None if request.plan is None else {PLAN_ARGUMENT: request.plan.encoded()},
     )
+    if request.plan is not None:
+        check_plan(request.plan, request.max_tokens)
+        setattr(parameters, PLAN_IS_CHECKED, True)
+    return parameters
 
 
 def _text(output: Any, request: EngineRequest) -> EngineText:

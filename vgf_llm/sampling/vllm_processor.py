@@ -23,8 +23,8 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from vgf_llm.errors import DataError
-from vgf_llm.sampling.plan_rows import PlannedRow, step
-from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT, TABLE_NAME, TABLE_SETTING
+from vgf_llm.sampling.plan_rows import PlannedRow, check_plan, step
+from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT, PLAN_IS_CHECKED, TABLE_NAME, TABLE_SETTING
 from vgf_llm.text.choosing import RowPlan
 
 
@@ -39,18 +39,16 @@ class PlanProcessor(LogitsProcessor):
             ValueError: Naming what is wrong with it.
         """
         plan = (params.extra_args or {}).get(PLAN_ARGUMENT)
-        if plan is None:
+        if plan is None or getattr(params, PLAN_IS_CHECKED, False):
             return
         if params.temperature != 0:
             raise ValueError(f"temperature must be 0 with {PLAN_ARGUMENT}, got {params.temperature}: the plan picks")
         if not isinstance(plan, str):
             raise ValueError(f"{PLAN_ARGUMENT} must be text, got {type(plan).__name__}")
         try:
-            most = PlannedRow.of(RowPlan.decoded(plan)).most_tokens
+            check_plan(RowPlan.decoded(plan), params.max_tokens)
         except DataError as error:
             raise ValueError(f"{PLAN_ARGUMENT}: {error}") from error
-        if most is not None and (params.max_tokens is None or params.max_tokens > most):
-            raise ValueError(f"max_tokens must be at most the plan's {most}, got {params.max_tokens}")
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
@@ -87,15 +85,24 @@ class PlanProcessor(LogitsProcessor):
             groups.setdefault("refused" if row is None else row.key, []).append(index)
         for key, indices in groups.items():
             at = torch.tensor(indices, device=logits.device)
-            if key == "refused":  # nothing can be picked: the sender sees that its plan was not followed
-                token_R = torch.zeros_like(at)
-            else:
-                rows = [self.rows[index][0] for index in indices]
-                offsets = [len(self.rows[index][1]) for index in indices]
-                token_R = step(rows, offsets, logits[at], self.table_VD)
+            # Where nothing can be picked, the sender sees that its plan was not followed.
+            token_R = torch.zeros_like(at) if key == "refused" else self._picked(indices, logits[at])
             logits[at] = -torch.inf
             logits[at, token_R] = 0.0
         return logits
+
+    def _picked(self, indices: list[int], logits_RV: Tensor) -> Tensor:
+        """Return the tokens of rows that share a key; a row whose plan cannot be followed is refused alone."""
+        rows = [self.rows[index][0] for index in indices]
+        offsets = [len(self.rows[index][1]) for index in indices]
+        try:
+            return step(rows, offsets, logits_RV, self.table_VD)
+        except Exception as error:  # it would end the engine and everybody's requests
+            if len(indices) > 1:
+                return torch.cat([self._picked([index], logits_RV[[i]]) for i, index in enumerate(indices)])
+            print(f"vgf_llm: a plan cannot be followed: {error!r}", file=sys.stderr)
+            self.rows[indices[0]] = (None, self.rows[indices[0]][1])
+            return torch.zeros(1, dtype=torch.int64, device=logits_RV.device)
 
     def _row(self, params: Any) -> PlannedRow | None:
         """Return a request's row; the same object when the engine brings a request back."""
@@ -104,7 +111,7 @@ class PlanProcessor(LogitsProcessor):
             try:
                 row = PlannedRow.of(RowPlan.decoded(params.extra_args[PLAN_ARGUMENT]), self.device)
                 row.check_fits(self.table_VD, self.vocabulary)
-            except DataError as error:  # an error here would end the engine and everybody's requests
+            except Exception as error:  # it would end the engine and everybody's requests
                 print(f"vgf_llm: a plan is refused: {error}", file=sys.stderr)
                 return None
             params._vgf_row = row

@@ -17,25 +17,42 @@ vgf_llm.sampling.vllm_worker.FolderWorker.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
+import queue
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vgf_llm.sampling.deadline import OPEN, Deadline
-from vgf_llm.sampling.engine import EngineError, EngineRequest, EngineText, TopLogps
+from vgf_llm.sampling.engine import (
+    EngineError,
+    EngineRequest,
+    EngineText,
+    RequestRefusedError,
+    TopLogps,
+    engine_seed,
+)
 from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT, WORKER
 from vgf_llm.settings import EngineSettings
 
 _LONGEST_MESSAGE = 400
+_REFUSALS = (400, 413, 422)
 _LOOK_SEC = 0.1
 _TOKEN_PREFIX = "token_id:"
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows none: the API key would go along to wherever it leads."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
 
 
 class VLLMServer:
@@ -52,6 +69,7 @@ class VLLMServer:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.name, self._pushed = f"vLLM server at {settings.url}", ""
+        self._opener = urllib.request.build_opener(_NoRedirect)
         served = [entry["id"] for entry in self._ask("/v1/models", None)["data"]]
         self.model = settings.served_model or served[0]
         if self.model not in served:
@@ -62,17 +80,25 @@ class VLLMServer:
 
         Of a caller who leaves, what was sent already is written to its end by the server.
         """
-        deadline, pool = deadline or OPEN, ThreadPoolExecutor(self.settings.max_sequences)
+        deadline, left = deadline or OPEN, list(enumerate(requests))[::-1]
+        done: queue.SimpleQueue[tuple[int, EngineText | BaseException]] = queue.SimpleQueue()
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):  # nothing is left
+                while True:
+                    index, request = left.pop()
+                    try:
+                        done.put((index, self._run(request)))
+                    except BaseException as error:  # raised by the one who waits
+                        done.put((index, error))
+
+        # Daemons, unlike a pool's: of a caller who left, those that still wait for an answer do not hold up the exit.
+        for _ in range(min(len(requests), self.settings.max_sequences)):
+            threading.Thread(target=work, name=self.name, daemon=True).start()
         try:
-            waiting = set(texts := [pool.submit(self._run, request) for request in requests])
-            while waiting:
-                deadline.check()
-                done, waiting = wait(waiting, _LOOK_SEC, FIRST_EXCEPTION)
-                for text in done:
-                    text.result()
-            return [text.result() for text in texts]
+            return _gathered(done, len(requests), deadline)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            left.clear()
 
     def check(self) -> None:
         """Do nothing while it answers; see :class:`vgf_llm.sampling.engine.Engine`."""
@@ -134,20 +160,36 @@ class VLLMServer:
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(f"{self.settings.url.rstrip('/')}{path}", data, headers)
         try:
-            with urllib.request.urlopen(asked, timeout=self.settings.timeout_sec) as answer:
+            with self._opener.open(asked, timeout=self.settings.timeout_sec) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:_LONGEST_MESSAGE]
-            raise EngineError(f"the {self.name} refuses a request with {error.code}: {said}") from error
+            kind = RequestRefusedError if error.code in _REFUSALS else EngineError
+            raise kind(f"the {self.name} refuses a request with {error.code}: {said}") from error
         except TimeoutError as error:
             raise EngineError(
                 f"the {self.name} hangs: no answer to {path} in {self.settings.timeout_sec:g} s (timeout_sec)"
             ) from error
-        except (urllib.error.URLError, OSError) as error:
-            reason = getattr(error, "reason", error)
+        except (OSError, http.client.HTTPException) as error:  # urllib's own are OSErrors
+            reason = getattr(error, "reason", None) or repr(error)
             if isinstance(reason, TimeoutError):
                 reason = f"no connection in {self.settings.timeout_sec:g} s"
             raise EngineError(f"the {self.name} cannot be reached: {reason}; is it running?") from error
+
+
+def _gathered(
+    done: queue.SimpleQueue[tuple[int, EngineText | BaseException]], number: int, deadline: Deadline
+) -> list[EngineText]:
+    """Wait for texts and return them in order; raises the first error among them."""
+    found: dict[int, EngineText] = {}
+    while len(found) < number:
+        deadline.check()
+        with contextlib.suppress(queue.Empty):
+            index, text = done.get(timeout=_LOOK_SEC)
+            if isinstance(text, BaseException):
+                raise text
+            found[index] = text
+    return [found[index] for index in range(number)]
 
 
 def _body(request: EngineRequest, model: str) -> dict[str, Any]:
@@ -167,7 +209,8 @@ def _body(request: EngineRequest, model: str) -> dict[str, Any]:
     if request.plan is not None:
         body["vllm_xargs"] = {PLAN_ARGUMENT: request.plan.encoded()}
     elif own is not None:
-        body |= {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p, "seed": request.seed}
+        body |= {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
+        body["seed"] = engine_seed(request.seed)
     if request.logprobs:
         body["logprobs"] = request.logprobs
     return {key: value for key, value in body.items() if value is not None}

@@ -64,7 +64,7 @@ class RowPlan:
             tensors = load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             kind, rule = header["kind"], json.loads(header["rule"])
-        except (binascii.Error, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (binascii.Error, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"the plan of a row cannot be read: {error}; it is made by RowPlan.encoded") from error
         if kind not in get_args(PlanKind) or not isinstance(rule, dict):
             raise DataError(f"the plan of a row is of kind {kind!r}; known: {', '.join(get_args(PlanKind))}")

@@ -83,5 +83,6 @@ def normalised(ids: Tensor, values: Tensor, top_p: float) -> Shortlist:
     logps = values.log_softmax(-1)
     if top_p < 1:
         mass_before = logps.exp().cumsum(-1) - logps.exp()
-        logps = logps.masked_fill(mass_before >= top_p, -torch.inf).log_softmax(-1)
+        least = torch.finfo(logps.dtype).tiny  # a smaller top_p would be 0 in this type, and leave no token
+        logps = logps.masked_fill(mass_before >= max(top_p, least), -torch.inf).log_softmax(-1)
     return Shortlist(ids, logps)

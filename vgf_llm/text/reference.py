@@ -56,7 +56,12 @@ class Reference:
         sampling: Temperature, truncation and length.
         eos_ids: Every id that ends a response.
         pad_id: Id for padding; not one of ``eos_ids``.
+
+    Attributes:
+        reserved_positions: Of the model's positions, those that no text may take.
     """
+
+    reserved_positions = 0
 
     def __init__(self, model: PreTrainedModel, sampling: SamplingSettings, eos_ids: Sequence[int], pad_id: int) -> None:
         self.model = model

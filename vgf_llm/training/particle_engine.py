@@ -5,7 +5,7 @@
 
 Every process starts an engine of its own; behind a URL there is one for all, and the first process alone gives it
 weights. These go through a folder of safetensors under ``output_dir``, gathered from all processes and written by the
-first, and there is one of them at most when a step has begun.
+first. All weights are removed as soon as every engine has them, an adapter when the next one has taken its place.
 """
 
 from __future__ import annotations
@@ -63,10 +63,9 @@ class ParticleEngine:
         self._unproved = False
         self._clear()
         value, _ = trainer.flow_value()
-        with _own_gpu(trainer):
-            self.engine = start(value.embedding_table_VD)
+        # Made first: nothing is to fail between the start of an engine and where it is closed.
         self.law = EngineReference(
-            self.engine,
+            None,
             trainer.models.policy_lm,
             trainer.sampling,
             trainer.eos_ids,
@@ -75,6 +74,8 @@ class ParticleEngine:
             adapter,
         )
         self.law.on_written = self._prove
+        with _own_gpu(trainer):
+            self.engine = self.law.engine = start(value.embedding_table_VD)
 
     def begin_step(self) -> None:
         """Give the engine the weights of now, where they are the policy's; what it writes next is proved.
@@ -90,8 +91,10 @@ class ParticleEngine:
 
     def close(self) -> None:
         """Stop the engine and remove what was pushed."""
-        self.engine.close()
-        self._clear()
+        try:
+            self.engine.close()
+        finally:
+            self._clear()
 
     def _push(self) -> None:
         trainer, before = self.trainer, self._pushed
@@ -110,8 +113,10 @@ class ParticleEngine:
         elif self._gives:
             self.engine.push_weights(folder)
         trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save and before is not None:
-            shutil.rmtree(before, ignore_errors=True)
+        # Weights are in the engine for good; vLLM may read an adapter again for as long as it answers with it.
+        needless = before if trainer.models.is_lora else folder
+        if trainer.args.should_save and needless is not None:
+            shutil.rmtree(needless, ignore_errors=True)
 
     @property
     def _gives(self) -> bool:
@@ -152,8 +157,8 @@ class SamplesInEngine:
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self.particle_engine.close()
-            self.particle_engine = None
+            engine, self.particle_engine = self.particle_engine, None
+            engine.close()
 
 
 def engine_maker(
