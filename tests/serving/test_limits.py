@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from tests.serving.conftest import MODEL, chat, serving, wait_until
-from vgf_llm.sampling.engine import EngineError
+from vgf_llm.sampling.engine import EngineError, RequestRefusedError
+from vgf_llm.serving.errors import as_request_error
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (it comes with vLLM)")
 CHAT = "/v1/chat/completions"
@@ -253,3 +254,8 @@ def test_requests_in_one_connection_and_http_errors_of_the_client_do_not_add_up(
             assert http.post(CHAT, json=SHORT).status_code == 200
             assert http.post(CHAT, json={"model": MODEL}).status_code == 400
     assert is_at_rest(running)
+
+
+def test_what_an_engine_refuses_is_the_clients_to_mend_and_names_no_path():
+    told = as_request_error(RequestRefusedError("the vLLM engine of /models/base refuses request 0: it is too long"))
+    assert (told.status, str(told)) == (400, "the engine refuses request 0: it is too long")

@@ -6,7 +6,7 @@ from typing import Any
 
 from vgf_llm.errors import ConfigError, DataError, VGFError
 from vgf_llm.sampling.deadline import AbandonedError, DeadlineError
-from vgf_llm.sampling.engine import EngineError
+from vgf_llm.sampling.engine import EngineError, RequestRefusedError
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -62,6 +62,8 @@ def as_request_error(error: BaseException) -> RequestError:
         return RequestError(504, f"{error} (transport.timeout_sec, or the server's)", code="deadline_exceeded")
     if isinstance(error, AbandonedError):
         return RequestError(499, str(error), code="client_left")
+    if isinstance(error, RequestRefusedError):
+        return RequestError(400, f"the engine refuses {str(error).partition(' refuses ')[2]}", code="invalid_value")
     if isinstance(error, EngineError):
         # Paths and process ids in it are nobody's business; the log has them.
         return RequestError(503, "the engine died or could not answer; come again", code="engine_error", retry_sec=5)

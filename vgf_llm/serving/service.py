@@ -31,7 +31,6 @@ from vgf_llm.text.protocols import check_no_kernel
 from vgf_llm.text.responses import Responses
 
 _WITH_KERNEL = ("prior", "block", "nearest")
-_ENGINE_SEEDS = 2**63  # the engine takes -1 for no seed at all
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,11 @@ class Service:
 
     def __init__(self, pipeline: Pipeline, settings: ServeSettings, engine: Callable[[], Engine]) -> None:
         self.pipeline, self.settings, self.engine = pipeline, settings, engine
-        config = pipeline.reference.model.config
-        self.questions = Questions(
-            settings,
-            pipeline.reference.sampling,
-            pipeline.tokenizer,
-            config.vocab_size,
-            getattr(config, "max_position_embeddings", None),
-        )
+        reference, config = pipeline.reference, pipeline.reference.model.config
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None:
+            positions -= reference.reserved_positions
+        self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, config.vocab_size, positions)
         self._length_unit = token_spacing(pipeline.value.embedding_table_VD)
         self._turn, self._tokenizer_turn = threading.Lock(), threading.Lock()
 
@@ -192,7 +188,7 @@ class PlainSampler:
             own.prompt,
             own.sampling.max_new_tokens,
             sampling=None if own.greedy else own.sampling,
-            seed=own.seed % _ENGINE_SEEDS,
+            seed=own.seed,
             eos_ids=like.eos_ids,
             stop=own.stop,
             adapter=like.adapter,
