@@ -164,7 +164,7 @@ def test_the_value_and_the_limit_are_named(running):
         assert told(moved(nats="4")) == "transport.nats must be a valid number, got '4'"
         assert told(moved(nat=4)) == "transport.nat is unknown; did you mean nats?"
         assert told(chat(temprature=1)) == "temprature is unknown; did you mean temperature?"
-        assert told(chat("sea " * 500)) == "messages has 502 tokens and may have 120 with 8 new ones; shorten it"
+        assert told(chat("sea " * 500)) == "messages has 502 tokens and may have 119 with 8 new ones; shorten it"
 
 
 def test_paths_methods_and_content_types(running):
