@@ -15,6 +15,10 @@ from pathlib import Path
 
 import psutil
 
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # whose memory is read beside the server's
+}
 _ROOT = Path(__file__).parents[1]
 _START_SEC, _END_SEC = 600, 60
 _LISTENS = r"at (http://\S+)/v1"
@@ -67,7 +71,7 @@ def served(flags: Sequence[str], environment: dict[str, str] | None = None) -> I
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "vgf_llm.cli", "serve", "--port", "0", *flags],
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(_ROOT), **(environment or {})},
+        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": str(_ROOT), **(environment or {})},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
