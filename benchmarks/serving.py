@@ -3,15 +3,15 @@
     python -m benchmarks.serving [--record]
     python -m benchmarks.serving --shape tiny --seconds 120
 
-Starts the real ``vgf-llm serve`` on this machine, asks each question alone, and then lets clients ask the same ones
-side by side for some seconds: a quarter each of plain answers, best-of-N, a budget, and a larger budget in two rounds;
-every other client reads a stream. Reported are answers that were lost (an error) or different (another text than alone,
-or another value or nats beyond rounding; in float32 two tokens that are as good as tied may fall either way in another
-batch, and every such answer is shown beside the one alone), seconds from a question's first attempt to its answer by
-kind (p50, p95) with the 429s on the way, and resident memory: the median of the last ten seconds against that of the
-ten seconds after the warm-up. The last line of standard output is one JSON object; ``--record`` writes
-docs/results/serving[_<shape>].json too. The exit code is 1 where an answer was lost, and with ``--shape tiny`` also
-where one was different: a text of the tiny model does not hang by a near tie.
+Starts the real ``vgf-llm serve`` on this machine, asks each question alone, lets clients ask the same ones side by side
+to warm up, and then again for the seconds that are measured: a quarter each of plain answers, best-of-N, a budget, and a
+larger budget in two rounds; every other client reads a stream. Reported are answers that were lost (an error) or
+different (another text than alone, or another value or nats beyond rounding; in float32 two tokens that are as good as
+tied may fall either way in another batch, and every such answer is shown beside the one alone), seconds from a question's
+first attempt to its answer by kind (p50, p95) with the 429s on the way, and resident memory: the median of the last ten
+seconds against that of the first ten, and one sample every ten seconds. The last line of standard output is one JSON
+object; ``--record`` writes docs/results/serving[_<shape>].json too. The exit code is 1 where an answer was lost, and with
+``--shape tiny`` also where one was different: a text of the tiny model does not hang by a near tie.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ def measure(server: ServerProcess, questions: list[Question], arguments: argpars
     known = alone(server.url, questions)
     print(f"{len(known)} questions answered alone", file=sys.stderr)
     watch = partial(resident_mib, psutil.Process(server.process.pid))
-    load = under_load(
-        server.url, questions, known, clients=arguments.clients, seconds=arguments.seconds, resident_mib=watch
-    )
+    loaded = partial(under_load, server.url, questions, known, clients=arguments.clients, resident_mib=watch)
+    warm_up = loaded(seconds=arguments.warm_up)
+    print(f"{len(warm_up.replies)} answered to warm up", file=sys.stderr)
+    load = loaded(seconds=arguments.seconds)
     by_seed = {question.body["seed"]: known[index] for index, question in enumerate(questions)}
     for question, reply, what in load.different:
         seed = question.body["seed"]
@@ -95,7 +96,8 @@ def measure(server: ServerProcess, questions: list[Question], arguments: argpars
         "answers_per_sec": round((len(load.replies) - len(lost)) / _span(load), 3),
         "seconds": {kind: _waiting(kind, load.replies) for kind in KINDS},
         "alone_seconds": {kind: _waiting(kind, list(known.values())) for kind in KINDS},
-        "memory_mib": _memory(load, arguments.warm_up),
+        "warm_up": {"answers": len(warm_up.replies), "memory_mib": _memory(warm_up)},
+        "memory_mib": _memory(load),
     }
 
 
@@ -116,15 +118,16 @@ def _waiting(kind: str, replies: Sequence[Reply]) -> dict[str, Any]:
     }
 
 
-def _memory(load: Load, warm_up: float) -> dict[str, Any]:
-    """Return the resident memory after the warm-up and at the end, and its growth between the two."""
+def _memory(load: Load) -> dict[str, Any]:
+    """Return the resident memory at the beginning and at the end, its growth between the two, and one sample in ten."""
     end = load.memory[-1][0]
-    early = [one for one in load.memory if warm_up <= one[0] < warm_up + _WINDOW_SEC]
+    early = [one for one in load.memory if one[0] < _WINDOW_SEC] or load.memory
     late = [one for one in load.memory if one[0] >= end - _WINDOW_SEC]
-    found: dict[str, Any] = {"samples": len(load.memory)}
+    found: dict[str, Any] = {"at_sec": [round(one[0]) for one in load.memory[::10]]}
     for column, name in enumerate(("server", "engine"), 1):
-        first, last = (statistics.median([one[column] for one in part]) for part in (early or late, late))
-        found[name] = {"after_warm_up": round(first, 1), "at_end": round(last, 1), "growth": round(last - first, 1)}
+        first, last = (statistics.median([one[column] for one in part]) for part in (early, late))
+        found[name] = {"at_start": round(first, 1), "at_end": round(last, 1), "growth": round(last - first, 1)}
+        found[name]["samples"] = [round(one[column]) for one in load.memory[::10]]
     return found
 
 
@@ -191,7 +194,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reward_model", default="outputs/smollm2_sentiment/reward", help="folder, for smollm2")
     parser.add_argument("--clients", type=int, default=32, help="clients that ask side by side")
     parser.add_argument("--seconds", type=float, default=120.0, help="how long they begin new questions")
-    parser.add_argument("--warm_up", type=float, default=30.0, help="seconds after which memory should not grow")
+    parser.add_argument("--warm_up", type=float, default=60.0, help="seconds of load before that")
     parser.add_argument("--prompts", type=int, default=8, help="prompts, for smollm2; each is asked in every kind")
     parser.add_argument("--tokens", type=int, default=24, help="most tokens of an answer")
     parser.add_argument("--max_running", type=int, default=8, help="requests that the server works on at once")

@@ -49,15 +49,15 @@ def test_every_command_and_the_python_example_run(tmp_path):
         shell = command.replace(program, f"{sys.executable} -m {MODULES[program]}", 1)
         output = run(shell, tmp_path)
         json.loads(output.splitlines()[-1])
-    (example,) = blocks("python")
+    asks_a_server, example = blocks("python")
     (tmp_path / "example.py").write_text(example)
     assert "tensor" in run(f"{sys.executable} example.py", tmp_path)
     if importlib.util.find_spec("vllm") is not None:
-        serve_and_ask(found[-1], tmp_path)
+        serve_and_ask(found[-1], asks_a_server, tmp_path)
 
 
-def serve_and_ask(command, folder):
-    """Start the README's server on a free port and send it what the README's curl sends."""
+def serve_and_ask(command, example, folder):
+    """Start the README's server on a free port; send it what the README's curl sends, and run its client's example."""
     from benchmarks.serving_process import served
 
     sent = json.loads(re.search(r"curl.*?-d '(.*?)'", README, flags=re.DOTALL).group(1))
@@ -68,6 +68,8 @@ def serve_and_ask(command, folder):
         )
         with urllib.request.urlopen(asked, timeout=300) as answer:
             told = json.load(answer)
+        (folder / "client.py").write_text(example.replace("http://127.0.0.1:8000", server.url))
+        assert len(run(f"{sys.executable} client.py", folder).splitlines()) >= 3
     assert told["choices"][0]["message"]["content"]
     assert told["transport"]["value"] >= told["transport"]["original_value"]
 
