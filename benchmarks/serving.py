@@ -3,15 +3,16 @@
     python -m benchmarks.serving [--record]
     python -m benchmarks.serving --shape tiny --seconds 120
 
-Starts the real ``vgf-llm serve`` on this machine, asks each question alone, lets clients ask the same ones side by side
-to warm up, and then again for the seconds that are measured: a quarter each of plain answers, best-of-N, a budget, and a
-larger budget in two rounds; every other client reads a stream. Reported are answers that were lost (an error) or
-different (another text than alone, or another value or nats beyond rounding; in float32 two tokens that are as good as
-tied may fall either way in another batch, and every such answer is shown beside the one alone), seconds from a question's
-first attempt to its answer by kind (p50, p95) with the 429s on the way, and resident memory: the median of the last ten
-seconds against that of the first ten, and one sample every ten seconds. The last line of standard output is one JSON
-object; ``--record`` writes docs/results/serving[_<shape>].json too. The exit code is 1 where an answer was lost, and with
-``--shape tiny`` also where one was different: a text of the tiny model does not hang by a near tie.
+Starts the real ``vgf-llm serve`` on this machine, asks each question alone, lets clients ask the same ones side by
+side to warm up, and then again for the seconds that are measured: a quarter each of plain answers, best-of-N, a
+budget, and a larger budget in two rounds; every other client reads a stream. Reported are answers that were lost (an
+error) or different (another text than alone, or another value or nats beyond rounding; in float32 two tokens that are
+as good as tied may fall either way in another batch, and every such answer is shown beside the one alone), seconds
+from a question's first attempt to its answer by kind (p50, p95) with the 429s on the way, and resident memory: the
+median of the last ten seconds against that of the first ten, and one sample every ten seconds. The last line of
+standard output is one JSON object; ``--record`` writes docs/results/serving[_<shape>].json too. The exit code is 1
+where an answer was lost, and with ``--shape tiny`` also where one was different: a text of the tiny model does not
+hang by a near tie.
 """
 
 from __future__ import annotations
