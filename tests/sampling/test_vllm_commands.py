@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -57,6 +59,24 @@ def test_generate_gives_the_same_answers_through_vllm(flags, capfd):  # vLLM ask
         generate.main([*flags, "--prompt", "the sea", "--num_particles", "4", "--decoder", "pivot", *backend])
         rows.append(json.loads(capfd.readouterr().out.splitlines()[-1]))
     assert rows[0]["response"] == rows[1]["response"] and rows[0]["original"] == rows[1]["original"]
+
+
+@pytest.mark.slow
+def test_devices_share_a_model_and_answers_alone_stand_on_standard_output(flags):
+    """As processes of their own, with vLLM as talkative as it comes."""
+    pytest.importorskip("vllm")
+    quiet = {"VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM", "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment = {name: value for name, value in os.environ.items() if name not in quiet}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    command = [sys.executable, "-m", "vgf_llm.cli", "generate", *flags, "--prompt", "the sea", "--num_particles", "4"]
+    printed = [
+        subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, check=True, timeout=300
+        ).stdout
+        for more in ([], [*ENGINE, "--engine.tensor_parallel", "2"])
+    ]
+    here, there = (json.loads(one) for one in printed)
+    assert here["response"] == there["response"] and here["original"] == there["original"]
 
 
 def test_what_the_engine_cannot_do_is_said_before_it_starts(flags):

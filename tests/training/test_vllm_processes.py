@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import TrainerCallback
 
 from reward_models.modelling import RewardModel
@@ -115,16 +116,31 @@ def test_a_run_that_is_stopped_leaves_no_engine_behind(folder: Path, sent: signa
         assert not (folder / "run" / PUSHED_FOLDER).exists()
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("ddp", 4), ("ddp", 0), ("fsdp2", 0), ("zero3", 4)])
+def launch_file(folder: Path, kind: str) -> Path:
+    """An accelerate configuration of the recipes; in ``split``, ZeRO-3 splits parameters as small as these too."""
+    recipes = ROOT / "recipes" / "accelerate_configs"
+    if kind != "split":
+        return recipes / f"{kind}.yaml"
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    write_json_atomic(folder / "deepspeed.json", {"zero_optimization": zero, **dict.fromkeys(auto, "auto")})
+    own = yaml.safe_load((recipes / "zero3.yaml").read_text())
+    own["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json"), "zero3_init_flag": False}
+    del own["mixed_precision"]
+    (folder / "split.yaml").write_text(yaml.safe_dump(own))
+    return folder / "split.yaml"
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("ddp", 4), ("ddp", 0), ("fsdp2", 0), ("zero3", 4), ("split", 0)])
 def test_two_processes_with_an_engine_each_take_the_steps_of_one_without(folder: Path, kind: str, lora: int) -> None:
-    """FSDP2 gathers whole weights; in ZeRO-3 parameters as small as these are not split."""
-    if kind == "zero3":
+    """FSDP2 and a ZeRO-3 that splits gather whole weights before they are pushed."""
+    if kind in ("zero3", "split"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     common = {"lora_r": lora, "particles_from": "policy", "learning_rate": 1e-3, "max_steps": 3, "max_grad_norm": 0}
     tiny_run(folder, output_dir=str(folder / "alone"), per_device_train_batch_size=4, **common)
     recipe = config(folder, "two", per_device_train_batch_size=2, **ENGINE | common)
-    launch_as = ROOT / "recipes" / "accelerate_configs" / f"{kind}.yaml"
-    launch(launch_as, "--mixed_precision", "no", "-m", "vgf_llm.train", "--config", recipe, timeout=400)
+    precision = [] if kind == "split" else ["--mixed_precision", "no"]
+    launch(launch_file(folder, kind), *precision, "-m", "vgf_llm.train", "--config", recipe, timeout=400)
     alone, two = (list(read_jsonl(folder / name / "metrics.jsonl")) for name in ("alone", "two"))
     for mine, theirs in zip(alone, two, strict=True):
         assert theirs["loss"] == pytest.approx(mine["loss"], abs=1e-4)

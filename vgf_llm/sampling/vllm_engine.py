@@ -231,6 +231,8 @@ def _children_but(before: Sequence[Any]) -> list[Any]:
 
 def _start(options: dict[str, Any]) -> Any:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the newer runner has another interface for logits processors
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the command's own
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         from vllm import LLM
     except ImportError as error:
