@@ -8,11 +8,12 @@ them.
 
 ``identical_tokens``  share of places where both wrote the same token, a place that only one reached counted as
 different: of the samples, and of the transported texts. From a first difference on, two texts go their own ways.
-``largest_gap_nats``  at the first difference of each sample: by how much transformers preferred its token to vLLM's,
-noise included. A rounding error decides there and nowhere else where this is about the size of one. ``off_the_list``:
-first differences where vLLM's token is not even among transformers' top k.
-``difference``  vLLM minus transformers with 95% paired bootstrap intervals over prompts: mean value of the
-samples and of the transported texts, value of the selected response, and nats that were spent.
+``gap_nats``  at the first difference of each sample: by how much transformers preferred its token to vLLM's, noise
+included; median and largest. A rounding error decides there and nowhere else where this is about the size of one.
+``off_the_list`` counts first differences where the token of one is not among the other's top k, and no gap can be told:
+the last tokens of the list have changed places there.
+``difference``  vLLM minus transformers with 95% paired bootstrap intervals over prompts, each the mean of its seeds:
+mean value of the samples and of the transported texts, value of the selected response, and nats that were spent.
 
 With ``--record`` the figures go to docs/results/sampling_parity.json under their dtype. The last line of standard
 output is one JSON object.
@@ -24,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -53,20 +55,21 @@ _PADDING = -1
 
 @dataclass(frozen=True)
 class Answers:
-    """What one backend made of all prompts, a batch of them in each outcome, and how long it took."""
+    """What one backend made of all prompts, once a seed, a batch of them in each outcome, and how long it took."""
 
     outcomes: list[Outcome]
+    num_seeds: int
     seconds: float
 
     def values(self, name: str) -> list[float]:
-        """Return one figure a prompt."""
+        """Return one figure a prompt, the mean over seeds."""
         found = {
             "selected_value": [outcome.selected_values_B for outcome in self.outcomes],
             "sample_value": [outcome.original_values_BN.mean(1) for outcome in self.outcomes],
             "cloud_value": [outcome.transported_values_BN.mean(1) for outcome in self.outcomes],
             "nats": [outcome.nats_BN.mean(1) for outcome in self.outcomes],
         }[name]
-        return torch.cat(found).float().tolist()
+        return torch.cat(found).float().view(self.num_seeds, -1).mean(0).tolist()
 
 
 def answers(arguments: argparse.Namespace, engine: EngineSettings | None) -> tuple[Answers, list[Tensor]]:
@@ -82,14 +85,15 @@ def answers(arguments: argparse.Namespace, engine: EngineSettings | None) -> tup
             TransportBudget(nats=arguments.nats),
             gradient=pipeline.gradient,
         )
-        places = [range(start, min(start + 10, len(prompts))) for start in range(0, len(prompts), 10)]
-        seeds = [row_seeds(arguments.seed, list(batch), arguments.num_particles) for batch in places]
-        started, outcomes = time.perf_counter(), []
-        for batch, seeds_BN in zip(places, seeds, strict=True):
-            outcomes.append(policy([prompts[index] for index in batch], seeds_BN))
-            seconds = time.perf_counter() - started
-            print(f"{batch.stop} of {len(prompts)} prompts after {seconds:.0f} s", file=sys.stderr)
-    return Answers(outcomes, seconds), seeds
+        batches = [range(start, min(start + 10, len(prompts))) for start in range(0, len(prompts), 10)]
+        seeds, outcomes, started = [], [], time.perf_counter()
+        for seed in arguments.seeds:
+            for batch in batches:
+                seeds.append(row_seeds(seed, list(batch), arguments.num_particles))
+                outcomes.append(policy([prompts[index] for index in batch], seeds[-1]))
+                seconds = time.perf_counter() - started
+                print(f"seed {seed}: {batch.stop} of {len(prompts)} prompts after {seconds:.0f} s", file=sys.stderr)
+    return Answers(outcomes, len(arguments.seeds), seconds), seeds
 
 
 def compare(here: Answers, there: Answers, seeds: Sequence[Tensor]) -> dict[str, Any]:
@@ -99,15 +103,16 @@ def compare(here: Answers, there: Answers, seeds: Sequence[Tensor]) -> dict[str,
     texts = [_both(mine.transported, theirs.transported) for mine, theirs in pairs]
     gaps = [
         gap
-        for (mine, theirs), (outcome, _), seeds_BN in zip(samples, pairs, seeds, strict=True)
-        for gap in first_gaps(mine, theirs, outcome.originals, seeds_BN)
+        for (mine, theirs), (here_B, there_B), seeds_BN in zip(samples, pairs, seeds, strict=True)
+        for gap in first_gaps(mine, theirs, here_B.originals, there_B.originals, seeds_BN)
     ]
+    known = [gap for gap in gaps if gap < math.inf]
     figures = {
         "identical_tokens": {"samples": _identical(samples), "transported": _identical(texts)},
         "differing_responses": {"samples": _differing(samples), "transported": _differing(texts)},
         "responses": sum(len(mine) for mine, _ in samples),
-        "largest_gap_nats": max((gap for gap in gaps if gap < math.inf), default=0.0),
-        "off_the_list": gaps.count(math.inf),
+        "gap_nats": {"median": statistics.median(known), "largest": max(known)} if known else None,
+        "off_the_list": len(gaps) - len(known),
     }
     for name in ("sample_value", "cloud_value", "selected_value", "nats"):
         mine, theirs = here.values(name), there.values(name)
@@ -117,24 +122,27 @@ def compare(here: Answers, there: Answers, seeds: Sequence[Tensor]) -> dict[str,
     return figures
 
 
-def first_gaps(mine_RT: Tensor, theirs_RT: Tensor, samples: Responses, seeds_BN: Tensor) -> list[float]:
+def first_gaps(mine_RT: Tensor, theirs_RT: Tensor, mine: Responses, theirs: Responses, seeds_BN: Tensor) -> list[float]:
     """Return, for each sample that differs, how far apart both tokens' scores were where it first does.
 
-    The score is log p + noise, by which the sampler picks; p is the law that transformers met there.
+    The score is log p + noise, by which the sampler picks; p is the law that transformers met there. Infinity where one
+    token is not on the other's list, so that it was not the scores that decided.
 
     Args:
         mine_RT: What transformers wrote, padded with -1.
         theirs_RT: What vLLM wrote.
-        samples: What transformers wrote, with its laws.
+        mine: What transformers wrote, with its laws.
+        theirs: What vLLM wrote, with its laws.
         seeds_BN: Of the noise.
     """
-    law, seeds_R, gaps = samples.law, seeds_BN.flatten(), []
+    seeds_R, gaps = seeds_BN.flatten(), []
     for row in (mine_RT != theirs_RT).any(-1).nonzero().flatten().tolist():
         t = int((mine_RT[row] != theirs_RT[row]).nonzero()[0])
-        ids_K, logps_K = law.ids.flatten(0, 1)[row, t], law.logps.flatten(0, 1)[row, t]
+        ids_K, logps_K = mine.law.ids.flatten(0, 1)[row, t], mine.law.logps.flatten(0, 1)[row, t]
         scores_K = logps_K + gumbel_noise(seeds_R[row : row + 1].to(ids_K.device), t, ids_K.unsqueeze(0))[0]
-        other = scores_K[ids_K == theirs_RT[row, t]]
-        gaps.append(float(scores_K.max() - other.max()) if len(other) else math.inf)
+        is_theirs_K = ids_K == theirs_RT[row, t]
+        is_on_both = is_theirs_K.any() and (theirs.law.ids.flatten(0, 1)[row, t] == mine_RT[row, t]).any()
+        gaps.append(float(scores_K.max() - scores_K[is_theirs_K].max()) if is_on_both else math.inf)
     return gaps
 
 
@@ -190,7 +198,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_particles", type=int, default=8, help="responses a prompt")
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length limit in tokens")
     parser.add_argument("--nats", type=float, default=4.0, help="transport budget a response")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the samples; each answers all prompts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both backends")
     parser.add_argument("--device", default="cpu", help="where transformers and the reward model run")
     parser.add_argument("--kv_cache_gib", type=float, default=0.5, help="memory for keys and values of the engine")
