@@ -215,6 +215,8 @@ def _sha256(text: str | dict) -> str:
 
 
 def _resolve(name: str) -> str:
+    if name != DEFAULT_MODEL and name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise ModelError(_not_loaded("model", name, FileNotFoundError("there is no such folder")))
     return str(embedded_model_folder()) if name == DEFAULT_MODEL else name
 
 

@@ -90,6 +90,7 @@ def run(
         nonlocal died
         died, http.should_exit = True, True
 
+    print("vgf-llm serve: loading the models; an engine takes a minute or more to start", file=sys.stderr, flush=True)
     pipeline = load_pipeline(models, sampling, settings.engine)
     metrics = Metrics()
     restarts = settings.on_engine_death == "restart"

@@ -16,8 +16,8 @@ from tests.sampling.test_vllm import DECODERS, SAMPLING, answer, tokens
 from vgf_llm.models import load_skeleton
 from vgf_llm.sampling.engine import EngineError, EngineRequest
 from vgf_llm.sampling.engine_reference import EngineReference
-from vgf_llm.sampling.vllm_engine import TABLE_SETTING, save_table
 from vgf_llm.sampling.vllm_server import VLLMServer
+from vgf_llm.sampling.vllm_table import TABLE_SETTING, save_table
 from vgf_llm.settings import EngineSettings
 from vgf_llm.text import Reference
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +17,7 @@ from vgf_llm.sampling.engine import EngineRequest
 from vgf_llm.text import ImplicitPolicy, row_seeds
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (it comes with vLLM)")
+CHAT = "/v1/chat/completions"
 PLAIN = {"steps": 0, "num_particles": 1}
 MESSAGES = [{"role": "user", "content": "write about the sea"}]
 
@@ -222,6 +224,26 @@ def test_a_conversation_with_text_parts(running):
     parts = [{"type": "text", "text": "write about "}, {"type": "text", "text": "the sea"}]
     answer = ask(running, messages=[{"role": "user", "content": parts}])
     assert answer.choices[0].message.content == ask(running).choices[0].message.content
+
+
+def test_what_clients_send_along_and_what_asks_for_nothing_changes_nothing(running):
+    nothing = {"tools": [], "response_format": {"type": "text"}, "store": False, "metadata": {"from": "a test"}}
+    system = [{"role": "system", "content": "rain"}, {"role": "user", "content": "the cat"}]
+    developer = [{**system[0], "role": "developer"}, system[1]]
+    with running.http() as http:
+        plain, more = (
+            http.post(CHAT, json=chat() | {"messages": messages} | along).json()
+            for messages, along in ((system, {}), (developer, nothing))
+        )
+    assert plain["choices"] == more["choices"]
+
+
+def test_requests_are_logged_without_what_they_say_and_have_an_id(running, capfd):
+    with running.http() as http:
+        told = http.post(CHAT, json=chat("the secret cat"))
+    said = capfd.readouterr().err
+    assert re.search(rf"POST {CHAT} 200 \d+\.\d\d s {told.headers['x-request-id']}\n", said)
+    assert "secret" not in said
 
 
 def test_curl_sees_json_of_utf8(running):

@@ -61,12 +61,16 @@ def test_an_engine_that_is_killed_fails_who_waits_and_another_one_is_started(ser
             assert again.json()["choices"][0]["message"]["content"] == before
             assert "vgf_engine_restarts_total 1.0" in http.get("/metrics").text
         family = own.family()
-        with ThreadPoolExecutor(1) as pool, client(own) as http:  # told to end while it answers
-            last = pool.submit(http.post, CHAT, json=LONG)
-            wait_until(lambda: "vgf_requests_running 1.0" in http.get("/metrics").text)
+        with ThreadPoolExecutor(16) as pool, client(own) as http:  # told to end while it answers
+            asked = [LONG | {"seed": seed, "stream": seed % 2 == 1} for seed in range(16)]
+            last = [pool.submit(http.post, CHAT, json=one) for one in asked]
+            wait_until(lambda: "vgf_requests_running 8.0" in http.get("/metrics").text)
             own.process.send_signal(signal.SIGTERM)
             assert own.process.wait(60) == 0
-            assert last.result().status_code in (200, 503)
+            ends = [one.result() for one in last]
+        assert {one.status_code for one in ends[::2]} <= {200, 503}
+        assert all("[DONE]" in one.text or '"stopping"' in one.text for one in ends[1::2])
+        assert any('"stopping"' in one.text for one in ends[1::2])
         assert psutil.wait_procs(family, timeout=5)[1] == []
 
 

@@ -29,7 +29,8 @@ from vgf_llm.config import dump
 from vgf_llm.errors import SyncError
 from vgf_llm.io import read_jsonl, write_json_atomic
 from vgf_llm.sampling.engine import EngineError
-from vgf_llm.sampling.vllm_engine import TABLE_SETTING, WORKER, save_table
+from vgf_llm.sampling.vllm_engine import WORKER
+from vgf_llm.sampling.vllm_table import TABLE_SETTING, save_table
 from vgf_llm.settings import EngineSettings
 from vgf_llm.training.particle_engine import PUSHED_FOLDER
 

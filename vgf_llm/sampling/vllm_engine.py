@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vgf_llm.errors import DataError
@@ -31,22 +30,15 @@ from vgf_llm.sampling.engine import (
 from vgf_llm.sampling.engine_thread import EngineThread, first_line
 from vgf_llm.sampling.plan_rows import check_plan
 from vgf_llm.sampling.reaper import Reaper
+from vgf_llm.sampling.vllm_table import TableFolder, save_table
 from vgf_llm.settings import EngineSettings
 
 PROCESSOR = "vgf_llm.sampling.vllm_processor:PlanProcessor"
 WORKER = "vgf_llm.sampling.vllm_worker.FolderWorker"
 PLAN_IS_CHECKED = "_vgf_is_checked"  # an attribute, which nobody can send along with a request
-PLAN_ARGUMENT, TABLE_SETTING, TABLE_NAME = "vgf_plan", "vgf_table", "table.safetensors"
+PLAN_ARGUMENT = "vgf_plan"
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _PUSHED_FROM = 1000  # numbers of pushed LoRAs, beyond those of the start
-
-
-def save_table(table_VD: Tensor, folder: str | Path) -> Path:
-    """Write the table that particles live in to where an engine finds it; returns the folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({"table_VD": table_VD.detach().cpu().contiguous().clone()}, folder / TABLE_NAME)
-    return folder
 
 
 class VLLMEngine:
@@ -104,7 +96,7 @@ class VLLMEngine:
         if self.settings.kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(self.settings.kv_cache_gib * 2**30)
         if table_VD is not None:
-            options["additional_config"] = {TABLE_SETTING: str(save_table(table_VD, self._folder.name))}
+            options["additional_config"] = TableFolder(str(save_table(table_VD, self._folder.name)))
         configs = [json.loads((Path(one) / ADAPTER_NAME).read_text(encoding="utf-8")) for one in adapters]
         if pushed is not None:
             configs.append(dict(pushed))
@@ -233,6 +225,8 @@ def _start(options: dict[str, Any]) -> Any:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the newer runner has another interface for logits processors
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the command's own
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not torch.cuda.is_available():  # what is compiled ahead of time cannot be read back there, and is made anew
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     try:
         from vllm import LLM
     except ImportError as error:

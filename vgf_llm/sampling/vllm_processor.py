@@ -3,8 +3,8 @@
 A plan (:class:`vgf_llm.text.choosing.RowPlan`) comes as text in the request's extra arguments under ``vgf_plan``. At
 every step the rows with plans are picked together and all other logits of theirs set to -inf, so that greedy sampling
 takes the token. Requests without a plan are left alone, and rows of different laws are picked in groups of their own:
-nobody pays for another's budget. The embedding table is named by ``additional_config={"vgf_table": <folder>}``, a
-folder with ``table.safetensors``.
+nobody pays for another's budget. The embedding table is named by the engine's additional config
+(:mod:`vgf_llm.sampling.vllm_table`), ``{"vgf_table": <folder>}`` on a command line.
 
 This is the one module of the package that cannot be imported without vLLM.
 """
@@ -12,11 +12,9 @@ This is the one module of the package that cannot be imported without vLLM.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
@@ -24,7 +22,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from vgf_llm.errors import DataError
 from vgf_llm.sampling.plan_rows import PlannedRow, check_plan, step
-from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT, PLAN_IS_CHECKED, TABLE_NAME, TABLE_SETTING
+from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT, PLAN_IS_CHECKED
+from vgf_llm.sampling.vllm_table import load_table
 from vgf_llm.text.choosing import RowPlan
 
 
@@ -53,8 +52,8 @@ class PlanProcessor(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
         self.vocabulary = vllm_config.model_config.get_vocab_size()
-        folder = (vllm_config.additional_config or {}).get(TABLE_SETTING)
-        self.table_VD = None if folder is None else load_file(Path(folder) / TABLE_NAME)["table_VD"].to(device)
+        table_VD = load_table(vllm_config.additional_config)
+        self.table_VD = None if table_VD is None else table_VD.to(device)
         self.rows: dict[int, tuple[PlannedRow | None, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:

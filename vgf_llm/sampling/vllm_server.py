@@ -7,7 +7,7 @@ continuous batching does the rest. The server must run the plan processor and re
         --logits-processors vgf_llm.sampling.vllm_processor:PlanProcessor
         --additional-config '{"vgf_table": "FOLDER"}'
 
-with FOLDER from :func:`vgf_llm.sampling.vllm_engine.save_table`. An API key is read from ``VLLM_API_KEY``.
+with FOLDER from :func:`vgf_llm.sampling.vllm_table.save_table`. An API key is read from ``VLLM_API_KEY``.
 
 Weights are pushed as the name of a folder that the server can read: an adapter where it runs with --enable-lora and
 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, a whole model where it runs with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls

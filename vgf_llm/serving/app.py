@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -86,22 +88,32 @@ class Server:
         await asyncio.to_thread(self.keeper.close)
 
     def _answering(self, path: str, handler: Handler) -> Handler:
-        """Wrap a route: the key first, every error as OpenAI's body, and one count a request."""
+        """Wrap a route: the key first, every error as OpenAI's body, and one count and one line a request."""
 
         async def answering(request: Request) -> Response:
+            request.state.id, request.state.began = uuid.uuid4().hex, time.monotonic()
             try:
                 if path not in _KEYLESS:
                     self._check_key(request)
                 response = await handler(request)
             except asyncio.CancelledError:  # the time that a server has to end is up
-                response = _error_response(RequestError(503, "the server is stopping", code="stopping"))
+                response = _error_response(_stopping())
             except Exception as error:
                 response = _error_response(error)
+            response.headers["X-Request-Id"] = request.state.id
             if not isinstance(response, StreamingResponse):  # a stream counts when it ends, as what it ended in
-                self.metrics.requests.labels(path, response.status_code).inc()
+                self._ended(request, path, response.status_code)
             return response
 
         return answering
+
+    def _ended(self, request: Request, path: str, status: int) -> None:
+        """Count a request, and log it without anything that it said."""
+        self.metrics.requests.labels(path, status).inc()
+        if path not in _KEYLESS:
+            at, seconds = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic() - request.state.began
+            line = f"{at} {request.method} {path} {status} {seconds:.2f} s {request.state.id}"
+            print(f"vgf-llm serve: {line}", file=sys.stderr, flush=True)
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
@@ -178,13 +190,16 @@ class Server:
             ended_in = 200
         except AbandonedError:
             return
+        except asyncio.CancelledError:
+            ended_in = _stopping().status
+            yield event(_stopping().body)
         except Exception as error:
             found = _told(error)
             ended_in = found.status
             yield event(found.body)
         finally:
             job.deadline.abandon()
-            self.metrics.requests.labels(request.url.path, ended_in).inc()
+            self._ended(request, request.url.path, ended_in)
 
     async def _body(self, request: Request) -> bytes:
         """Return the body, of which no more is read than it may have."""
@@ -218,6 +233,10 @@ class Server:
 
     def _card(self) -> dict[str, object]:
         return {"id": self.model, "object": "model", "created": 0, "owned_by": "vgf_llm"}
+
+
+def _stopping() -> RequestError:
+    return RequestError(503, "the server is stopping", code="stopping")
 
 
 def _told(error: BaseException) -> RequestError:

@@ -1,8 +1,8 @@
 """The fields of a request and their types: OpenAI's for what is sampled, ``transport`` for how far it is moved.
 
 Strict: an unknown field, text for a number, true for 1, NaN or infinity is refused by name. What OpenAI's interface
-has and this server does not do (several answers, penalties, log-probabilities) may be sent with the value that asks for
-nothing.
+has and this server does not do (several answers, penalties, log-probabilities, tools) may be sent with the value that
+asks for nothing.
 """
 
 from __future__ import annotations
@@ -42,14 +42,20 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(max_length=256, fail_fast=True)]
 
     @property
     def plain(self) -> dict[str, str]:
-        """The turn with its parts joined."""
+        """The turn with its parts joined; templates know a developer by the older name."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ResponseFormat(_Strict):
+    """The form of an answer; only text is written."""
+
+    type: Literal["text"]
 
 
 class StreamOptions(_Strict):
@@ -91,7 +97,8 @@ class Asked(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     transport: Transport | None = None  # type: ignore[valid-type]
-    user: str | None = Field(None, max_length=256)  # a note of the client's, not looked at
+    user: str | None = Field(None, max_length=256)  # notes of the client's, not looked at
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     n: int | None = Field(None, ge=1, le=1)
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
@@ -103,6 +110,9 @@ class AskedChat(Asked):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_completion_tokens: Count | None = None
     logprobs: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    response_format: ResponseFormat | None = None
+    store: Literal[False] | None = None
 
 
 class AskedText(Asked):
