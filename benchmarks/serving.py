@@ -42,8 +42,8 @@ _WINDOW_SEC = 10.0
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"steps": 0, "num_particles": 1},
     "best-of-8": {"steps": 0, "num_particles": 8},
-    "2 nats": {"nats": 2.0, "num_particles": 4, "draws": 2},
-    "4 nats in 2 rounds": {"nats": 4.0, "num_particles": 8, "draws": 2, "rounds": 2},
+    "2 nats": {"nats": 2.0, "num_particles": 4, "draws": 1},
+    "4 nats in 2 rounds": {"nats": 4.0, "num_particles": 4, "draws": 1, "rounds": 2},
 }
 _TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 
