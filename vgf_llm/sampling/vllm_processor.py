@@ -11,7 +11,9 @@ This is the one module of the package that cannot be imported without vLLM.
 
 from __future__ import annotations
 
+import ctypes
 import sys
+import time
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from vgf_llm.sampling.plan_rows import PlannedRow, check_plan, step
 from vgf_llm.sampling.vllm_engine import PLAN_ARGUMENT, PLAN_IS_CHECKED
 from vgf_llm.sampling.vllm_table import load_table
 from vgf_llm.text.choosing import RowPlan
+
+_GIVE_BACK_SEC = 20.0
 
 
 class PlanProcessor(LogitsProcessor):
@@ -55,6 +59,8 @@ class PlanProcessor(LogitsProcessor):
         table_VD = load_table(vllm_config.additional_config)
         self.table_VD = None if table_VD is None else table_VD.to(device)
         self.rows: dict[int, tuple[PlannedRow | None, list[int]]] = {}
+        self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        self._given_back = time.monotonic()
 
     def is_argmax_invariant(self) -> bool:
         """The argmax is what this processor decides."""
@@ -64,6 +70,7 @@ class PlanProcessor(LogitsProcessor):
         """Follow requests as they come, go and change places."""
         if batch_update is None:
             return
+        self._give_back()
         for index in batch_update.removed:
             self.rows.pop(index, None)
         for index, params, _, output_ids in batch_update.added:
@@ -76,6 +83,12 @@ class PlanProcessor(LogitsProcessor):
                 self.rows[target] = moved
             if replaced is not None and direction == MoveDirectionality.SWAP:
                 self.rows[source] = replaced
+
+    def _give_back(self) -> None:
+        """Return freed memory to the system now and then: glibc keeps what plans of many sizes leave between them."""
+        if self._malloc_trim is not None and time.monotonic() - self._given_back > _GIVE_BACK_SEC:
+            self._malloc_trim(0)
+            self._given_back = time.monotonic()
 
     def apply(self, logits: Tensor) -> Tensor:
         """Leave each planned row one token."""
