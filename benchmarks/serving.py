@@ -9,7 +9,7 @@ budget, and a larger budget in two rounds; every other client reads a stream. Re
 error) or different (another text than alone, or another value or nats beyond rounding; in float32 two tokens that are
 as good as tied may fall either way in another batch, and every such answer is shown beside the one alone), seconds
 from a question's first attempt to its answer by kind (p50, p95) with the 429s on the way, and resident memory: the
-median of the last ten seconds against that of the first ten, and one sample every ten seconds. The last line of
+median of the last thirty seconds against that of the first thirty, and one sample every ten seconds. The last line of
 standard output is one JSON object; ``--record`` writes docs/results/serving[_<shape>].json too. The exit code is 1
 where an answer was lost, and with ``--shape tiny`` also where one was different: a text of the tiny model does not
 hang by a near tie.
@@ -38,7 +38,7 @@ from vgf_llm.evaluation.work import hardware
 from vgf_llm.io import check_writable, write_json_atomic
 
 PROMPTS_FILE = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
-_WINDOW_SEC = 10.0
+_WINDOW_SEC = 30.0
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"steps": 0, "num_particles": 1},
     "best-of-8": {"steps": 0, "num_particles": 8},
