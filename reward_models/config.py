@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vgf_llm.checks import require
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -190,9 +192,3 @@ class RewardTraining(TrainerSettings):
         super().__post_init__()
         require(self.centring >= 0, "centring", self.centring, "at least 0")
         require(self.margin_scale > 0, "margin_scale", self.margin_scale, "above 0")
-
-
-def require(holds: bool, key: str, value: Any, valid: str) -> None:
-    """Raise ValueError naming the key and the value unless the condition holds."""
-    if not holds:
-        raise ValueError(f"{key} must be {valid}, got {value}")

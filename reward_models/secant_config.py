@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from vgf_llm.checks import require
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class SecantScript:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
-        _require(self.responses >= 1, "responses", self.responses, "at least 1")
+        require(self.responses >= 1, "responses", self.responses, "at least 1")
         found = self.validation_substitutions
-        _require(found >= 9, "validation_substitutions", found, "at least 9")
-        _require(self.shortlist >= 2, "shortlist", self.shortlist, "at least 2")
+        require(found >= 9, "validation_substitutions", found, "at least 9")
+        require(self.shortlist >= 2, "shortlist", self.shortlist, "at least 2")
         for key in ("num_prompts", "num_validation_prompts"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, key, value, "null or at least 1")
+            require(value is None or value >= 1, key, value, "null or at least 1")
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,9 @@ class SecantTraining:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
-        _require(self.base in ("skip", "gradient", "none"), "base", self.base, '"skip", "gradient" or "none"')
+        require(self.base in ("skip", "gradient", "none"), "base", self.base, '"skip", "gradient" or "none"')
         for key in ("substitutions", "steps", "batch_size", "hidden"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-
-
-def _require(holds: bool, key: str, value: Any, valid: str) -> None:
-    if not holds:
-        raise ValueError(f"{key} must be {valid}, got {value}")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")

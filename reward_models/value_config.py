@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reward_models.config import TrainerSettings, TrainingData, require
+from reward_models.config import TrainerSettings, TrainingData
+from vgf_llm.checks import require
 
 
 @dataclass(frozen=True)

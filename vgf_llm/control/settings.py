@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from vgf_llm.checks import require
 from vgf_llm.flow.budget import TransportBudget
 
 
@@ -62,19 +63,15 @@ class AgentSettings:
             ValueError: Naming the key and the value seen.
         """
         for key in ("euler_steps", "num_particles"):
-            _at_least(self, key, 1)
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in ("clone_hidden", "critic_hidden"):
-            if not getattr(self, key) or min(getattr(self, key)) < 1:
-                raise ValueError(f"{key} must list at least one width, each at least 1, got {getattr(self, key)}")
+            widths = getattr(self, key)
+            require(bool(widths) and min(widths) >= 1, key, widths, "a list of at least one width, each at least 1")
         for key in ("sql_alpha", "select_temperature", "learning_rate"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise ValueError(f"{key} must be a finite number above 0, got {getattr(self, key)}")
-        if not 0 < self.expectile < 1:
-            raise ValueError(f"expectile must be in (0, 1), got {self.expectile}")
-        if not 0 <= self.discount < 1:
-            raise ValueError(f"discount must be in [0, 1), got {self.discount}")
-        if not 0 < self.average_rate <= 1:
-            raise ValueError(f"average_rate must be in (0, 1], got {self.average_rate}")
+            require(0 < getattr(self, key) < float("inf"), key, getattr(self, key), "a finite number above 0")
+        require(0 < self.expectile < 1, "expectile", self.expectile, "in (0, 1)")
+        require(0 <= self.discount < 1, "discount", self.discount, "in [0, 1)")
+        require(0 < self.average_rate <= 1, "average_rate", self.average_rate, "in (0, 1]")
         if self.amortised and self.budget.kernel == "rbf":
             raise ValueError("amortised moves each particle on its own: set budget.kernel to none")
 
@@ -151,16 +148,15 @@ class TrainSettings:
             ValueError: Naming the key and the value seen.
         """
         for key in ("seed", "offline_steps", "online_steps", "online_warmup", "online_flow_steps", "clone_steps"):
-            _at_least(self, key, 0)
+            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         for key in ("batch_size", "eval_every_steps", "eval_episodes", "log_every_steps", "save_every_steps"):
-            _at_least(self, key, 1)
-        _at_least(self, "cached_samples", 0)
-        if self.save_total_limit is not None:
-            _at_least(self, "save_total_limit", 1)
-        if not self.test_steps or min(self.test_steps) < 0:
-            raise ValueError(f"test_steps must list at least one number, none below 0, got {self.test_steps}")
-        if not self.test_step_sizes or not all(0 < size < float("inf") for size in self.test_step_sizes):
-            raise ValueError(f"test_step_sizes must list finite numbers above 0, got {self.test_step_sizes}")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        require(self.cached_samples >= 0, "cached_samples", self.cached_samples, "at least 0")
+        limit, steps, sizes = self.save_total_limit, self.test_steps, self.test_step_sizes
+        require(limit is None or limit >= 1, "save_total_limit", limit, "null or at least 1")
+        require(bool(steps) and min(steps) >= 0, "test_steps", steps, "a list of at least one number, none below 0")
+        finite = bool(sizes) and all(0 < size < float("inf") for size in sizes)
+        require(finite, "test_step_sizes", sizes, "a list of finite numbers above 0")
         if self.cached_samples and not self.clone_steps:
             raise ValueError("cached_samples needs clone_steps above 0: what is cached is drawn from a trained clone")
         if self.cached_samples and self.online_steps:
@@ -178,9 +174,3 @@ class TrainSettings:
     def folder(self) -> Path:
         """output_dir as a path."""
         return Path(self.output_dir)
-
-
-def _at_least(settings: Any, key: str, least: int) -> None:
-    value = getattr(settings, key)
-    if value < least:
-        raise ValueError(f"{key} must be at least {least}, got {value}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vgf_llm.checks import require
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import BackendName, DecoderName, EngineSettings
 
@@ -30,12 +31,12 @@ class TrainScript:
 
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
-        _require(bool(self.rewards), "rewards", self.rewards, "a list of at least one reward")
+        require(bool(self.rewards), "rewards", self.rewards, "a list of at least one reward")
         wanted = len(self.rewards)
-        _require(
+        require(
             len(self.reward_weights) in (0, wanted), "reward_weights", self.reward_weights, f"empty or {wanted} numbers"
         )
-        _require(self.num_prompts is None or self.num_prompts >= 1, "num_prompts", self.num_prompts, "null or >= 1")
+        require(self.num_prompts is None or self.num_prompts >= 1, "num_prompts", self.num_prompts, "null or >= 1")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class PolicySettings:
 
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
-        _require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
-        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
+        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,15 @@ class LearnedValueSettings:
 
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
-        _require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
-        _require(self.gradient in ("exact", "secant"), "gradient", self.gradient, '"exact" or "secant"')
-        _require(self.secant_substitutions >= 1, "secant_substitutions", self.secant_substitutions, "at least 1")
+        require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
+        require(self.gradient in ("exact", "secant"), "gradient", self.gradient, '"exact" or "secant"')
+        require(self.secant_substitutions >= 1, "secant_substitutions", self.secant_substitutions, "at least 1")
         for key in ("learning_rate", "head_learning_rate", "secant_learning_rate", "lora_alpha"):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
-        _require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
-        _require(0 <= self.td_lambda <= 1, "td_lambda", self.td_lambda, "in [0, 1]")
-        _require(0 < self.expectile < 1, "expectile", self.expectile, "in (0, 1)")
-        _require(0 < self.target_tau <= 1, "target_tau", self.target_tau, "in (0, 1]")
+            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+        require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
+        require(0 <= self.td_lambda <= 1, "td_lambda", self.td_lambda, "in [0, 1]")
+        require(0 < self.expectile < 1, "expectile", self.expectile, "in (0, 1)")
+        require(0 < self.target_tau <= 1, "target_tau", self.target_tau, "in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,12 @@ class VGFSettings:
 
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
-        _require(self.num_particles >= 2, "num_particles", self.num_particles, "at least 2: weights compare responses")
-        _require(self.draws >= 1, "draws", self.draws, "at least 1")
-        _require(self.kept is None or self.kept >= 1, "kept", self.kept, "null or at least 1")
+        require(self.num_particles >= 2, "num_particles", self.num_particles, "at least 2: weights compare responses")
+        require(self.draws >= 1, "draws", self.draws, "at least 1")
+        require(self.kept is None or self.kept >= 1, "kept", self.kept, "null or at least 1")
         for key in ("weight_temperature", "dpo_beta"):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
-        _require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "at least 0")
+            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+        require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -204,19 +205,14 @@ class OptimSettings:
 
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
-        _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in ("save_steps", "save_total_limit"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, key, value, "null or at least 1")
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
+            require(value is None or value >= 1, key, value, "null or at least 1")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
         for key in ("weight_decay", "max_grad_norm"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
-
-
-def _require(holds: bool, key: str, value: Any, valid: str) -> None:
-    if not holds:
-        raise ValueError(f"{key} must be {valid}, got {value}")
+            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
