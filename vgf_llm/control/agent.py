@@ -10,9 +10,9 @@ At test time the same sampling and flow, under another budget, end in the select
 the trained critics, the target and nothing else uses the averaged ones. Randomness is handed in as tensors, so that an
 update is a function of its arguments.
 
-Departures from the authors' published code: the averaged critics move after the critics' own step and towards the new
-parameters (theirs: towards those before it); the amortised flow does not clip the gradient's norm over the batch, which
-adam's step is nearly blind to.
+Departures from the authors' published code are listed in docs/control.md; here: the averaged critics move after the
+critics' own step and towards the new parameters (theirs: towards those before it); the amortised variant clips no
+gradient.
 """
 
 from __future__ import annotations

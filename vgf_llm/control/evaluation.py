@@ -140,16 +140,17 @@ class _Episode:
 
 
 def score(outcome: Outcome, low: float, high: float | None) -> float:
-    """Return an arm's score: the percentage of episodes solved, else the normalised or plain return.
+    """Return an arm's score.
 
-    Formula: `100 (mean return - low) / (high - low)` where the environment does not report success (D4RL's score).
+    With `high` the normalised return of D4RL, `100 (mean return - low) / (high - low)`; without it the percentage of
+    episodes solved where the environment tells, else the plain return.
 
     Args:
         outcome: An arm's episodes.
         low: Return that scores 0.
-        high: Return that scores 100; None leaves returns as they are.
+        high: Return that scores 100, or None.
     """
-    if outcome.successes is not None:
+    if outcome.successes is not None and high is None:
         return 100 * float(np.mean(outcome.successes))
     mean = float(np.mean(outcome.returns))
     return mean if high is None else 100 * (mean - low) / (high - low)

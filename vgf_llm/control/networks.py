@@ -1,7 +1,7 @@
 """Networks of the control half: clone, critics, gradient network. Torch only.
 
-All are perceptrons of layers [linear, ReLU, layer norm (critics)], as the authors have them. Three departures, all for
-speed and none for the numbers: the critics are one batched product a layer; the first layer is split into a part of
+All are perceptrons of layers [linear, ReLU, layer norm (critics)]; the authors have the norm before the ReLU. Three
+things are done for speed and change no number: the critics are one batched product a layer; the first layer is split into a part of
 the observation and a part of the rest, so that the observation's is computed once for all N particles; and a norm's
 scale and shift are multiplied into the next layer's weights instead of the activations.
 """

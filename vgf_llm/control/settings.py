@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ def training_budget() -> TransportBudget:
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """The agent; the defaults are those of the authors' published code."""
+    """The agent; the defaults are those of the authors' published code and scripts."""
 
     clone: Literal["flow", "gaussian"] = "flow"
     """Reference distribution: flow matching, or a Gaussian with one spread for all states."""
@@ -26,7 +27,7 @@ class AgentSettings:
     clone_hidden: list[int] = field(default_factory=lambda: [512, 512, 512, 512])
     """Widths of the clone's hidden layers."""
     critic_hidden: list[int] = field(default_factory=lambda: [512, 512, 512, 512])
-    """Widths of the critics' (and the gradient network's) hidden layers; layer norm is on."""
+    """Widths of the critics' (and the gradient network's) hidden layers; the critics have layer norm."""
     num_particles: int = 10
     """Particles N a state, at least 1."""
     budget: TransportBudget = field(default_factory=training_budget)
@@ -72,6 +73,11 @@ class AgentSettings:
         require(0 < self.expectile < 1, "expectile", self.expectile, "in (0, 1)")
         require(0 <= self.discount < 1, "discount", self.discount, "in [0, 1)")
         require(0 < self.average_rate <= 1, "average_rate", self.average_rate, "in (0, 1]")
+        free = TransportBudget()
+        for key in ("rounds", "nats", "max_token_nats"):
+            value = getattr(self.budget, key)
+            if value != getattr(free, key):
+                raise ValueError(f"budget.{key} limits the decoding of tokens and does nothing here: leave out {value}")
         if self.amortised and self.budget.kernel == "rbf":
             raise ValueError("amortised moves each particle on its own: set budget.kernel to none")
 
@@ -94,6 +100,18 @@ class DataSettings:
     """Return that scores 0 where the task has no success of its own (D4RL: the random policy's)."""
     score_max: float | None = None
     """Return that scores 100 (D4RL: the expert's); null reports success rates, or returns as they are."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges.
+
+        Raises:
+            ValueError: Naming the key and the value seen.
+        """
+        require(isfinite(self.reward_shift), "reward_shift", self.reward_shift, "a finite number")
+        require(isfinite(self.score_min), "score_min", self.score_min, "a finite number")
+        high = self.score_max
+        valid = f"null or a finite number above score_min ({self.score_min})"
+        require(high is None or (isfinite(high) and high > self.score_min), "score_max", high, valid)
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,8 @@ class TrainSettings:
     """Checkpoints kept, at least 1; null keeps all."""
     resume: bool = False
     """Go on from the newest whole checkpoint of output_dir, where there is one."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Keys of the checkpoint's identity that may differ when going on, for example agent.discount."""
     report_to: list[str] = field(default_factory=list)
     """Trackers besides metrics.jsonl: tensorboard, wandb."""
     device: str = "auto"

@@ -2,7 +2,7 @@
 
     python -m vgf_llm.control.train --config recipes/control/cube_single_cpu.yaml --seed 0 --output_dir outputs/cube/0
     python -m vgf_llm.control.train --config ... --resume                        goes on, bit for bit
-    python -m vgf_llm.control.train --config ... --only_evaluate --test_steps 1 2   other budgets, no training
+    python -m vgf_llm.control.train --config ... --only_evaluate --test_steps '[1, 2]'   other budgets, no training
 
 The folder holds checkpoints that are whole or absent, metrics.jsonl, evaluations.jsonl (a line an arm, with the
 returns of all episodes) and the figure of score against budget. Seeds are joined by `vgf_llm.control.report`.
@@ -76,9 +76,12 @@ def run(
         from vgf_llm.control.saving import restore
 
         manifest = verify(checkpoint)
-        check_identity(manifest, trainer.identity)
-        restore(checkpoint, trainer.agent, trainer.buffer)
         start = manifest.step
+        if start > settings.total_steps:
+            raise ConfigError(f"output_dir: {checkpoint.name} lies beyond the {settings.total_steps} steps asked for")
+        for change in check_identity(manifest, trainer.identity(manifest.step), settings.allow_changes):
+            print(f"allowed change: {change}", file=sys.stderr)
+        restore(checkpoint, trainer.agent, trainer.buffer)
         print(f"going on from '{checkpoint}'", file=sys.stderr)
     if only_evaluate:
         return trainer.evaluate(start)
@@ -100,9 +103,15 @@ def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSet
     from vgf_llm.control.envs import bounds_of, make_env
     from vgf_llm.control.evaluation import Evaluator
     from vgf_llm.control.loaders import load
-    from vgf_llm.control.trainer import OnlineEpisodes, Trainer
+    from vgf_llm.control.online import OnlineEpisodes
+    from vgf_llm.control.trainer import Trainer
 
     device = resolve_device(settings.device)
+    if 0 < settings.cached_samples < agent_settings.num_particles:
+        raise ConfigError(
+            f"cached_samples must be 0 or at least num_particles ({agent_settings.num_particles}), "
+            f"got {settings.cached_samples}"
+        )
     env = bounds = None
     if data.env is not None:
         env = make_env(data.env)
@@ -132,7 +141,7 @@ def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSet
         Buffer(transitions, settings.online_steps, device),
         evaluator,
         online,
-        _identity(settings, data, agent_settings, digest),
+        lambda step: _identity(settings, data, agent_settings, digest, step),
         device,
     )
 
@@ -148,12 +157,19 @@ def _check_sizes(data: DataSettings, env: Any, transitions: Any) -> None:
             )
 
 
-def _identity(settings: TrainSettings, data: DataSettings, agent: AgentSettings, digest: str) -> dict[str, Any]:
-    """What must not change between a checkpoint and the run that goes on from it; more steps may be asked for."""
-    online = {key: value for key, value in dump(settings).items() if key.startswith(("online", "offline"))}
+def _identity(
+    settings: TrainSettings, data: DataSettings, agent: AgentSettings, digest: str, step: int
+) -> dict[str, Any]:
+    """What must not change between a checkpoint at a step and the run that goes on from it.
+
+    More steps may be asked for, but not of the offline phase once the online one has begun.
+    """
+    begun = step > settings.clone_steps + settings.offline_steps
+    online = {key: getattr(settings, key) for key in ("offline_steps", "online_warmup", "online_flow_steps")}
     return {
         "agent": dataclasses.asdict(agent),
         "data": {
+            "env": data.env,
             "sha256": digest,
             "reward_shift": data.reward_shift,
             "normalise_returns": data.normalise_returns,
@@ -163,7 +179,7 @@ def _identity(settings: TrainSettings, data: DataSettings, agent: AgentSettings,
         "batch_size": settings.batch_size,
         "clone_steps": settings.clone_steps,
         "cached_samples": settings.cached_samples,
-        "online": online if settings.online_steps else {},
+        "online": online if begun else {},
     }
 
 

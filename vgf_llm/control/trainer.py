@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,18 @@ from torch import Tensor
 
 from vgf_llm.control.agent import Batch, ControlAgent, Noise
 from vgf_llm.control.data import Buffer
-from vgf_llm.control.envs import Bounds, reset
 from vgf_llm.control.evaluation import Evaluator, make_arms, score
+from vgf_llm.control.online import OnlineEpisodes
 from vgf_llm.control.saving import save, step_generator
 from vgf_llm.control.settings import DataSettings, TrainSettings
 from vgf_llm.control.trackers import Trackers
+from vgf_llm.errors import DivergedError, NonFiniteError
 from vgf_llm.io import append_jsonl, read_jsonl, write_text_atomic
 from vgf_llm.progress import track
 
 METRICS_NAME = "metrics.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
 _CACHE_ROWS = 1024  # next states a call of the clone
-_ONLINE_SEED = 500_009
 
 
 class Trainer:
@@ -43,7 +42,7 @@ class Trainer:
         buffer: The transitions.
         evaluator: Runs the test budgets; None skips evaluation.
         online: Takes the environment's steps; None where there are none.
-        identity: What a checkpoint is a checkpoint of.
+        identity: What a checkpoint at a step is a checkpoint of.
         device: Torch device.
     """
 
@@ -55,7 +54,7 @@ class Trainer:
         buffer: Buffer,
         evaluator: Evaluator | None,
         online: OnlineEpisodes | None,
-        identity: dict[str, Any],
+        identity: Callable[[int], dict[str, Any]],
         device: str,
     ) -> None:
         self.settings, self.data_settings = settings, data_settings
@@ -78,13 +77,21 @@ class Trainer:
         total = settings.total_steps
         for step in track(range(start + 1, total + 1), "train", total - start):
             metrics = self._train_step(step)
-            if step % settings.log_every_steps == 0 or step == total:
+            logged, saved = (step % every == 0 for every in (settings.log_every_steps, settings.save_every_steps))
+            if logged or saved or step == total:
+                _check_finite(step, metrics)
+            if logged or step == total:
                 self._log(step, metrics)
             if self.evaluator is not None and (step % settings.eval_every_steps == 0 or step == total):
                 last = self.evaluate(step)
             self._save(step)
         self._trackers.close()
-        return last
+        return last or self._evaluated(total)
+
+    def _evaluated(self, step: int) -> list[dict[str, Any]]:
+        """The rows that an earlier run wrote at a step."""
+        path = self.settings.folder / EVALUATIONS_NAME
+        return [row for row in read_jsonl(path) if row["step"] == step] if path.is_file() else []
 
     def evaluate(self, step: int) -> list[dict[str, Any]]:
         """Run all test budgets and append a line an arm to evaluations.jsonl."""
@@ -128,7 +135,11 @@ class Trainer:
         if step <= settings.clone_steps or not settings.cached_samples:
             metrics |= self.agent.update_clone(batch, noise)
         if step > settings.clone_steps:
-            metrics |= self.agent.update_critics(batch, self._samples(batch, rows_B, noise, generator))
+            samples_BNA = self._samples(batch, rows_B, noise, generator)
+            try:
+                metrics |= self.agent.update_critics(batch, samples_BNA)
+            except NonFiniteError as error:
+                raise _diverged(step, "the value or its gradient") from error
         return metrics
 
     def _noise(self, batch: Batch, generator: torch.Generator) -> Noise:
@@ -169,9 +180,6 @@ class Trainer:
         values = {name: float(value) for name, value in metrics.items()}
         if self.online is not None:
             values |= self.online.figures()
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if bad:
-            print(f"warning: step {step}: {', '.join(bad)} not finite", file=sys.stderr)
         append_jsonl(self.settings.folder / METRICS_NAME, [{"step": step} | values])
         self._trackers.log(values, step)
 
@@ -181,60 +189,26 @@ class Trainer:
         self._save_due |= step % settings.save_every_steps == 0 or step == settings.total_steps
         between = self.online is None or self.online.between or step == settings.total_steps
         if self._save_due and between:
-            save(settings.folder, step, self.agent, self.buffer, self.identity, settings.save_total_limit)
+            save(settings.folder, step, self.agent, self.buffer, self.identity(step), settings.save_total_limit)
             self._save_due = False
 
 
-class OnlineEpisodes:
-    """Environment steps whose transitions go into the buffer; an episode's seed is the step that it starts at.
+def _check_finite(step: int, metrics: dict[str, Tensor]) -> None:
+    """Stop before numbers that are not finite are logged or saved.
 
-    Args:
-        make: Makes the environment.
-        bounds: Bounds of its actions.
-        settings: Seed and flow steps of the actions tried.
-        reward_of: From an environment's reward to the data's (shift and scale).
+    Raises:
+        DivergedError: Names the step and the metrics.
     """
+    bad = [name for name, value in metrics.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise _diverged(step, ", ".join(bad))
 
-    def __init__(
-        self, make: Callable[[], Any], bounds: Bounds, settings: TrainSettings, reward_of: Callable[[float], float]
-    ) -> None:
-        self._env, self._bounds, self._settings, self._reward_of = make(), bounds, settings, reward_of
-        self.between = True
-        self._observation: np.ndarray | None = None
-        self._return, self._returns = 0.0, [float("nan")]
 
-    def step(self, agent: ControlAgent, buffer: Buffer, step: int) -> None:
-        """Take one step and keep its transition."""
-        settings = self._settings
-        if self.between or self._observation is None:
-            self._observation = reset(self._env, (settings.seed * _ONLINE_SEED + step) % 2**31)
-            self._return = 0.0
-        generator = step_generator(settings.seed + 1, step, "cpu")
-        noise_1NA = torch.randn((1, agent.settings.num_particles, agent.action_size), generator=generator)
-        uniform_1 = torch.rand(1, generator=generator)
-        budget = replace(agent.settings.budget, steps=settings.online_flow_steps)
-        device = buffer.device
-        observation_1O = torch.from_numpy(self._observation).unsqueeze(0).to(device)
-        action_1A, _ = agent.act(observation_1O, noise_1NA.to(device), uniform_1.to(device), budget)
-        action = action_1A[0].cpu().numpy()
-        following, reward, terminated, truncated, _ = self._env.step(self._bounds.from_unit(action.astype(np.float64)))
-        following = np.asarray(following, dtype=np.float32)
-        buffer.add(
-            observations=self._observation,
-            actions=action,
-            rewards=self._reward_of(float(reward)),
-            masks=0.0 if terminated else 1.0,
-            next_observations=following,
-        )
-        self._return += float(reward)
-        self._observation = following
-        self.between = bool(terminated or truncated)
-        if self.between:
-            self._returns.append(self._return)
-
-    def figures(self) -> dict[str, float]:
-        """Return of the last episode that ended, where one has."""
-        return {"online_return": self._returns[-1]} if np.isfinite(self._returns[-1]) else {}
+def _diverged(step: int, what: str) -> DivergedError:
+    return DivergedError(
+        f"step {step}: {what} not finite; lower learning_rate or budget.step_size, and go on from the newest "
+        "checkpoint with --resume"
+    )
 
 
 def _forget_after(path: Any, step: int) -> None:
