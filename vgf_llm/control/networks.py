@@ -1,9 +1,9 @@
 """Networks of the control half: clone, critics, gradient network. Torch only.
 
 All are perceptrons of layers [linear, ReLU, layer norm (critics)]; the authors have the norm before the ReLU. Three
-things are done for speed and change no number: the critics are one batched product a layer; the first layer is split into a part of
-the observation and a part of the rest, so that the observation's is computed once for all N particles; and a norm's
-scale and shift are multiplied into the next layer's weights instead of the activations.
+things are done for speed and change no number: the critics are one batched product a layer; the first layer is split
+into a part of the observation and a part of the rest, so that the observation's is computed once for all N particles;
+and a norm's scale and shift are multiplied into the next layer's weights instead of the activations.
 """
 
 from __future__ import annotations
