@@ -137,3 +137,144 @@ def test_buffer_keeps_online_transitions_apart():
     other = Buffer(data, 2, "cpu")
     other.restore(kept)
     assert other.size == 4 and other.tensors["rewards"].tolist() == [0, 0, 0, 7, 0]
+
+
+MORE_BAD = [
+    ({"rewards": np.array([0, 0, 0, 1e39, 0, 0])}, r"'rewards', row 3: not finite in float32: 1e\+39"),
+    ({"terminals": np.array([0, 0.5, 0, 0, 0, 1])}, "'terminals', row 1: needs 0 or 1, has 0.5"),
+    ({"timeouts": np.array([0, 0, 2, 0, 0, 0])}, "'timeouts', row 2: needs 0 or 1, has 2"),
+    ({"next_observations": np.zeros((6, 3))}, "'next_observations' has 3 columns, 'observations' has 2"),
+    ({"observations": np.zeros((6, 0))}, "'observations' needs at least one column"),
+    ({"actions": np.zeros((6, 0))}, "'actions' needs at least one column"),
+    ({"rewards": np.array(["a"] * 6)}, "'rewards' needs real numbers, has type <U1"),
+    ({"rewards": np.array([None] * 6)}, "'rewards' needs real numbers, has type object"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MORE_BAD)
+def test_bad_values_and_widths_are_refused(change, message):
+    with pytest.raises(DataError, match=f"some.hdf5: field {message}"):
+        from_rows("some.hdf5", rows(**change), None)
+
+
+def test_one_column_of_actions_is_not_spread_over_three_bounds():
+    with pytest.raises(DataError, match="f: field 'actions' has 1 columns, the environment's has 3"):
+        from_rows("f", rows(), Bounds(-np.ones(3), np.ones(3)))
+
+
+def test_transitions_of_unequal_lengths_are_refused():
+    flat = np.zeros(3, np.float32)
+    with pytest.raises(DataError, match="equal lengths.*'masks': 2"):
+        Transitions(np.zeros((3, 2)), np.zeros((3, 1)), flat, flat[:2], np.zeros((3, 2)), flat > 0)
+
+
+def episode(**changes):
+    """A Minari episode of three transitions."""
+    fields = {
+        "observations": np.arange(8.0).reshape(4, 2),
+        "actions": np.zeros((3, 1)),
+        "rewards": np.arange(3.0),
+        "terminations": np.array([False, False, True]),
+    }
+    return {**fields, **changes}
+
+
+def minari(folder, *episodes, **named):
+    h5py = pytest.importorskip("h5py")
+    (folder / "data").mkdir(parents=True)
+    with h5py.File(folder / "data" / "main_data.hdf5", "w") as file:
+        for name, fields in {**{f"episode_{i}": e for i, e in enumerate(episodes)}, **named}.items():
+            for key, values in fields.items():
+                file[f"{name}/{key}"] = values
+    return str(folder)
+
+
+BAD_EPISODES = [
+    ({"rewards": np.zeros(2)}, "'rewards' has 2 rows, 'actions' has 3"),
+    ({"rewards": np.zeros((3, 1))}, r"'rewards' needs 1 dimension\(s\), has shape \(3, 1\)"),
+    ({"terminations": np.zeros(4, bool)}, "'terminations' has 4 rows, 'actions' has 3"),
+    ({"rewards": np.array([0, np.nan, 0])}, "'rewards', row 1: not finite: nan"),
+    ({"observations": np.array([[0, 0], [0, 0], [0, 0], [np.inf, 0]])}, "'observations', row 3: not finite"),
+    ({"actions": np.array([[0], [0], [1.5]])}, "'actions', row 2: outside the bounds"),
+    ({"actions": np.zeros((3, 2))}, "'actions' has 2 columns, that of episode_0 has 1"),
+    ({"actions": 0.0}, r"'actions' needs 2 dimension\(s\), has shape \(\)"),
+    ({"observations": np.zeros((4, 3))}, "'observations' has 3 columns, that of episode_0 has 2"),
+    ({"terminations": np.array([0, 0.5, 1])}, "'terminations', row 1: needs 0 or 1, has 0.5"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_EPISODES)
+def test_a_minari_episode_is_refused_by_its_name_and_row(tmp_path, change, message):
+    path = minari(tmp_path / "set", episode(), episode(**change))
+    with pytest.raises(DataError, match=f"main_data.hdf5, episode_1: field {message}"):
+        load(path, None, None, None)
+
+
+def test_lengths_that_make_up_for_each_other_are_refused(tmp_path):
+    """4 and 2 rewards for two episodes of 3 have the right sum."""
+    path = minari(tmp_path / "set", episode(rewards=np.zeros(4)), episode(rewards=np.zeros(2)))
+    with pytest.raises(DataError, match="episode_0: field 'rewards' has 4 rows, 'actions' has 3"):
+        load(path, None, None, None)
+
+
+def test_a_group_of_another_name_is_no_episode(tmp_path):
+    path = minari(tmp_path / "set", episode(), episode_best=episode())
+    with pytest.raises(DataError, match="'episode_best' is no episode"):
+        load(path, None, None, None)
+
+
+def test_a_minari_field_that_is_a_group_is_refused(tmp_path):
+    fields = episode()
+    path = minari(tmp_path / "set", {**fields, "observations": np.zeros((4, 2))}, {"observations/x": np.zeros(3)})
+    with pytest.raises(DataError, match="episode_1: field 'observations' is a group"):
+        load(path, None, None, None)
+
+
+def test_a_group_or_text_in_a_d4rl_file_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    for name, change in {"group": {"rewards": None}, "text": {"rewards": ["a"] * 6}}.items():
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            for key, values in rows(**change).items():
+                file[key] = values
+            if name == "group":
+                file.create_group("rewards")
+    with pytest.raises(DataError, match="group.hdf5: field 'rewards' is a group"):
+        load(str(tmp_path / "group.hdf5"), None, None, None)
+    with pytest.raises(DataError, match="text.hdf5: field 'rewards' needs real numbers, has type object"):
+        load(str(tmp_path / "text.hdf5"), None, None, None)
+
+
+def test_a_corrupt_chunk_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "bad.hdf5"
+    with h5py.File(path, "w") as file:
+        for key, values in rows().items():
+            file.create_dataset(key, data=values, chunks=values.shape, compression="gzip")
+        chunk = file["rewards"].id.get_chunk_info(0)
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset)
+        file.write(b"\xff" * chunk.size)
+    with pytest.raises(DataError, match="bad.hdf5: field 'rewards' cannot be read"):
+        load(str(path), None, None, None)
+
+
+def test_a_file_that_is_no_npz_is_refused(tmp_path):
+    pytest.importorskip("ogbench")
+    np.savez_compressed(tmp_path / "whole.npz", actions=np.random.default_rng(0).normal(size=500))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    middle = len(whole) // 2
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    np.savez(tmp_path / "objects.npz", actions=np.array([None]))
+    files = {
+        "empty": b"",
+        "short": whole[:middle],
+        "changed": whole[:middle] + b"\xff" * 200 + whole[middle + 200 :],
+        "one": (tmp_path / "one.npy").read_bytes(),
+        "text": b"PK\x03\x04 and no archive",
+        "objects": (tmp_path / "objects.npz").read_bytes(),
+    }
+    for name, content in files.items():
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}.npz' (cannot be read|holds one array)"):
+            load(str(path), "pointmaze-medium-navigate-singletask-task1-v0", None, None)

@@ -67,6 +67,14 @@ def test_no_behaviour_for_a_pair_is_said(tmp_path):
         ({"qpos": None}, "field 'qpos' is missing"),
         ({"actions": np.full((602, 2), 3.0)}, "'actions', row 0: outside the bounds"),
         ({"terminals": np.arange(602) % 301 >= 299}, "episode 1, which ends at row 300, holds no transition"),
+        ({"terminals": np.arange(602) == 300}, "'terminals', row 601: the last row must end an episode, has False"),
+        ({"terminals": 0.5 * (np.arange(602) == 601)}, "'terminals', row 601: needs 0 or 1, has 0.5"),
+        ({"observations": np.full((602, 2), 1e39)}, "'observations', row 0: not finite in float32"),
+        ({"actions": np.zeros((602, 3))}, "'actions' has 3 columns, the environment's has 2"),
+        ({"qpos": np.zeros((602, 1))}, "'qpos' has 1 columns, the environment's has 2"),
+        ({"qpos": np.zeros((602, 3))}, "'qpos' has 3 columns, the environment's has 2"),
+        ({"qvel": np.zeros((601, 2))}, r"'qvel' has shape \(601, 2\), 'actions' has 602 rows"),
+        ({"actions": np.full((602, 2), "a")}, "'actions' needs real numbers, has type <U1"),
     ],
 )
 def test_bad_files_are_refused(maze, tmp_path, change, message):

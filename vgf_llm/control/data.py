@@ -1,7 +1,7 @@
 """Transitions as tensors, what is refused before training, and the buffer that grows online.
 
-What is refused, with file and row: missing or wrongly shaped fields, numbers that are not finite, actions outside the
-bounds, episodes without a transition.
+What is refused, with file and row: missing or wrongly shaped fields, numbers that are not finite in float32, flags that
+are neither 0 nor 1, actions of another width than the bounds or outside them, episodes without a transition.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from vgf_llm.control.agent import Batch
+from vgf_llm.control.envs import Bounds
 from vgf_llm.errors import DataError
 
 _TOLERANCE = 1e-3  # actions of published files leave the bounds by rounding
+_FLAGS = ("terminals", "terminations", "timeouts")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class Transitions:
     """[K, O]"""
     ends: np.ndarray
     """Bool [K]; the last transition of an episode."""
+
+    def __post_init__(self) -> None:
+        """Refuse fields of unequal lengths."""
+        lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"transitions: fields need equal lengths, have {lengths}; look where episodes end")
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -79,12 +87,12 @@ class Transitions:
 
 
 def check_fields(source: str, arrays: Mapping[str, np.ndarray], wanted: Mapping[str, int]) -> None:
-    """Refuse missing fields, wrong numbers of dimensions, unequal lengths and numbers that are not finite.
+    """Refuse missing fields, unequal lengths or widths, and what `check_shape` and `check_numbers` refuse.
 
     Args:
         source: File, the start of a message.
         arrays: Fields by name.
-        wanted: Number of dimensions of each field that is needed.
+        wanted: Number of dimensions of each field that is needed; 'actions' is one of them.
 
     Raises:
         DataError: Names the file, the field and the first row at fault.
@@ -92,18 +100,76 @@ def check_fields(source: str, arrays: Mapping[str, np.ndarray], wanted: Mapping[
     for name, dimensions in wanted.items():
         if name not in arrays:
             raise DataError(f"{source}: field '{name}' is missing; it has {', '.join(sorted(arrays)) or 'no field'}")
-        if arrays[name].ndim != dimensions:
-            raise DataError(f"{source}: field '{name}' needs {dimensions} dimension(s), has shape {arrays[name].shape}")
+        check_shape(source, name, arrays[name], dimensions)
     rows = len(arrays["actions"])
     if rows == 0:
         raise DataError(f"{source}: holds no row")
     for name in wanted:
         if len(arrays[name]) != rows:
             raise DataError(f"{source}: field '{name}' has {len(arrays[name])} rows, 'actions' has {rows}")
-        finite = np.isfinite(arrays[name].reshape(rows, -1)).all(1)
-        if not finite.all():
-            row = int(np.argmin(finite))
-            raise DataError(f"{source}: field '{name}', row {row}: not finite: {arrays[name][row]}")
+        check_numbers(source, name, arrays[name])
+    if "next_observations" in wanted:
+        width, following = (arrays[name].shape[1] for name in ("observations", "next_observations"))
+        if width != following:
+            raise DataError(f"{source}: field 'next_observations' has {following} columns, 'observations' has {width}")
+
+
+def check_shape(source: str, name: str, values: np.ndarray, dimensions: int) -> None:
+    """Refuse a field that holds no numbers, has another number of dimensions or rows of no number.
+
+    Raises:
+        DataError: Names the file and the field.
+    """
+    if values.ndim != dimensions:
+        raise DataError(f"{source}: field '{name}' needs {dimensions} dimension(s), has shape {values.shape}")
+    if values.dtype.kind not in "biuf":
+        raise DataError(f"{source}: field '{name}' needs real numbers, has type {values.dtype}")
+    if 0 in values.shape[1:]:
+        raise DataError(f"{source}: field '{name}' needs at least one column, has shape {values.shape}")
+
+
+def check_numbers(source: str, name: str, values: np.ndarray) -> None:
+    """Refuse numbers [rows, ...] that are not finite in float32, and flags other than 0 and 1.
+
+    Raises:
+        DataError: Names the file, the field, the first row at fault and its value.
+    """
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(values.astype(np.float32, copy=False)).reshape(len(values), -1).all(1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        kind = " in float32" if np.isfinite(values[row]).all() else ""
+        raise DataError(f"{source}: field '{name}', row {row}: not finite{kind}: {values[row]}")
+    if name in _FLAGS:
+        flags = (values == 0) | (values == 1)
+        if not flags.all():
+            row = int(np.argmin(flags))
+            raise DataError(f"{source}: field '{name}', row {row}: needs 0 or 1, has {values[row]}")
+
+
+def unit_actions(source: str, actions: np.ndarray, bounds: Bounds | None) -> np.ndarray:
+    """Map actions [rows, A] from the bounds (None: [-1, 1]) to [-1, 1], float32.
+
+    Raises:
+        DataError: They have another width than the bounds, or see `check_actions`.
+    """
+    if bounds is None:
+        return check_actions(source, actions)
+    check_width(source, "actions", actions, len(bounds.low))
+    return check_actions(source, bounds.to_unit(actions))
+
+
+def check_width(source: str, name: str, values: np.ndarray, width: int) -> None:
+    """Refuse a field [rows, columns] of another number of columns than the environment's.
+
+    Raises:
+        DataError: Names the file, the field and both widths.
+    """
+    if values.shape[1] != width:
+        raise DataError(
+            f"{source}: field '{name}' has {values.shape[1]} columns, the environment's has {width}; "
+            "give the environment that the data come from"
+        )
 
 
 def check_actions(source: str, actions: np.ndarray) -> np.ndarray:

@@ -11,14 +11,24 @@ state is masked and never looked at.
 from __future__ import annotations
 
 import socket
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vgf_llm.control.data import Transitions, check_actions, check_episodes, check_fields
+from vgf_llm.control.data import (
+    Transitions,
+    check_actions,
+    check_episodes,
+    check_fields,
+    check_width,
+    unit_actions,
+)
 from vgf_llm.control.envs import Bounds, is_ogbench
+from vgf_llm.control.hdf5 import d4rl_fields, minari_rows
 from vgf_llm.errors import ConfigError, DataError
 
 _PATIENCE_SEC = 30.0
@@ -44,7 +54,8 @@ def load(path: str | None, env_name: str | None, env: Any, bounds: Bounds | None
         path = _fetch(env_name)
     source = Path(path)
     if source.is_dir():
-        return _minari(source, bounds)
+        name, arrays = minari_rows(source, bounds)
+        return from_rows(name, arrays, bounds)
     if not source.is_file():
         raise DataError(f"data: '{path}' does not exist")
     if source.suffix == ".npz":
@@ -54,7 +65,7 @@ def load(path: str | None, env_name: str | None, env: Any, bounds: Bounds | None
             )
         return _ogbench(source, env_name, env)
     if source.suffix in (".hdf5", ".h5"):
-        return _d4rl(source, bounds)
+        return from_rows(path, d4rl_fields(source, (*_ROW, "timeouts", "next_observations")), bounds)
     raise DataError(f"data: '{path}' is no .npz, .hdf5 or folder")
 
 
@@ -67,7 +78,7 @@ def from_rows(source: str, arrays: Mapping[str, np.ndarray], bounds: Bounds | No
         bounds: Bounds of the actions; None: [-1, 1].
 
     Raises:
-        DataError: See `check_fields`, `check_actions`, `check_episodes`.
+        DataError: See `check_fields`, `unit_actions`, `check_episodes`.
     """
     wanted = dict(_ROW)
     if "next_observations" in arrays:
@@ -78,8 +89,7 @@ def from_rows(source: str, arrays: Mapping[str, np.ndarray], bounds: Bounds | No
         wanted["timeouts"] = 1
     arrays = {name: np.asarray(arrays[name]) for name in wanted if name in arrays}
     check_fields(source, arrays, wanted)
-    actions = arrays["actions"] if bounds is None else bounds.to_unit(arrays["actions"])
-    actions = check_actions(source, actions)
+    actions = unit_actions(source, arrays["actions"], bounds)
     terminals = arrays["terminals"].astype(bool)
     timeouts = arrays["timeouts"].astype(bool) if "timeouts" in arrays else np.zeros_like(terminals)
     observations = arrays["observations"].astype(np.float32)
@@ -108,23 +118,8 @@ def _ogbench(path: Path, env_name: str, env: Any) -> Transitions:
     from ogbench.relabel_utils import relabel_dataset
     from ogbench.utils import load_dataset
 
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            raw = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise DataError(f"data: '{path}' cannot be read ({error})") from error
-    wanted = {"observations": 2, "actions": 2, "terminals": 1, "qpos": 2}
-    if env_name.split("-")[0] in ("scene", "puzzle"):
-        wanted["button_states"] = 2
-    check_fields(str(path), raw, wanted)
-    check_actions(str(path), raw["actions"])
-    terminals = raw["terminals"].astype(bool)
-    check_episodes(str(path), terminals, ~terminals)
-    size = env.observation_space.shape[0]
-    if raw["observations"].shape[1] != size:
-        raise DataError(
-            f"{path}: observations have {raw['observations'].shape[1]} numbers, those of '{env_name}' {size}"
-        )
+    raw = _npz(path)
+    _check_ogbench(str(path), env_name, env, raw)
     data = load_dataset(str(path), add_info=True)
     relabel_dataset(env_name, env, data)
     return Transitions(
@@ -135,6 +130,47 @@ def _ogbench(path: Path, env_name: str, env: Any) -> Transitions:
         data["next_observations"],
         data["terminals"].astype(bool),
     )
+
+
+def _npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise DataError(f"data: '{path}' holds one array without a name (.npy); write it with numpy.savez")
+        with file:
+            return {name: np.asarray(file[name]) for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise DataError(f"data: '{path}' cannot be read ({error}); bring it or make it again") from error
+
+
+def _check_ogbench(source: str, env_name: str, env: Any, raw: Mapping[str, np.ndarray]) -> None:
+    """Refuse rows of states that the package's loader or its relabelling would trip over or take wrongly."""
+    wanted = {"observations": 2, "actions": 2, "terminals": 1, "qpos": 2}
+    if env_name.split("-")[0] in ("scene", "puzzle"):
+        wanted["button_states"] = 2
+    check_fields(source, raw, wanted)
+    rows = len(raw["actions"])
+    for name in ("qvel", "button_states"):  # the loader takes the rows of these where they are there
+        if name in raw and raw[name].shape[:1] != (rows,):
+            raise DataError(f"{source}: field '{name}' has shape {raw[name].shape}, 'actions' has {rows} rows")
+    widths = {
+        "observations": env.observation_space.shape[0],
+        "actions": env.action_space.shape[0],
+        "qpos": getattr(getattr(env.unwrapped, "model", None), "nq", None),
+        "button_states": getattr(env.unwrapped, "_num_buttons", None),
+    }
+    for name, width in widths.items():
+        if name in wanted and width is not None:
+            check_width(source, name, raw[name], width)
+    check_actions(source, raw["actions"])
+    terminals = raw["terminals"].astype(bool)
+    check_episodes(source, terminals, ~terminals)
+    if not terminals[-1]:
+        raise DataError(
+            f"{source}: field 'terminals', row {rows - 1}: the last row must end an episode, has "
+            f"{raw['terminals'][-1]}; leave out the rows after row {np.flatnonzero(terminals)[-1]}"
+        )
 
 
 def _fetch(env_name: str) -> str:
@@ -157,63 +193,3 @@ def _fetch(env_name: str) -> str:
         finally:
             socket.setdefaulttimeout(patience)
     return str(path)
-
-
-def _d4rl(path: Path, bounds: Bounds | None) -> Transitions:
-    with _hdf5(path) as file:
-        arrays = {name: file[name][()] for name in (*_ROW, "timeouts", "next_observations") if name in file}
-        if not arrays and "episode_0" in file:
-            raise DataError(f"{path}: a Minari file; give the folder that holds data/main_data.hdf5")
-    return from_rows(str(path), arrays, bounds)
-
-
-def _minari(folder: Path, bounds: Bounds | None) -> Transitions:
-    path = next((p for p in (folder / "data" / "main_data.hdf5", folder / "main_data.hdf5") if p.is_file()), None)
-    if path is None:
-        raise DataError(f"data: folder '{folder}' holds no data/main_data.hdf5")
-    columns: dict[str, list[np.ndarray]] = {}
-    with _hdf5(path) as file:
-        names = sorted((n for n in file if n.startswith("episode_")), key=lambda n: int(n.removeprefix("episode_")))
-        if not names:
-            raise DataError(f"{path}: holds no episode")
-        for name in names:
-            for key, values in _minari_episode(f"{path}, {name}", file[name]).items():
-                columns.setdefault(key, []).append(values)
-    return from_rows(str(path), {key: np.concatenate(values) for key, values in columns.items()}, bounds)
-
-
-def _minari_episode(source: str, group: Any) -> dict[str, np.ndarray]:
-    """One episode: T actions and T + 1 observations."""
-    for name in ("observations", "actions", "rewards", "terminations"):
-        if name not in group:
-            raise DataError(f"{source}: field '{name}' is missing")
-        if hasattr(group[name], "keys"):
-            raise DataError(f"{source}: field '{name}' is a dictionary; only plain vectors are read")
-    observations, actions = group["observations"][()], group["actions"][()]
-    if len(actions) == 0:
-        raise DataError(f"{source}: holds no transition")
-    if len(observations) != len(actions) + 1:
-        raise DataError(
-            f"{source}: {len(actions)} actions need {len(actions) + 1} observations, has {len(observations)}"
-        )
-    timeouts = np.zeros(len(actions), dtype=bool)
-    timeouts[-1] = True
-    return {
-        "observations": observations[:-1],
-        "next_observations": observations[1:],
-        "actions": actions,
-        "rewards": group["rewards"][()],
-        "terminals": group["terminations"][()],
-        "timeouts": timeouts,
-    }
-
-
-def _hdf5(path: Path) -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ConfigError("data: HDF5 files need h5py: pip install 'vgf-llm[control]'") from error
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"data: '{path}' cannot be read ({error})") from error
