@@ -16,13 +16,19 @@ B, N, A, O = 3, 4, 2, 5  # noqa: E741
 
 
 def small(**changes):
-    settings = {"clone_hidden": [16, 16], "critic_hidden": [16, 16], "num_particles": N, "euler_steps": 3, **changes}
-    return AgentSettings(**settings)
+    """Settings other than the defaults wherever a test would not see the difference otherwise."""
+    sizes = {"clone_hidden": [16, 16], "critic_hidden": [16, 16], "num_particles": N, "euler_steps": 3}
+    return AgentSettings(**{**sizes, "discount": 0.9, "average_rate": 0.1, **changes})
 
 
 def agent(**changes):
+    """An agent whose averaged critics lie apart from the trained ones, as they do once training has begun."""
     torch.manual_seed(0)
-    return ControlAgent(small(**changes), O, A).prepare("cpu")
+    made = ControlAgent(small(**changes), O, A).prepare("cpu")
+    with torch.no_grad():
+        for parameter in made.averaged.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return made
 
 
 def batch():
@@ -122,15 +128,22 @@ def test_gaussian_clone_samples_mean_and_spread():
     assert samples[:, 0, 1].abs().max().item() == pytest.approx(torch.tensor(-5.0).exp().item(), abs=1e-5)
 
 
-def test_target_agrees_with_a_slow_reference():
-    """Particles are moved one state at a time by written-out SVGD and adam, clipped, and averaged in the target."""
-    subject, data, draws = agent(), batch(), noise()
+JOIN = {"min": torch.amin, "mean": torch.mean, "max": torch.amax}
+
+
+@pytest.mark.parametrize(
+    ("pool", "target_q", "flow_q"), [("mean", "min", "mean"), ("max", "min", "min"), ("mean", "mean", "mean")]
+)
+def test_target_agrees_with_a_slow_reference(pool, target_q, flow_q):
+    """Particles are moved one state at a time by written-out SVGD and adam, clipped, and pooled in the target."""
+    subject, data, draws = agent(target_pool=pool, target_q=target_q, flow_q=flow_q), batch(), noise()
     samples = subject.propose(data.next_observations_BO, draws.particles_BNA)
     target, _ = subject.target(data, samples)
     for b in range(B):
-        moved = slow_flow(subject, data.next_observations_BO[b], samples[b])
-        q = torch.stack([slow_value(subject.averaged, data.next_observations_BO[b], moved[n]).amin() for n in range(N)])
-        expected = data.rewards_B[b] + 0.99 * data.masks_B[b] * q.mean()
+        following = data.next_observations_BO[b]
+        moved = slow_flow(subject, following, samples[b], JOIN[flow_q])
+        q = torch.stack([JOIN[target_q](slow_value(subject.averaged, following, moved[n]), 0) for n in range(N)])
+        expected = data.rewards_B[b] + 0.9 * data.masks_B[b] * JOIN[pool](q, 0)
         assert target[b].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
@@ -139,10 +152,10 @@ def slow_value(critics, observation, action):
     return torch.cat([slow_perceptron(critics.body, c, row, True) for c in range(2)])
 
 
-def slow_flow(subject, observation, particles):
+def slow_flow(subject, observation, particles, join):
     """One adam step of 0.1 on phi_i = 1/N sum_j [k_ij grad_j + k_ij (x_i - x_j) / sigma^2], clipped to [-1, 1]."""
     leaf = particles.clone().requires_grad_(True)
-    value = sum(slow_value(subject.critics, observation, leaf[n]).mean() for n in range(N))
+    value = sum(join(slow_value(subject.critics, observation, leaf[n]), 0) for n in range(N))
     (gradient,) = torch.autograd.grad(value, leaf)
     distances = torch.cdist(particles, particles)
     pairs = distances[torch.triu_indices(N, N, 1)[0], torch.triu_indices(N, N, 1)[1]].square()
@@ -176,7 +189,34 @@ def test_critic_update_changes_critics_only_and_averages_them():
     subject.update_critics(data, subject.propose(data.next_observations_BO, draws.particles_BNA))
     assert all(torch.equal(old, new) for old, new in zip(clone, subject.clone.parameters(), strict=True))
     for old, new, trained in zip(averaged, subject.averaged.parameters(), subject.critics.parameters(), strict=True):
-        assert torch.allclose(new, old + 0.005 * (trained - old), atol=1e-7)
+        assert torch.allclose(new, old + 0.1 * (trained - old), atol=1e-7)
+
+
+CRITIC_LOSSES = {
+    "td": lambda u: u**2,
+    "expectile": lambda u: (0.3 if u < 0 else 0.7) * u**2,
+    "sql": lambda u: 0.5 * max(1 + u, 0) ** 2 - u,
+}
+
+
+@pytest.mark.parametrize("loss", CRITIC_LOSSES)
+def test_an_update_descends_the_critic_loss_of_the_settings(loss):
+    subject, data = agent(critic_loss=loss, expectile=0.7, sql_alpha=0.5), batch()
+    samples = subject.propose(data.next_observations_BO, noise().particles_BNA).detach()
+    target, _ = subject.target(data, samples)
+    with torch.no_grad():
+        q = subject.critics(data.observations_BO, data.actions_BA.unsqueeze(1))[:, :, 0]
+    terms = [CRITIC_LOSSES[loss](float(target[b] - q[c, b])) for c in range(2) for b in range(B)]
+    assert subject.update_critics(data, samples)["critic_loss"].item() == pytest.approx(sum(terms) / B, rel=1e-4)
+
+
+def test_the_gradient_network_is_fitted_to_the_mean_critic():
+    subject = agent(amortised=True, budget=dataclasses.replace(training_budget(), kernel="none"))
+    data, actions = batch(), batch().actions_BA.unsqueeze(1).requires_grad_(True)
+    predicted = subject.gradient(data.observations_BO, actions).detach()
+    loss = subject.update_critics(data, torch.zeros(B, N, A))["gradient_loss"]  # after the critics' own step
+    (gradient,) = torch.autograd.grad(subject.critics(data.observations_BO, actions).mean(0).sum(), actions)
+    assert loss.item() == pytest.approx((predicted - gradient).square().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["td", "expectile", "sql"])
@@ -203,15 +243,37 @@ def test_amortised_gradient_learns_the_critics_gradient_and_moves_particles():
     assert torch.equal((moved - data.actions_BA.unsqueeze(1)).sign()[inside], direction.sign()[inside])
 
 
-def test_budget_zero_with_max_is_best_of_n():
-    subject, data = agent(), batch()
-    draws, uniform = torch.randn(B, N, A), torch.rand(B)
-    actions, moved = subject.act(data.observations_BO, draws, uniform, TransportBudget.none())
-    samples = subject.propose(data.observations_BO, draws)
+def states(count=32):
+    """States and noise, enough of them that two rules of selection do not agree on all."""
+    torch.manual_seed(3)
+    return torch.randn(count, O), torch.randn(count, N, A), torch.rand(count)
+
+
+@pytest.mark.parametrize("target_q", ["min", "mean"])
+def test_budget_zero_with_max_is_best_of_n(target_q):
+    """By the trained critics, joined as in the target."""
+    subject, (observations, draws, uniform) = agent(target_q=target_q), states()
+    actions, moved = subject.act(observations, draws, uniform, TransportBudget.none())
+    samples = subject.propose(observations, draws)
     with torch.no_grad():
-        best = subject.critics(data.observations_BO, samples).amin(0).argmax(1)
-    assert torch.equal(actions, samples[torch.arange(B), best])
-    assert moved.tolist() == [0.0] * B
+        best = JOIN[target_q](subject.critics(observations, samples), 0).argmax(1)
+    assert torch.equal(actions, samples[torch.arange(len(best)), best])
+    assert moved.tolist() == [0.0] * len(best)
+
+
+def test_selection_is_that_of_the_settings_unless_the_call_names_another():
+    """Selected at random a particle is the one whose N-th part of [0, 1) holds the uniform number."""
+    observations, draws, uniform = states()
+    rows, none = torch.arange(len(uniform)), TransportBudget.none()
+    greedy, drawing = agent(), agent(select="random")
+    samples = greedy.propose(observations, draws)
+    drawn = samples[rows, (uniform * N).long()]
+    assert torch.equal(drawing.act(observations, draws, uniform, none)[0], drawn)
+    assert torch.equal(greedy.act(observations, draws, uniform, none, select="random")[0], drawn)
+    best = greedy.act(observations, draws, uniform, none)[0]
+    assert torch.equal(drawing.act(observations, draws, uniform, none, select="max")[0], best)
+    cold = agent(select="softmax", select_temperature=1e-6)
+    assert torch.equal(cold.act(observations, draws, uniform, none)[0], best)
 
 
 def test_an_action_does_not_depend_on_the_other_states():

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from tests.control import tiny
 from vgf_llm.control import loaders
 from vgf_llm.control.envs import Bounds
-from vgf_llm.control.report import summarise, table
 from vgf_llm.control.settings import AgentSettings, DataSettings, TrainSettings
 from vgf_llm.control.train import run
 from vgf_llm.errors import ConfigError
@@ -54,14 +53,16 @@ def settings(folder, **changes):
 
 
 def test_the_score_rises(tmp_path):
-    """400 steps on a blind walk (a percent of whose episodes end well): selection and flow beat the clone."""
-    short = settings(
-        tmp_path, offline_steps=400, batch_size=128, eval_episodes=40, eval_every_steps=400, log_every_steps=400
+    """A blind walk, of whose episodes few end well: after 5 steps no budget does more than the clone, after 400 all."""
+    chosen = {"batch_size": 128, "eval_episodes": 25, "eval_every_steps": 400, "log_every_steps": 400}
+    before, after = (
+        {row["arm"]: row["score"] for row in run(settings(tmp_path, **chosen, **more), DATA, AgentSettings(**SMALL))}
+        for more in ({"offline_steps": 5}, {"offline_steps": 400, "resume": True})
     )
-    scores = {row["arm"]: row["score"] for row in run(short, DATA, AgentSettings(**SMALL))}
-    assert list(scores) == ["clone", "best-of-8", "1 x 0.1"]
-    assert scores["best-of-8"] >= scores["clone"] + 10
-    assert scores["1 x 0.1"] >= scores["clone"] + 10
+    assert list(after) == ["clone", "best-of-8", "1 x 0.1"]
+    for arm in ("best-of-8", "1 x 0.1"):
+        assert after[arm] >= before[arm] + 20
+        assert after[arm] >= after["clone"] + 10
 
 
 def lines(folder, name):
@@ -133,51 +134,3 @@ def test_a_checkpoint_is_evaluated_under_other_budgets(tmp_path):
 def test_training_needs_no_environment(tmp_path):
     assert run(settings(tmp_path), DataSettings(data="walk"), AgentSettings(**SMALL)) == []
     assert not (tmp_path / "evaluations.jsonl").exists()
-
-
-def evaluation(arm, successes, steps=0, size=None):
-    return {
-        "step": 10,
-        "arm": arm,
-        "flow_steps": steps,
-        "step_size": size,
-        "moved": 0.0,
-        "returns": [-1.0] * len(successes),
-        "successes": successes,
-    }
-
-
-def test_seeds_are_joined_and_the_best_budget_is_chosen_on_the_others(tmp_path):
-    """Three seeds of two episodes. On seed 0 the step wins (100 against 50), on 1 and 2 best-of-2 does.
-
-    Others of seed 0: best-of-2 has 100, the step 0 -> best-of-2, which scores 50 on seed 0. Others of seed 1:
-    best-of-2 (50 + 100) / 2, the step (100 + 0) / 2 -> best-of-2, 100; the same for seed 2: mean 250 / 3.
-    """
-    arms = {"clone": [0.0, 0.0], "best-of-2": [1.0, 1.0], "1 x 0.1": [0.0, 0.0]}
-    for seed in range(3):
-        found = {**arms, "best-of-2": [1.0, 0.0], "1 x 0.1": [1.0, 1.0]} if seed == 0 else arms
-        (tmp_path / str(seed)).mkdir()
-        rows = [
-            evaluation(arm, value, int(arm[0] == "1"), 0.1 if arm[0] == "1" else None) for arm, value in found.items()
-        ]
-        (tmp_path / str(seed) / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = summarise([tmp_path / str(seed) for seed in range(3)])
-    best = result["arms"]["best budget"]
-    assert best["chosen"] == ["best-of-2"] * 3
-    assert best["score"][0] == pytest.approx(250 / 3, abs=0.01)
-    assert result["arms"]["clone"]["score"] == [0, 0, 0]
-    assert result["arms"]["1 x 0.1"]["minus_best_of_n"][0] == pytest.approx(100 / 3 - 250 / 3, abs=0.01)
-    assert "| best-of-2 | 83.3 [" in table(result)
-
-
-def test_of_budgets_that_always_succeed_the_faster_is_chosen(tmp_path):
-    for seed in range(2):
-        (tmp_path / str(seed)).mkdir()
-        rows = [
-            evaluation(arm, [1.0, 1.0], int(arm[0] == "1"), 0.1 if arm[0] == "1" else None) | {"returns": [total] * 2}
-            for arm, total in (("clone", -9.0), ("best-of-2", -5.0), ("1 x 0.1", -4.0))
-        ]
-        (tmp_path / str(seed) / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arms = summarise([tmp_path / str(seed) for seed in range(2)])["arms"]
-    assert arms["best budget"]["chosen"] == ["1 x 0.1"] * 2
-    assert arms["1 x 0.1"]["return_minus_best_of_n"] == [1.0, 1.0, 1.0]

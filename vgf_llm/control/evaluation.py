@@ -1,8 +1,9 @@
 """Episodes under several test budgets in one pass: the clone, best-of-N, and every number and size of flow steps.
 
-All arms meet the same episodes: the same first states and, step by step, the same noise for the clone's samples, so
-that differences between arms can be taken episode by episode. A pool of environments runs in lockstep, and every
-environment that finishes takes the next episode.
+All arms meet the same episodes: the same first states, so that differences between arms can be taken episode by
+episode. The arms of N particles also meet, step by step, the same noise for the clone's samples; the clone's own arm
+draws one sample a step from the same seed, which is other noise than theirs. A pool of environments runs in lockstep,
+and every environment that finishes takes the next episode.
 """
 
 from __future__ import annotations

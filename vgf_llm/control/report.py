@@ -1,11 +1,15 @@
 """Joins the seeds of a task: a table with intervals, the best budget chosen on other seeds, and a figure.
 
-    python -m vgf_llm.control.report --runs outputs/control/cube_single/0 outputs/control/cube_single/1 ...
+    python -m vgf_llm.control.report --runs '[outputs/control/cube_single/0, outputs/control/cube_single/1]'
 
 An interval is a bootstrap over episodes, resampled within every seed (the agents are taken as given); differences to
 the clone and to best-of-N are taken episode by episode, since all arms of a seed meet the same episodes. The budget
 that scores best on some seeds is also the one that luck has favoured there, so "best budget" takes for each seed the
 budget that scores best on the others.
+
+Of n episodes that all fail (or all succeed) every resample is the same, so that the bootstrap's interval has no width
+however small n is. The exact 95% bound on the rate of what was not seen is 1 - 0.025^(1/n), about 3.7 / n, which the
+table then names.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,13 @@ import numpy as np
 
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
+from vgf_llm.control.settings import DataSettings
 from vgf_llm.control.trainer import EVALUATIONS_NAME
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.io import check_writable, read_jsonl, write_json_atomic
 
 _RESAMPLES = 10_000
+_CONFIG_NAME = "config.json"  # written by the training command
 CLONE = "clone"
 
 
@@ -64,8 +70,10 @@ def summarise(runs: Sequence[Path]) -> dict[str, Any]:
     """Return every arm's score with its 95% interval and its paired differences, at each run's last evaluation.
 
     Raises:
-        DataError: A run has no evaluation, or the runs have different arms, steps or numbers of episodes.
+        DataError: A run has no evaluation or no configuration, or the runs have different arms, steps or numbers of
+            episodes, one seed twice, or another task or data.
     """
+    _check_one_task(runs)
     found = [_last(run) for run in runs]
     first = found[0]
     for run, rows in zip(runs, found, strict=True):
@@ -105,7 +113,23 @@ def table(result: dict[str, Any]) -> str:
     for name, arm in result["arms"].items():
         cells = [arm["score"], arm["minus_clone"], arm["minus_best_of_n"], arm["return_minus_best_of_n"]]
         lines.append(f"| {name} | {' | '.join('' if c is None else _shown(c) for c in cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_note(result)])
+
+
+def _note(result: dict[str, Any]) -> list[str]:
+    """What the intervals of arms that always failed or always succeeded do not say; nothing where there is none."""
+    if result["measure"] != "success rate":
+        return []
+    names = [name for name, arm in result["arms"].items() if arm["score"] in ([0.0] * 3, [100.0] * 3)]
+    if not names:
+        return []
+    episodes = result["seeds"] * result["episodes"]
+    bound = 100 * (1 - 0.025 ** (1 / episodes))
+    return [
+        "",
+        f"{', '.join(names)}: all {episodes} episodes ended alike, where a bootstrap interval has no width. The exact "
+        f"95% bound for 0 of {episodes} is {bound:.1f}% (for {episodes} of {episodes}: {100 - bound:.1f}%).",
+    ]
 
 
 def write_figure(runs: Sequence[Path], path: Path | None = None) -> Path | None:
@@ -153,10 +177,50 @@ def _draw(axes: Any, arms: dict[str, Any], rows: dict[str, Any], key: str) -> No
 
 
 def _last(run: Path) -> dict[str, dict[str, Any]]:
-    rows = read_jsonl(run / EVALUATIONS_NAME)
+    path = run / EVALUATIONS_NAME
+    rows = read_jsonl(path)
     if not rows:
-        raise DataError(f"'{run / EVALUATIONS_NAME}' holds no evaluation yet")
-    return {row["arm"]: row for row in rows if row["step"] == rows[-1]["step"]}
+        raise DataError(f"'{path}' holds no evaluation yet")
+    last = {row["arm"]: row for row in rows if row["step"] == rows[-1]["step"]}
+    episodes = {arm: len(row["returns"]) for arm, row in last.items()}
+    if len(set(episodes.values())) > 1:
+        shown = ", ".join(f"{arm}: {count}" for arm, count in episodes.items())
+        raise DataError(
+            f"'{path}', step {rows[-1]['step']}: arms differ in their episodes ({shown}) and cannot be compared; "
+            "evaluate all of them again (--only_evaluate) with one eval_episodes"
+        )
+    return last
+
+
+def _check_one_task(runs: Sequence[Path]) -> None:
+    """Refuse runs of one seed, whose episodes would count twice, and runs of another task or data."""
+    configs = [_config(run) for run in runs]
+    seen: dict[int, Path] = {}
+    for run, config in zip(runs, configs, strict=True):
+        path = run / _CONFIG_NAME
+        for key in (one.name for one in fields(DataSettings)):
+            here, there = config.get(key), configs[0].get(key)
+            if here != there:
+                raise DataError(f"'{path}': {key}: {here!r}, but '{runs[0]}' has {there!r}: join runs of one task")
+        seed = config["seed"]
+        if seed in seen:
+            raise DataError(
+                f"'{path}': seed: {seed} is also that of '{seen[seed]}', whose episodes would count twice; "
+                "give each seed once"
+            )
+        seen[seed] = run
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """Read the configuration that a run was started with."""
+    path = run / _CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{path}' cannot be read ({error}); name the folder of a run") from error
+    if not isinstance(config, dict) or not isinstance(config.get("seed"), int):
+        raise DataError(f"'{path}': seed: missing or not an integer; name the folder of a run")
+    return config
 
 
 def _solved(row: dict[str, Any]) -> bool:
