@@ -159,6 +159,7 @@ def slow_flow(subject, observation, particles, join):
     (gradient,) = torch.autograd.grad(value, leaf)
     distances = torch.cdist(particles, particles)
     pairs = distances[torch.triu_indices(N, N, 1)[0], torch.triu_indices(N, N, 1)[1]].square()
+    pairs = pairs[pairs > 0]  # two particles clipped into one corner do not count
     variance = pairs.sort().values[(len(pairs) - 1) // 2] / (2 * torch.log(torch.tensor(N + 1.0)))
     kernel = torch.exp(-distances.square() / (2 * variance))
     moved = []

@@ -20,11 +20,11 @@ def evaluation(arm, successes, steps=0, size=None):
     }
 
 
-def write_run(folder, seed, rows, **config):
-    run = folder / str(seed)
+def write_run(folder, name, rows, **config):
+    run = folder / str(name)
     run.mkdir(parents=True)
     (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "config.json").write_text(json.dumps({"seed": seed, "env": "walk", "data": "walk.npz", **config}))
+    (run / "config.json").write_text(json.dumps({"seed": name, "env": "walk", "data": "walk.npz", **config}))
     return run
 
 
