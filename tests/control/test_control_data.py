@@ -278,3 +278,15 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(DataError, match=f"{name}.npz' (cannot be read|holds one array)"):
             load(str(path), "pointmaze-medium-navigate-singletask-task1-v0", None, None)
+
+
+def test_a_minari_data_set_is_found_by_name_in_its_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    minari(tmp_path / "own" / "walk-v0", episode())
+    assert load("own/walk-v0", None, None, None).digest() == load(f"{tmp_path}/own/walk-v0", None, None, None).digest()
+    with pytest.raises(
+        (ConfigError, DataError), match="'own/other-v0' (is no file or folder, nor in|cannot be fetched)"
+    ):
+        load("own/other-v0", None, None, None)
+    with pytest.raises(DataError, match="'own/other' does not exist"):
+        load("own/other", None, None, None)

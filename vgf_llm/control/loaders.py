@@ -2,7 +2,7 @@
 
     *.npz           OGBench: rows are states; read by the package's own loader, rewards relabelled by it for the task
     *.hdf5, *.h5    D4RL: observations, actions, rewards, terminals, and timeouts or next_observations
-    a folder        Minari: data/main_data.hdf5 with a group an episode
+    a folder        Minari: data/main_data.hdf5 with a group an episode; or the data set's name
 
 A D4RL row whose episode ran out of time has no next state in the file and is left out; where the task ended, the next
 state is masked and never looked at.
@@ -10,7 +10,6 @@ state is masked and never looked at.
 
 from __future__ import annotations
 
-import socket
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -28,10 +27,10 @@ from vgf_llm.control.data import (
     unit_actions,
 )
 from vgf_llm.control.envs import Bounds, is_ogbench
+from vgf_llm.control.fetching import is_minari, minari_folder, ogbench_file
 from vgf_llm.control.hdf5 import d4rl_fields, minari_rows
 from vgf_llm.errors import ConfigError, DataError
 
-_PATIENCE_SEC = 30.0
 _ROW = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
 
 
@@ -39,7 +38,7 @@ def load(path: str | None, env_name: str | None, env: Any, bounds: Bounds | None
     """Read a data set.
 
     Args:
-        path: File or folder; None has OGBench's package fetch the data set that `env_name` names.
+        path: File, folder, or name of a Minari data set; None: OGBench's package fetches that of `env_name`.
         env_name: Name of the environment, or None.
         env: The environment itself, which relabels OGBench's data, or None.
         bounds: Bounds of its actions; None takes the file's as [-1, 1].
@@ -51,8 +50,10 @@ def load(path: str | None, env_name: str | None, env: Any, bounds: Bounds | None
     if path is None:
         if env_name is None or not is_ogbench(env_name):
             raise ConfigError("data: only OGBench's data sets are fetched by name; give a path")
-        path = _fetch(env_name)
+        path = ogbench_file(env_name)
     source = Path(path)
+    if not source.exists() and is_minari(path):
+        source = minari_folder(path)
     if source.is_dir():
         name, arrays = minari_rows(source, bounds)
         return from_rows(name, arrays, bounds)
@@ -171,25 +172,3 @@ def _check_ogbench(source: str, env_name: str, env: Any, raw: Mapping[str, np.nd
             f"{source}: field 'terminals', row {rows - 1}: the last row must end an episode, has "
             f"{raw['terminals'][-1]}; leave out the rows after row {np.flatnonzero(terminals)[-1]}"
         )
-
-
-def _fetch(env_name: str) -> str:
-    """Have OGBench's package download a data set into its own folder."""
-    from ogbench.utils import DEFAULT_DATASET_DIR, download_datasets
-
-    parts = env_name.split("-")
-    name = "-".join([*parts[: parts.index("singletask")], parts[-1]])
-    path = Path(DEFAULT_DATASET_DIR).expanduser() / f"{name}.npz"
-    if not path.exists():
-        patience = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(_PATIENCE_SEC)  # the package waits for ever where no network answers
-        try:
-            download_datasets([name])
-        except OSError as error:
-            raise DataError(
-                f"data: '{name}' cannot be fetched ({error}); bring the file and give its path, or make one with "
-                "python -m vgf_llm.control.collect"
-            ) from error
-        finally:
-            socket.setdefaulttimeout(patience)
-    return str(path)

@@ -89,7 +89,7 @@ class DataSettings:
     env: str | None = None
     """Single-task data set of OGBench, gymnasium id, or package.module:function; null trains without evaluation."""
     data: str | None = None
-    """OGBench .npz, D4RL .hdf5 or Minari folder; null has OGBench's package fetch the data of env."""
+    """OGBench .npz, D4RL .hdf5, Minari folder or name; null has OGBench's package fetch the data of env."""
     reward_shift: float = 0.0
     """Added to every reward of the data and of online steps (D4RL antmaze: -1)."""
     normalise_observations: bool = False
