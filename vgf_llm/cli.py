@@ -78,7 +78,7 @@ def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str
     except KeyboardInterrupt:
         print(
             "stopped with Ctrl-C; whatever rows and checkpoints were written so far are whole and stay in the output"
-            " folder (train goes on with --resume_from_checkpoint true, evaluate and transport with --resume)",
+            " folder (vgf-llm train goes on with --resume_from_checkpoint true, all others with --resume)",
             file=sys.stderr,
         )
         return 130

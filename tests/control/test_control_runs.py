@@ -45,6 +45,12 @@ def test_an_offline_run_goes_online_and_an_online_run_goes_on_for_longer(tmp_pat
         run(settings(tmp_path, resume=True, **longer, offline_steps=8), DATA, AGENT)
 
 
+def test_a_run_with_a_cache_goes_online_without_it(tmp_path):
+    run(settings(tmp_path, clone_steps=2, cached_samples=8), DATA, AGENT)
+    online = settings(tmp_path, resume=True, clone_steps=2, allow_changes=["cached_samples"], **ONLINE)
+    assert run(online, DATA, AGENT)[0]["step"] == 14
+
+
 def test_another_environment_goes_on_only_when_it_is_allowed(tmp_path):
     run(settings(tmp_path), DATA, AGENT)
     other = DataSettings(env="tests.control.tiny:Corner", data="walk")

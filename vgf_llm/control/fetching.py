@@ -62,8 +62,8 @@ def minari_folder(name: str) -> Path:
             import minari
         except ImportError as error:
             raise ConfigError(
-                f"data: '{name}' is no file or folder, nor in Minari's store '{store}'; give a path, or have it "
-                "fetched: pip install minari"
+                f"data: '{name}' is no file or folder, nor in Minari's store '{store}'; give a path, or have one "
+                "of that name (as in mujoco/hopper/medium-v0) fetched: pip install minari"
             ) from error
         try:
             minari.download_dataset(name)

@@ -137,7 +137,7 @@ class TrainSettings:
     batch_size: int = 256
     """Transitions a gradient step, at least 1."""
     eval_every_steps: int = 100_000
-    """Gradient steps between evaluations; the last step is always evaluated."""
+    """Steps between evaluations, the clone's own counted too; the last step is always evaluated."""
     eval_episodes: int = 50
     """Episodes of each test budget."""
     test_steps: list[int] = field(default_factory=lambda: [0, 1, 2, 3])
@@ -147,7 +147,7 @@ class TrainSettings:
     log_every_steps: int = 1000
     """Gradient steps between lines of metrics.jsonl, at least 1."""
     save_every_steps: int = 100_000
-    """Gradient steps between checkpoints, at least 1."""
+    """Steps between checkpoints, the clone's own counted too, at least 1."""
     save_total_limit: int | None = 2
     """Checkpoints kept, at least 1; null keeps all."""
     resume: bool = False
@@ -180,7 +180,10 @@ class TrainSettings:
         if self.cached_samples and not self.clone_steps:
             raise ValueError("cached_samples needs clone_steps above 0: what is cached is drawn from a trained clone")
         if self.cached_samples and self.online_steps:
-            raise ValueError("cached_samples holds for the data's states only: set online_steps to 0")
+            raise ValueError(
+                "cached_samples holds for the data's states only: online steps need cached_samples 0 (to go on "
+                "from a run that had a cache, with --allow_changes '[cached_samples]')"
+            )
         unknown = set(self.report_to) - {"tensorboard", "wandb"}
         if unknown:
             raise ValueError(f"report_to knows tensorboard and wandb, got {', '.join(sorted(unknown))}")

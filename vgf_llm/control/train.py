@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vgf_llm.cli import run_main
@@ -82,7 +83,7 @@ def run(
         for change in check_identity(manifest, trainer.identity(manifest.step), settings.allow_changes):
             print(f"allowed change: {change}", file=sys.stderr)
         restore(checkpoint, trainer.agent, trainer.buffer)
-        print(f"going on from '{checkpoint}'", file=sys.stderr)
+        print(_what_follows(checkpoint, start == settings.total_steps, only_evaluate), file=sys.stderr)
     if only_evaluate:
         return trainer.evaluate(start)
     write_json_atomic(folder / CONFIG_NAME, dump(settings, data, agent))
@@ -92,6 +93,14 @@ def run(
 
         write_figure([folder])
     return rows
+
+
+def _what_follows(checkpoint: Path, finished: bool, only_evaluate: bool) -> str:
+    if only_evaluate:
+        return f"evaluating '{checkpoint}'"
+    if finished:
+        return f"'{checkpoint}' is of the last step: nothing is left to train; ask for more steps to go on"
+    return f"going on from '{checkpoint}'"
 
 
 def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSettings) -> Any:
@@ -119,6 +128,12 @@ def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSet
     elif settings.online_steps:
         raise ConfigError("online_steps needs an environment: set env")
     transitions = load(data.data, data.env, env, bounds)
+    print(
+        f"{len(transitions)} transitions of {int(transitions.ends.sum())} episodes, environment {data.env or 'none'}, "
+        f"{device}, seed {settings.seed}, writing to '{settings.output_dir}'",
+        file=sys.stderr,
+        flush=True,
+    )
     digest = transitions.digest()
     transitions, scale = transitions.with_rewards(data.reward_shift, data.normalise_returns)
     if env is not None and bounds is not None:

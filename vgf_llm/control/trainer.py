@@ -116,7 +116,9 @@ class Trainer:
         append_jsonl(self.settings.folder / EVALUATIONS_NAME, rows)
         self._trackers.log({f"score/{row['arm']}": row["score"] for row in rows}, step)
         shown = ", ".join(f"{row['arm']}: {row['score']:.0f}" for row in rows)
-        print(f"step {step}: {shown}", file=sys.stderr, flush=True)
+        solved = rows[0]["successes"] is not None and self.data_settings.score_max is None
+        unit = "% solved" if solved else "return" if self.data_settings.score_max is None else "normalised return"
+        print(f"step {step}, {unit}: {shown}", file=sys.stderr, flush=True)
         return rows
 
     # Steps ---------------------------------------------------------------------------------------------------------
