@@ -8,13 +8,14 @@ every flow step, and gradients reach the responses only.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from vgf_llm.architecture import evaluating
 
 _ROOM_TOKENS = 64  # tokens that a cache can take before its keys are copied to a larger place
 
@@ -133,7 +134,7 @@ def compute_prefix(body: nn.Module, prompts: Sequence[Sequence[int]], pad_token_
     ids_BP = torch.tensor([[pad_token_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask_BP = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
     cache = DynamicCache()  # plain layers: a sliding window is the attention mask's business, nothing is dropped here
-    with torch.no_grad(), _evaluating(body):
+    with torch.no_grad(), evaluating(body):
         body(
             input_ids=ids_BP,
             attention_mask=mask_BP.long(),
@@ -199,14 +200,3 @@ def _shared_cache(keys: Sequence[Tensor], values: Sequence[Tensor]) -> DynamicCa
         layer.keys, layer.values = key, value
         cache.layers.append(layer)
     return cache
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off (and gradient checkpointing, which drops the cache) for the duration."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
