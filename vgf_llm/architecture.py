@@ -220,13 +220,14 @@ def check_decoder(model: PreTrainedModel, name: str) -> None:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off (and gradient checkpointing, which drops the cache) for the duration."""
-    was_training = module.training
+    """Dropout off (and gradient checkpointing, which drops the cache); every module gets its own mode back."""
+    modes = [(one, one.training) for one in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for one, mode in modes:
+            one.training = mode
 
 
 def _probe_ids(rows: int) -> tuple[list[list[int]], list[int]]:

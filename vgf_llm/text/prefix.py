@@ -34,6 +34,12 @@ class PromptPrefix:
     values: tuple[Tensor, ...]
     mask_BP: Tensor
 
+    @classmethod
+    def of(cls, cache: DynamicCache, mask_BP: Tensor) -> PromptPrefix:
+        """Takes what a cache holds, without copying."""
+        keys, values = (tuple(getattr(layer, name) for layer in cache.layers) for name in ("keys", "values"))
+        return cls(keys, values, mask_BP)
+
     @property
     def num_prompts(self) -> int:
         """Number of rows."""
@@ -57,6 +63,20 @@ class PromptPrefix:
             keys=tuple(k.index_select(0, rows_R) for k in self.keys),
             values=tuple(v.index_select(0, rows_R) for v in self.values),
             mask_BP=self.mask_BP.index_select(0, rows_R),
+        )
+
+    def rolled(self, columns_B: Tensor) -> PromptPrefix:
+        """Moves each row right by its number of columns, at most P; what leaves at the right enters at the left."""
+        P = self.mask_BP.shape[1]
+        source_BP = (torch.arange(P, device=columns_B.device) - columns_B[:, None]).remainder(P)
+
+        def moved(states: Tensor) -> Tensor:
+            return states.gather(2, source_BP[:, None, :, None].expand_as(states))
+
+        return PromptPrefix(
+            keys=tuple(map(moved, self.keys)),
+            values=tuple(map(moved, self.values)),
+            mask_BP=self.mask_BP.gather(1, source_BP),
         )
 
     def without_last(self) -> PromptPrefix:
