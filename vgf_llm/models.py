@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from vgf_llm.adapters import read_adapter_config, refuse_scoring_adapter, with_adapter
-from vgf_llm.architecture import check_config, check_decoder
+from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
 from vgf_llm.errors import ModelError
 
@@ -157,6 +157,7 @@ def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False)
             model.generation_config = GenerationConfig.from_pretrained(resolved)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
+    check_structure(model, name)
     return model.eval().requires_grad_(False)
 
 
