@@ -8,7 +8,6 @@ those of the model with the adapter.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,41 +155,3 @@ def _settle_ties(model: PreTrainedModel) -> None:
         model.tie_weights()
     else:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
-
-
-def left_out(adapted: torch.nn.Module) -> dict[str, float]:
-    """Return which weights of the layers a LoRA leaves as they are, as shares of all of them, largest first.
-
-    Embedding tables, output layers and vectors (norms, biases) are not counted. Weights are named by the end of their
-    path, layer numbers left out.
-    """
-    adapters, tables = set(), set()
-    for module in adapted.modules():
-        if hasattr(module, "base_layer"):
-            adapters |= {id(parameter) for parameter in module.base_layer.parameters()}
-        if isinstance(module, torch.nn.Embedding):
-            tables |= {id(parameter) for parameter in module.parameters()}
-    output = adapted.get_output_embeddings() if hasattr(adapted, "get_output_embeddings") else None
-    if output is not None:
-        tables |= {id(parameter) for parameter in output.parameters()}
-    total, found = 0, {}
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name or "modules_to_save" in name or parameter.dim() < 2 or id(parameter) in tables:
-            continue
-        size = int(getattr(parameter, "ds_numel", parameter.numel()))
-        total += size
-        if id(parameter) not in adapters:
-            short = ".".join(part for part in name.split(".") if not part.isdigit()).split("layers.")[-1]
-            found[short] = found.get(short, 0) + size
-    return {name: size / total for name, size in sorted(found.items(), key=lambda entry: -entry[1])}
-
-
-def tell_left_out(adapted: torch.nn.Module, above: float = 0.05) -> None:
-    """Say on standard error which weights a LoRA leaves out where they are more than a share of all."""
-    shares = left_out(adapted)
-    if sum(shares.values()) > above:
-        largest = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:4])
-        print(
-            f"warning: the LoRA leaves {sum(shares.values()):.0%} of the layers' weights as they are ({largest})",
-            file=sys.stderr,
-        )

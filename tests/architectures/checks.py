@@ -46,8 +46,9 @@ class Case:
 
     @cached_property
     def plain(self) -> PreTrainedModel:
-        """The model as transformers loads it, with eager attention."""
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, attn_implementation="eager")
+        """The model as transformers loads it, with the attention that applies all there is."""
+        attention = self.architecture.plain
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, attn_implementation=attention)
         return model.eval().requires_grad_(False)
 
     @cached_property

@@ -1,7 +1,7 @@
 """Tiny models of many architectures: 3 layers, width 32, random norms and buffers, windows of 8 tokens.
 
-What a trained checkpoint has and a fresh model has not is made up here: norms away from one, persistent buffers (routing
-biases, layer scalars) away from zero, a table that is padded beyond the tokenizer, two EOS ids and an odd pad id.
+What a trained checkpoint has and a fresh model has not is made up here: norms away from one, persistent buffers
+(routing biases, layer scalars) away from zero, two EOS ids and an odd pad id.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Architecture:
         without: Fields of ``SHARED`` that its configuration has no place for.
         nested: Whether the options and ``SHARED`` belong to the text part of a multimodal configuration.
         outer: Fields of the outer configuration of a nested one.
+        plain: Attention of transformers that the checks compare with.
         refused: What the refusal says, where the architecture is not supported.
         note: What is particular, for the table.
     """
@@ -100,6 +101,7 @@ class Architecture:
     without: tuple[str, ...] = ()
     nested: bool = False
     outer: dict[str, Any] = field(default_factory=dict)
+    plain: str = "eager"
     refused: str = ""
     note: str = ""
 
@@ -122,10 +124,6 @@ class Architecture:
         model.generation_config.eos_token_id = list(EOS_IDS)
         model.generation_config.pad_token_id = PAD_ID
         return model
-
-
-def _sized(**options: Any) -> dict[str, Any]:
-    return options
 
 
 ZOO: dict[str, Architecture] = {
@@ -194,7 +192,13 @@ ZOO: dict[str, Architecture] = {
     "xglm": Architecture("xglm", {"d_model": WIDTH, "ffn_dim": 48, "num_layers": LAYERS, "attention_heads": 4}),
     "biogpt": Architecture("biogpt"),
     "falcon": Architecture("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, without=("head_dim",)),
-    "falcon, alibi": Architecture("falcon", {"alibi": True, "multi_query": True}, without=("head_dim",), note="alibi"),
+    "falcon, alibi": Architecture(
+        "falcon",
+        {"alibi": True, "multi_query": True},
+        without=("head_dim",),
+        plain="sdpa",
+        note="alibi, which transformers' eager attention adds twice",
+    ),
     "phi": Architecture("phi", {"partial_rotary_factor": 0.5}),
     "phi3": Architecture("phi3", {"sliding_window": WINDOW}),
     "phimoe": Architecture("phimoe", MOE | {"sliding_window": WINDOW}),
