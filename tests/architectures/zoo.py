@@ -267,9 +267,9 @@ ZOO: dict[str, Architecture] = {
         WINDOWED | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": ROWS, "num_kv_shared_layers": 0},
         refused="per-layer embeddings",
     ),
-    "mamba": Architecture("mamba", MAMBA, refused="recurrent states"),
-    "mamba2": Architecture("mamba2", MAMBA | {"head_dim": 8}, refused="recurrent states"),
-    "falcon_mamba": Architecture("falcon_mamba", MAMBA, refused="recurrent states"),
+    "mamba": Architecture("mamba", MAMBA, refused="linear_attention"),
+    "mamba2": Architecture("mamba2", MAMBA | {"head_dim": 8}, refused="linear_attention"),
+    "falcon_mamba": Architecture("falcon_mamba", MAMBA, refused="linear_attention"),
     "rwkv": Architecture("rwkv", {"attention_hidden_size": WIDTH}, refused="recurrent states"),
     "jamba": Architecture(
         "jamba", MOE | MAMBA | {"attn_layer_period": 2, "attn_layer_offset": 1}, refused="linear_attention"
