@@ -31,6 +31,7 @@ from vgf_llm.adapters import read_adapter_config, refuse_scoring_adapter, with_a
 from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
 from vgf_llm.errors import ModelError
+from vgf_llm.whole import loaded_whole
 
 DEFAULT_MODEL = "default"
 DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -54,6 +55,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VGF_LLM_CACHE", Path.home() / ".cache" / "vgf_llm"))
 
 
+@loaded_whole()
 def load_causal_lm(
     name: str = DEFAULT_MODEL,
     *,
@@ -137,6 +139,7 @@ def _merged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bo
     return merged
 
 
+@loaded_whole()
 def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return a causal language model without weights: its configuration, its shapes and how it ends a text.
 
