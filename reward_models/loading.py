@@ -18,11 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.body import linear_names
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
 from reward_models.modelling import RewardModel, RewardModelConfig
-from vgf_llm.adapters import tell_left_out
 from vgf_llm.errors import ModelError
+from vgf_llm.lora import linear_names, tell_left_out
 from vgf_llm.models import fingerprint, load_tokenizer
 from vgf_llm.whole import loaded_whole
 
@@ -66,7 +65,8 @@ def add_lora(
         modules_to_save=["head"] if model.skip_head is None else ["head", "skip_head"],
     )
     adapted = get_peft_model(model, config)
-    tell_left_out(adapted)
+    if not target_modules:
+        tell_left_out(model.body)
     return adapted
 
 

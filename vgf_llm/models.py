@@ -27,8 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vgf_llm.adapters import read_adapter_config, refuse_scoring_adapter, with_adapter
-from vgf_llm.architecture import check_config, check_decoder
+from vgf_llm.adapters import adapter_base, refuse_scoring_adapter, with_adapter
+from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
 from vgf_llm.errors import ModelError
 from vgf_llm.whole import loaded_whole
@@ -160,6 +160,7 @@ def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False)
             model.generation_config = GenerationConfig.from_pretrained(resolved)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
+    check_structure(model, name)
     return model.eval().requires_grad_(False)
 
 
@@ -171,7 +172,7 @@ def base_model_name(name: str) -> str:
     """
     if name == DEFAULT_MODEL or not (Path(name) / ADAPTER_NAME).is_file():
         return name
-    found = read_adapter_config(Path(name))["base_model_name_or_path"]
+    found = adapter_base(Path(name))
     return DEFAULT_MODEL if Path(found).name == _EMBEDDED_FOLDER else found
 
 
