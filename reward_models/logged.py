@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reward_models.functions import call_function, load_function
-from reward_models.pairs import EncodedPair, stack_rows
-from vgf_llm.data import encode_prompt, encode_response, load_preferences, read_cell, read_number, read_prompt
+from reward_models.pairs import EncodedPair, encode_closed, stack_rows
+from vgf_llm.data import load_preferences, read_cell, read_number, read_prompt
 from vgf_llm.dialogue import Prompt
+from vgf_llm.encoding import encode_prompt
 from vgf_llm.errors import DataError
 from vgf_llm.pipeline import prompt_text
 from vgf_llm.rows import Row, read_rows
@@ -118,7 +119,7 @@ def encode_logged(
     truncate: bool = False,
     max_dropped_share: float = 1.0,
 ) -> tuple[list[EncodedResponse], dict[str, int]]:
-    """Encode responses; one ends in EOS unless it fills its room, as a sampled one does.
+    """Encode responses; each is closed as the template closes a turn unless it fills its room, as when sampled.
 
     Args:
         tokenizer: with an EOS token.
@@ -136,13 +137,13 @@ def encode_logged(
     """
     encoded, dropped, cut = [], 0, 0
     for row in rows:
-        prompt, text = encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.response, eos=False)
+        prompt, (text, response) = encode_prompt(tokenizer, row.prompt), encode_closed(tokenizer, row.response)
         room = min(max_length - len(prompt), max_response_length or max_length)
         if room < 1 or (len(text) > room and not truncate):
             dropped += 1
             continue
         cut += len(text) > room
-        encoded.append(EncodedResponse(prompt, [*text, tokenizer.eos_token_id][:room], row.reward))
+        encoded.append(EncodedResponse(prompt, response[:room], row.reward))
     if not encoded or dropped > max_dropped_share * len(rows):
         raise DataError(
             f"{dropped} of {len(rows)} responses would be dropped at max_length {max_length} and max_response_length "

@@ -13,10 +13,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vgf_llm.dialogue import ASSISTANT, HUMAN, Message, Prompt, as_messages, as_text, split_pair
-from vgf_llm.errors import DataError, ModelError
+from vgf_llm.dialogue import ASSISTANT, HUMAN, Message, Prompt, split_pair
+from vgf_llm.encoding import check_prompt_fits, encode_prompt, encode_response, encode_text
+from vgf_llm.errors import DataError
 from vgf_llm.io import shorten
 from vgf_llm.rows import Row, read_rows
+
+__all__ = [
+    "PreferencePair",
+    "Preferences",
+    "check_prompt_fits",
+    "encode_prompt",
+    "encode_response",
+    "encode_text",
+    "load_preferences",
+    "load_prompts",
+    "read_cell",
+    "read_number",
+    "read_prompt",
+]
 
 
 @dataclass(frozen=True)
@@ -186,95 +201,3 @@ def read_number(value: Any, source: str, number: int, column: str) -> float | No
     if not math.isfinite(parsed):
         raise DataError(f"{source}, row {number}, column '{column}': expected a number, got {shorten(repr(value))}")
     return parsed
-
-
-# Encoding ----------------------------------------------------------------------------------------------------------
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Encode a prompt up to where the model's response begins.
-
-    With a chat template: a string is one user message, a Human/Assistant dialogue its turns, and the generation prompt
-    is added. Without one: text as it is with the tokenizer's own BOS, messages as a Human/Assistant dialogue.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        prompt: text or messages.
-
-    Returns:
-        Token ids, at least one.
-
-    Raises:
-        DataError: the template refuses the messages, or nothing is left to encode.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        messages = as_messages(prompt)
-        try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except Exception as error:  # jinja2 and its sandbox raise several types; all mean a refused conversation
-            raise DataError(
-                f"the chat template refuses the messages {shorten(repr(messages), 200)}: {error}"
-            ) from error
-    else:
-        ids = encode_text(tokenizer, as_text(prompt))
-    if not ids:
-        raise DataError(f"the prompt {shorten(repr(prompt))} has no tokens")
-    return list(ids)
-
-
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Encode a text that is to be gone on with, as it stands, with the tokenizer's own BOS and no chat template."""
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-        return ids[:-1]  # some tokenizers close every text; a prompt goes on
-    return ids
-
-
-def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
-    """Encode a response as it follows an encoded prompt.
-
-    Under a chat template leading white space is dropped (the template has placed it already).
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        text: the response.
-        eos: close it with the tokenizer's EOS.
-
-    Returns:
-        Token ids without BOS.
-
-    Raises:
-        ModelError: ``eos`` is asked for and the tokenizer has no EOS token.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        text = text.lstrip()
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not eos:
-        return ids
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no EOS token, so a response cannot be closed; set tokenizer.eos_token")
-    return [*ids, tokenizer.eos_token_id]
-
-
-def check_prompt_fits(
-    ids: Sequence[int], max_positions: int | None, new_tokens: int, index: int, reserved: int = 0
-) -> None:
-    """Refuse a prompt that leaves no room for the response.
-
-    Args:
-        ids: encoded prompt.
-        max_positions: positions of the model (tokens); None where it has no limit.
-        new_tokens: longest response (tokens).
-        index: position of the prompt in its list, for the message.
-        reserved: positions that neither may take; an engine needs one to read what was written.
-
-    Raises:
-        DataError: prompt and response together exceed the model's positions.
-    """
-    if max_positions is not None and len(ids) + new_tokens + reserved > max_positions:
-        kept = f" less the {reserved} that an engine needs to read" if reserved else ""
-        raise DataError(
-            f"prompt {index}: {len(ids)} tokens and up to {new_tokens} new ones exceed the model's {max_positions} "
-            f"positions{kept}; shorten it to {max(max_positions - reserved - new_tokens, 0)} tokens or lower "
-            "max_new_tokens"
-        )

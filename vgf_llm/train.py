@@ -199,16 +199,18 @@ def encode_rows(
         DataError: A prompt is empty or leaves no room for a response.
         ConfigError: There are no prompts.
     """
-    from vgf_llm.data import check_prompt_fits, encode_prompt
+    from vgf_llm.encoding import check_prompt_fits, encode_prompt
+    from vgf_llm.endings import check_ids
     from vgf_llm.pipeline import prompt_text
     from vgf_llm.training.rollout import PromptRow
 
-    rows = []
+    rows, rows_of_table = [], config.get_text_config(decoder=True).vocab_size
     limit = getattr(config, "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
             raise DataError(f"prompt {index} of '{source}' is empty; remove it or write something")
+        check_ids(tokenizer, ids, rows_of_table, f"prompt {index} of '{source}'")
         check_prompt_fits(ids, limit, max_new_tokens, index, reserved)
         rows.append(PromptRow(index, ids, prompt_text(prompt)))
     if not rows:

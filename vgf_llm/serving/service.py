@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vgf_llm.answering import outcome_rows
+from vgf_llm.endings import table_rows
 from vgf_llm.pipeline import Pipeline, make_decoder
 from vgf_llm.sampling import ReferenceSampler, Sampler
 from vgf_llm.sampling.deadline import Deadline
@@ -67,7 +68,8 @@ class Service:
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None:
             positions -= reference.reserved_positions
-        self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, config.vocab_size, positions)
+        rows = min(table_rows(reference.model), len(pipeline.value.embedding_table_VD))
+        self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, rows, positions)
         self._length_unit = token_spacing(pipeline.value.embedding_table_VD)
         self._turn, self._tokenizer_turn = threading.Lock(), threading.Lock()
 
@@ -165,7 +167,15 @@ class Service:
     def _law(self, question: Question, engine: Engine) -> EngineReference:
         like = self.pipeline.reference
         return EngineReference(
-            engine, like.model, question.sampling, like.eos_ids, like.pad_id, like.device, like.adapter, question.stop
+            engine,
+            like.model,
+            question.sampling,
+            like.eos_ids,
+            like.pad_id,
+            like.device,
+            like.adapter,
+            question.stop,
+            like.vocabulary,
         )
 
 
