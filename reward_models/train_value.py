@@ -61,11 +61,14 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from reward_models.pairs import check_max_length, check_rows
     from reward_models.trainer import checkpoint_to_resume
     from reward_models.value_trainer import ValueTrainer
-    from vgf_llm.endings import padding_id, table_rows
+    from vgf_llm.architecture import vocabulary_rows
+    from vgf_llm.endings import padding_id
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
+    from vgf_llm.precision import for_training
 
     check_is_ours(output_dir)
+    settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
     remote = settings.trust_remote_code
@@ -76,14 +79,14 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     dtype = getattr(torch, settings.dtype)
     lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
-    check_rows(tokenizer, [*train_rows, *held_out], table_rows(lm))
+    check_rows(tokenizer, [*train_rows, *held_out], vocabulary_rows(lm.config))
     trainer = ValueTrainer(
         model=untrained_model(lm, settings, training.seed, share=True),
         args=arguments,
         settings=training,
         train_dataset=train_rows,
         eval_dataset=held_out,
-        data_collator=LoggedCollator(padding_id(tokenizer, table_rows(lm))),
+        data_collator=LoggedCollator(padding_id(tokenizer, vocabulary_rows(lm.config))),
         processing_class=tokenizer,
     )
     train_sec = fit(trainer, training, output_dir, checkpoint)
@@ -96,7 +99,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
         "train_responses": len(train_rows),
         "dropped": dropped,
         "seed": training.seed,
-        "training": training_facts(training, trainer.state.global_step, train_sec)
+        "training": training_facts(training, settings.dtype, trainer.state.global_step, train_sec)
         | {"lambda": training.td_lambda, "expectile": training.expectile, "target tau": training.target_tau},
     }
     return finish(script, settings, tokenizer, held_out, lm.to(trainer.accelerator.device), facts)

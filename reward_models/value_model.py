@@ -11,8 +11,7 @@ in float32, and is evaluated by putting its weights into the value's own forward
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.loading import add_lora, is_lora, load_adapter, load_reward_model, save_reward_model
 from reward_models.modelling import RewardModel
+from vgf_llm.architecture import evaluating
 from vgf_llm.errors import ModelError
 
 
@@ -50,7 +50,7 @@ def build_value_model(
         num_layers: decoder layers kept, from the first; None keeps all.
         pooling: "last" or "mean".
         input_skip: whether the heads also read the mean input embedding of the response.
-        lora_r: rank of a LoRA around the body; 0: the body is a copy, and all of it trains.
+        lora_r: rank of a LoRA around the body; 0: the body is a copy in float32, and all of it trains.
         lora_alpha: scale; updates count lora_alpha / lora_r.
         seed: of adapters' (LoRA) random weights.
         start_from: folder of a trained model; layers, pooling, skip and the LoRA's shape are then those of the folder,
@@ -72,7 +72,7 @@ def build_value_model(
             read, or it holds a full model and lora_r is above 0.
     """
     base = base_lm if isinstance(base_lm, PreTrainedModel) else base_lm.get_base_model()
-    dtype = base.get_input_embeddings().weight.dtype
+    dtype = base.get_input_embeddings().weight.dtype if lora_r else torch.float32
     if start_from is not None:
         return _go_on(base, Path(start_from), lora_r, None if share else dtype, tokenizer)
     model = RewardModel.from_base(
@@ -108,8 +108,9 @@ def _go_on(
     if lora_r:
         adapted = load_adapter(folder, base, tokenizer=tokenizer, dtype=copied, trainable=True)
         return adapted.to(base.device).eval()
-    dtype = base.get_input_embeddings().weight.dtype
-    model = load_reward_model(folder, tokenizer=tokenizer, base=base, dtype=dtype, device=base.device, freeze=False)
+    model = load_reward_model(
+        folder, tokenizer=tokenizer, base=base, dtype=torch.float32, device=base.device, freeze=False
+    )
     return model.unfreeze().eval()
 
 
@@ -168,7 +169,7 @@ class EmaTarget:
         """Return the model's forward with these weights, without a graph and in eval mode; the model stays as it is."""
         parameters = dict(model.named_parameters())
         weights = {name: weight.to(parameters[name]) for name, weight in self.weights.items()}
-        with _evaluating(model):
+        with evaluating(model):
             return torch.func.functional_call(model, weights, args=(), kwargs=inputs)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -198,15 +199,3 @@ class EmaTarget:
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and noise off for the duration; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -114,11 +114,6 @@ def _added_before(tokenizer: Any, whole: list[int], starts: list[int]) -> int:
     return max(starts) if whole[0] == bos else min(starts)
 
 
-def table_rows(model: Any) -> int:
-    """Return the rows of a language model's embedding table, read off its configuration."""
-    return int(model.config.get_text_config(decoder=True).vocab_size)
-
-
 def padding_id(tokenizer: Any, rows: int) -> int:
     """Return an id to fill padding with: the tokenizer's, or 0 where the model has no row for that one.
 

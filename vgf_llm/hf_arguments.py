@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames
 
 from vgf_llm.errors import ConfigError
+from vgf_llm.precision import choose_autocast
 
 _TRANSLATED = {"resume_from_checkpoint", "trainer_arguments", "warmup_ratio", "save_steps", "eval_steps"}
 _FIXED = {"output_dir", "warmup_steps", "remove_unused_columns"}
@@ -61,8 +61,7 @@ def training_arguments(settings: Any, output_dir: str | Path, **fixed: Any) -> T
         "remove_unused_columns": False,
         "use_cpu": not torch.cuda.is_available(),
     }
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
-        fields["bf16"] = True  # what the launch configuration asks for; DeepSpeed refuses to be told two things
+    fields["bf16"] = choose_autocast(settings)
     if settings.gradient_checkpointing:
         fields["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     for name in settings.trainer_arguments:

@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
+from vgf_llm.architecture import decoder_layers, max_positions
 from vgf_llm.endings import check_ids, padding_id
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer
+from vgf_llm.precision import with_dtype
 from vgf_llm.sampling.backend import engine_reference
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import DecoderName, EngineSettings, ModelSettings, SamplingSettings, resolve_device
@@ -71,6 +73,7 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
         raise ModelError(
             f"reward_model {models.reward_model!r} is not a folder; train one with `vgf-llm reward` and name its folder"
         )
+    models = with_dtype(models)
     device, dtype = resolve_device(models.device), getattr(torch, models.dtype)
     tokenizer = load_tokenizer(
         models.model_name_or_path, pad_token=models.pad_token, trust_remote_code=models.trust_remote_code
@@ -83,12 +86,7 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
     else:
         base = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
     table_V, own_V = len(value.embedding_table_VD), base.get_input_embeddings().weight.shape[0]
-    vocabulary = min(len(tokenizer), own_V)  # a tokenizer may hold tokens that no text has, and a table padding
-    if table_V < vocabulary:
-        raise ModelError(
-            f"the reward model's table has {table_V} tokens, the tokenizer {len(tokenizer)} (base model: {own_V}); "
-            "train the reward model on this base model"
-        )
+    vocabulary = check_table(value, tokenizer, own_V)
     gradient = load_gradient(models.reward_model, value)  # what can fail comes before an engine is started
     if engine is None:
         eos_ids, pad_id = eos_token_ids(base, tokenizer), padding_id(tokenizer, min(own_V, table_V))
@@ -96,6 +94,21 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
     else:
         reference = engine_reference(models, sampling, engine, tokenizer, value.embedding_table_VD, device)
     return Pipeline(reference, value, tokenizer, gradient)
+
+
+def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int) -> int:
+    """Return the tokens that base and value share: a tokenizer may hold tokens without a row, and a table padding.
+
+    Raises:
+        ModelError: If the value's table is shorter than both the tokenizer and the base model's table.
+    """
+    vocabulary, own = min(len(tokenizer), base_rows), len(value.embedding_table_VD)
+    if own < vocabulary:
+        raise ModelError(
+            f"the reward model's table has {own} tokens, the tokenizer {len(tokenizer)} (base model: {base_rows}); "
+            "train the reward model on this base model"
+        )
+    return vocabulary
 
 
 def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
@@ -108,7 +121,7 @@ def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
         return exact_gradient
     head = load_secant_head(folder, value)
     source = secant_gradient(head)
-    body = sum(parameter.numel() for parameter in value.body.layers.parameters())
+    body = sum(parameter.numel() for parameter in decoder_layers(value.body)[1].parameters())
     return replace(source, passes=source.passes + sum(p.numel() for p in head.parameters()) / body)
 
 
@@ -155,10 +168,10 @@ def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:
     from vgf_llm.encoding import check_prompt_fits, encode_prompt
 
     reference = pipeline.reference
+    limit = max_positions(reference.model.config)
     rows = len(pipeline.value.embedding_table_VD)
     if reference.vocabulary is not None:
         rows = min(rows, reference.vocabulary)
-    limit = getattr(reference.model.config, "max_position_embeddings", None)
     encoded = []
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(pipeline.tokenizer, prompt)

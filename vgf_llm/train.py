@@ -20,6 +20,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.precision import for_training
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
@@ -68,6 +69,7 @@ def run(
         VGFError: Something given is unusable; found before any training.
     """
     check_writable(script.output_dir)
+    policy, optim = for_training(policy, optim)
     from vgf_llm.training.finished import finished, take_result
     from vgf_llm.training.resume import checkpoint_to_resume
 
@@ -105,10 +107,13 @@ def build_trainer(
     import torch
     from transformers import set_seed
 
+    from reward_models.modelling import RewardModel
     from reward_models.value_model import build_value_model
+    from vgf_llm.architecture import vocabulary_rows
     from vgf_llm.data import load_prompts
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
+    from vgf_llm.pipeline import check_table
     from vgf_llm.sampling.engine_reference import EngineReference
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
     from vgf_llm.training.gather import loaded_whole
@@ -120,6 +125,7 @@ def build_trainer(
     from vgf_llm.training.trainer import VGFTrainer
 
     refuse_adapter_on_adapter(policy)
+    policy, optim = for_training(policy, optim)
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
     shard_on_cpu()
     make_engine = engine_maker(policy, method, sampling, arguments.world_size)
@@ -140,6 +146,9 @@ def build_trainer(
             dtype=dtype,
             device=arguments.device,
         )
+        for member in rewards.members:
+            if isinstance(member.scorer, RewardModel):
+                check_table(member.scorer, tokenizer, vocabulary_rows(base.config))
         set_seed(optim.seed)
         eos_ids, learned = eos_token_ids(base, tokenizer), None
         if method.value == "learned":
@@ -199,13 +208,14 @@ def encode_rows(
         DataError: A prompt is empty or leaves no room for a response.
         ConfigError: There are no prompts.
     """
+    from vgf_llm.architecture import max_positions, vocabulary_rows
     from vgf_llm.encoding import check_prompt_fits, encode_prompt
     from vgf_llm.endings import check_ids
     from vgf_llm.pipeline import prompt_text
     from vgf_llm.training.rollout import PromptRow
 
-    rows, rows_of_table = [], config.get_text_config(decoder=True).vocab_size
-    limit = getattr(config, "max_position_embeddings", None)
+    rows, rows_of_table = [], vocabulary_rows(config)
+    limit = max_positions(config)
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(tokenizer, prompt)
         if not ids:

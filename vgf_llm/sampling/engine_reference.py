@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from vgf_llm.endings import table_rows
+from vgf_llm.architecture import vocabulary_rows
 from vgf_llm.errors import ConfigError
 from vgf_llm.sampling.engine import Engine, EngineError, EngineRequest, EngineText, TopLogps
 from vgf_llm.settings import SamplingSettings
@@ -106,11 +106,11 @@ class EngineReference:
         return self._columns(self.sampling)
 
     def _columns(self, sampling: SamplingSettings) -> int:
-        return min(sampling.top_k, self.vocabulary or table_rows(self.model))
+        return min(sampling.top_k, self.vocabulary or vocabulary_rows(self.model.config))
 
     def _asked(self, columns: int) -> int:
         """Return how many tokens to ask the engine for, so that ``columns`` are left without the table's padding."""
-        spare = 0 if self.vocabulary is None else max(table_rows(self.model) - self.vocabulary, 0)
+        spare = 0 if self.vocabulary is None else max(vocabulary_rows(self.model.config) - self.vocabulary, 0)
         return columns + min(spare, MOST_SPARE)
 
     def _known(self, ids: Tensor, logps: Tensor, columns: int) -> tuple[Tensor, Tensor]:

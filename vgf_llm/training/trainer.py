@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from vgf_llm.endings import padding_id, table_rows
+from vgf_llm.architecture import vocabulary_rows
+from vgf_llm.endings import padding_id
 from vgf_llm.errors import DivergedError
 from vgf_llm.pipeline import make_decoder
+from vgf_llm.precision import require_float32
 from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import SamplingSettings
@@ -95,10 +97,11 @@ class VGFTrainer(SamplesInEngine, SavesWhole, Observes, Trainer):
             data_collator=PromptBatch,
             **kwargs,
         )
+        require_float32(self)
         self.models, self.learned, self.rewards, self.method = models, learned, rewards, method
         self.sampling, self.tokenizer, self.eos_ids, self.identity = sampling, tokenizer, eos_ids, identity
         self.make_engine = make_engine
-        rows = table_rows(models.policy_lm)
+        rows = vocabulary_rows(models.policy_lm.config)
         self.vocabulary, self.pad_id = min(len(tokenizer), rows), padding_id(tokenizer, rows)
         self.model_accepts_loss_kwargs = True  # losses are divided by global counts, never by accumulation steps
         models.to(self.args.device)
