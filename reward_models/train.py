@@ -167,6 +167,8 @@ def _preferences(script: RewardScript, source: str, split: str, limit: int | Non
         rejected_column=script.rejected_column,
         margin_column=script.margin_column,
         max_dropped_share=script.max_dropped_share,
+        system_column=script.system_column,
+        preference_column=script.preference_column,
     )
     print(preferences.report(), file=sys.stderr)
     return preferences

@@ -103,8 +103,9 @@ def _prompts(script: SecantScript) -> tuple[list[Any], list[Any]]:
     """Read both prompt files and refuse a prompt that is in both."""
     from vgf_llm.data import load_prompts
 
-    fitted = load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)
-    unseen = load_prompts(script.validation_prompts, script.prompt_column, limit=script.num_validation_prompts)
+    column, system = script.prompt_column, script.system_column
+    fitted = load_prompts(script.prompts, column, limit=script.num_prompts, system_column=system)
+    unseen = load_prompts(script.validation_prompts, column, limit=script.num_validation_prompts, system_column=system)
     known = {json.dumps(prompt) for prompt in fitted}
     for row, prompt in enumerate(unseen):
         if json.dumps(prompt) in known:

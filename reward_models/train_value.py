@@ -144,6 +144,7 @@ def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> 
         script.reward_column,
         script.reward_function,
         script.max_dropped_share,
+        script.system_column,
     )
     print(f"{source}: {len(rows)} responses", file=sys.stderr)
     return rows

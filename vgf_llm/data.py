@@ -22,6 +22,7 @@ from vgf_llm.dialogue import (
     SAME,
     OddRowError,
     Prompt,
+    PromptText,
     as_messages,
     open_dialogue,
     split_pair,
@@ -40,6 +41,7 @@ __all__ = [
     "encode_response",
     "encode_text",
     "load_preferences",
+    "load_prompt_texts",
     "load_prompts",
     "read_cell",
     "read_number",
@@ -106,6 +108,21 @@ def load_prompts(
     """
     rows = read_rows(source, split, limit)
     return [prompt_of(row, source, number, column, system_column) for number, row in rows]
+
+
+def load_prompt_texts(
+    source: str,
+    column: str = "prompt",
+    split: str = "train",
+    limit: int | None = None,
+    system_column: str = "system",
+) -> list[PromptText]:
+    """As :func:`load_prompts`, with the other columns of each row, which reward functions may ask for."""
+    texts = []
+    for number, row in read_rows(source, split, limit):
+        others = {name: value for name, value in row.items() if name not in (column, system_column)}
+        texts.append(PromptText(prompt_of(row, source, number, column, system_column), others))
+    return texts
 
 
 def prompt_of(row: Row, source: str, number: Place, column: str, system_column: str = "system") -> Prompt:

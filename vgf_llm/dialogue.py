@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from vgf_llm.errors import DataError
 from vgf_llm.io import shorten
@@ -131,6 +132,26 @@ def conversation_text(prompt: Prompt) -> str:
     return _written(prompt) + (ASSISTANT if prompt[-1]["role"] != "assistant" else "")
 
 
+class PromptText(str):
+    """A prompt as one text, as reports and reward functions read it.
+
+    Attributes:
+        prompt: What the text was made of; reward models of another tokenizer read it under their own chat template.
+        columns: The other columns of the prompt's row, by name.
+    """
+
+    prompt: Prompt
+    columns: Mapping[str, Any]
+
+    def __new__(cls, prompt: Prompt, columns: Mapping[str, Any] | None = None) -> PromptText:
+        """Write a prompt down; one that is such a text already stays as it is."""
+        if isinstance(prompt, PromptText):
+            return prompt
+        text = super().__new__(cls, conversation_text(prompt))
+        text.prompt, text.columns = prompt, columns or {}
+        return text
+
+
 def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: str) -> Parts:
     """Cut a pair into the prompt and the two responses.
 
@@ -168,9 +189,9 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
 
 def _split_messages(given: Prompt | None, chosen: list[Message], rejected: list[Message]) -> Parts:
     inside = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    better, worse = (_only_turn(messages[inside:]) for messages in (chosen, rejected))
     if given is None and not inside:
         raise OddRowError(NO_PROMPT, f"chosen starts {shorten(repr(chosen[0]))}, rejected {shorten(repr(rejected[0]))}")
+    better, worse = (_only_turn(messages[inside:]) for messages in (chosen, rejected))
     return chosen[:inside] if given is None else _joined(given, chosen[:inside]), better, worse
 
 

@@ -16,6 +16,7 @@ from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.architecture import decoder_layers, max_positions
+from vgf_llm.dialogue import Prompt, PromptText
 from vgf_llm.endings import check_ids, padding_id
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer
@@ -183,6 +184,6 @@ def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:
     return encoded
 
 
-def prompt_text(prompt: object) -> str:
-    """Return a prompt as plain text, for reports and reward functions: a string itself, or the last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+def prompt_text(prompt: Prompt) -> PromptText:
+    """Return a prompt as plain text, for reports and reward functions: all of it, as a dialogue where it has turns."""
+    return PromptText(prompt)

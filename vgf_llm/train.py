@@ -110,7 +110,7 @@ def build_trainer(
     from reward_models.modelling import RewardModel
     from reward_models.value_model import build_value_model
     from vgf_llm.architecture import vocabulary_rows
-    from vgf_llm.data import load_prompts
+    from vgf_llm.data import load_prompt_texts
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
     from vgf_llm.pipeline import check_table
@@ -130,8 +130,12 @@ def build_trainer(
     shard_on_cpu()
     make_engine = engine_maker(policy, method, sampling, arguments.world_size)
     name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
-    check_rewards([*script.rewards, *([script.gold] if script.gold else [])])
-    texts = load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)
+    functions = [*script.rewards, *([script.gold] if script.gold else [])]
+    check_rewards(functions)
+    texts = load_prompt_texts(
+        script.prompts, script.prompt_column, limit=script.num_prompts, system_column=script.system_column
+    )
+    check_rewards(functions, texts)
     with loaded_whole():
         tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)
         base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
@@ -217,12 +221,13 @@ def encode_rows(
     rows, rows_of_table = [], vocabulary_rows(config)
     limit = max_positions(config)
     for index, prompt in enumerate(prompts):
-        ids = encode_prompt(tokenizer, prompt)
+        text = prompt_text(prompt)
+        ids = encode_prompt(tokenizer, text.prompt)
         if not ids:
             raise DataError(f"prompt {index} of '{source}' is empty; remove it or write something")
         check_ids(tokenizer, ids, rows_of_table, f"prompt {index} of '{source}'")
         check_prompt_fits(ids, limit, max_new_tokens, index, reserved)
-        rows.append(PromptRow(index, ids, prompt_text(prompt)))
+        rows.append(PromptRow(index, ids, text))
     if not rows:
         raise ConfigError(f"prompts: '{source}' holds none")
     return rows
