@@ -65,7 +65,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from vgf_llm.endings import padding_id
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
-    from vgf_llm.precision import for_training
+    from vgf_llm.precision import for_training, is_sharded
 
     check_is_ours(output_dir)
     settings, training = for_training(settings, training)
@@ -81,7 +81,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     check_max_length(script.max_length, lm.config)
     check_rows(tokenizer, [*train_rows, *held_out], vocabulary_rows(lm.config))
     trainer = ValueTrainer(
-        model=untrained_model(lm, settings, training.seed, share=True),
+        model=untrained_model(lm, settings, training.seed, share=not is_sharded(training)),
         args=arguments,
         settings=training,
         train_dataset=train_rows,

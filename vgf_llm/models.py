@@ -32,6 +32,7 @@ from vgf_llm.architecture import check_config, check_decoder
 from vgf_llm.attention import group_attention
 from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
+from vgf_llm.whole import loaded_whole
 
 DEFAULT_MODEL = "default"
 DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -55,6 +56,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VGF_LLM_CACHE", Path.home() / ".cache" / "vgf_llm"))
 
 
+@loaded_whole()
 def load_causal_lm(
     name: str = DEFAULT_MODEL,
     *,
@@ -138,6 +140,7 @@ def _merged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bo
     return merged
 
 
+@loaded_whole()
 def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return a causal language model without weights: its configuration, its shapes and how it ends a text.
 

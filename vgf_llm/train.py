@@ -116,13 +116,13 @@ def build_trainer(
     from vgf_llm.pipeline import check_table
     from vgf_llm.sampling.engine_reference import EngineReference
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
-    from vgf_llm.training.gather import loaded_whole
     from vgf_llm.training.learned_value import LearnedValue
     from vgf_llm.training.models import PolicyModels
     from vgf_llm.training.particle_engine import engine_maker
     from vgf_llm.training.resume import identity_of
     from vgf_llm.training.rewards import check_rewards, load_rewards
     from vgf_llm.training.trainer import VGFTrainer
+    from vgf_llm.whole import loaded_whole
 
     refuse_adapter_on_adapter(policy)
     policy, optim = for_training(policy, optim)
