@@ -14,15 +14,17 @@ class TrainingData:
     """Data, limits and output."""
 
     train_dataset: str
-    """Training rows: a .jsonl/.json/.csv/.parquet file, or a data set of the hub."""
+    """Training rows: a file, glob or folder (docs/data.md), or a data set of the hub."""
     output_dir: str
     """Folder for weights, tokenizer, card and checkpoints."""
+    system_column: str = "system"
+    """Column of a system turn that goes before the prompt, where rows have it."""
     eval_dataset: str | None = None
     """Held-out rows; null holds back eval_share of the training prompts."""
     train_split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set or folder."""
     eval_split: str = "test"
-    """Split of a hub data set of held-out rows."""
+    """Split of a hub data set or folder of held-out rows."""
     eval_share: float = 0.05
     """Share of training prompts held back where eval_dataset is null, in (0, 0.5]."""
     max_dropped_share: float = 0.2
@@ -68,7 +70,9 @@ class RewardScript(TrainingData):
     rejected_column: str = "rejected"
     """Column of worse responses."""
     margin_column: str = "margin"
-    """Column of how much better, a number; optional."""
+    """Column of how much better, a number, or two of them as score_chosen-score_rejected; optional."""
+    preference_column: str = "overall_preference"
+    """Where rows have it, which response is better: below 0 that of chosen_column, above 0 the other, 0 neither."""
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,10 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     from transformers import set_seed
 
     from reward_models.folder import check_is_ours
-    from reward_models.pairs import PairCollator, check_max_length
+    from reward_models.pairs import PairCollator, check_max_length, check_rows
     from reward_models.trainer import RewardTrainer, checkpoint_to_resume
+    from vgf_llm.architecture import vocabulary_rows
+    from vgf_llm.endings import padding_id
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
     from vgf_llm.precision import for_training
@@ -76,13 +78,14 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     dtype = getattr(torch, settings.dtype)
     lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
+    check_rows(tokenizer, [*train_pairs, *held_out], vocabulary_rows(lm.config))
     trainer = RewardTrainer(
         model=untrained_model(lm, settings, training.seed),
         args=arguments,
         settings=training,
         train_dataset=train_pairs,
         eval_dataset=held_out,
-        data_collator=PairCollator(tokenizer.pad_token_id),
+        data_collator=PairCollator(padding_id(tokenizer, vocabulary_rows(lm.config))),
         processing_class=tokenizer,
     )
     train_sec = fit(trainer, training, output_dir, checkpoint)
@@ -164,6 +167,8 @@ def _preferences(script: RewardScript, source: str, split: str, limit: int | Non
         rejected_column=script.rejected_column,
         margin_column=script.margin_column,
         max_dropped_share=script.max_dropped_share,
+        system_column=script.system_column,
+        preference_column=script.preference_column,
     )
     print(preferences.report(), file=sys.stderr)
     return preferences
@@ -260,8 +265,7 @@ def report(
                 model,
                 lm,
                 groups,
-                tokenizer.eos_token_id,
-                tokenizer.pad_token_id,
+                tokenizer,
                 responses=script.fidelity_responses,
                 substitutions=script.fidelity_substitutions,
                 shortlist=script.fidelity_shortlist,

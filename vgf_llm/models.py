@@ -30,6 +30,7 @@ from transformers import (
 from vgf_llm.adapters import adapter_base, refuse_scoring_adapter, with_adapter
 from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
+from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
 from vgf_llm.whole import loaded_whole
 
@@ -205,7 +206,19 @@ def load_tokenizer(
             raise ModelError(f"pad_token {pad_token!r} is not in the vocabulary of {name!r}; name an existing token")
         tokenizer.pad_token = pad_token
     check_tokenizer(tokenizer, name)
+    stated = _stated_eos_ids(name)
+    if stated is not None:
+        remember_eos_ids(tokenizer, stated)
     return tokenizer
+
+
+def _stated_eos_ids(name: str) -> list[int] | None:
+    """Return the EOS ids of a model's generation config, None where it has none (a reward model's folder)."""
+    try:
+        ids = GenerationConfig.from_pretrained(_resolve(base_model_name(name))).eos_token_id
+    except (OSError, ValueError, ModelError):
+        return None
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -234,11 +247,14 @@ def _pad_hint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return every id that ends a response: the tokenizer's EOS and those of the generation config, sorted."""
+    """Return every id that ends a response: the tokenizer's EOS and those of the generation config, sorted.
+
+    One of them may be the padding id: padding is told by masks.
+    """
     configured = getattr(model, "generation_config", None)
     ids = getattr(configured, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return tuple(sorted({int(tokenizer.eos_token_id), *ids} - {tokenizer.pad_token_id}))
+    return tuple(sorted({*eos_ids_of(tokenizer), *(int(one) for one in ids)}))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> Fingerprint:

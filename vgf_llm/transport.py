@@ -70,7 +70,9 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
         raise ModelError("Parquet files need the package pyarrow; run `pip install vgf-llm[train]`")
     from vgf_llm.data import load_prompts
 
-    prompts = load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
+    prompts = load_prompts(
+        settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
+    )
     output_dir = check_writable(settings.output_dir)
     rows_path = output_dir / "rows.jsonl"
     _refuse_datasets(output_dir, settings.resume)

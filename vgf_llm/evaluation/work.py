@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from reward_models.functions import load_function, remembered
+from reward_models.functions import further_arguments, load_function, remembered
 from reward_models.secant import stated_fidelity
 from vgf_llm import __version__
 from vgf_llm.config import dump
-from vgf_llm.data import load_prompts
+from vgf_llm.data import load_prompt_texts
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import Sizes
 from vgf_llm.evaluation.run import Experiment, Prompts
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.evaluation.summary import Row, differences, summarise
-from vgf_llm.pipeline import encode_prompts, load_pipeline, prompt_text
+from vgf_llm.pipeline import encode_prompts, load_pipeline
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 Key = tuple[str, int, int]
@@ -36,14 +36,18 @@ def work(
     track: Callable[..., Any],
 ) -> Iterator[list[Row]]:
     """Yield the rows that are not done yet, a batch of prompts and an arm at a time."""
-    gold = remembered(load_function(settings.gold))
-    prompts = load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
+    function = load_function(settings.gold)
+    gold = remembered(function)
+    prompts = load_prompt_texts(
+        settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
+    )
+    further_arguments(function, prompts)
     todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     if not todo:
         return
     pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     with closing(pipeline):
-        ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
+        ids, texts = encode_prompts(pipeline, [prompt.prompt for prompt in prompts]), prompts
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)
         experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
         arms_left = sum(len(arms) for _, _, arms in todo)
