@@ -10,6 +10,7 @@ from typing import Any
 
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.io import write_json_atomic
+from vgf_llm.sources import local_files
 
 Config = dict[str, Any]
 _HOW = ("resume", "record", "batch_prompts", "output_dir", "engine")  # how a run is made, not what it makes
@@ -69,7 +70,8 @@ def claim(
 
 def contents(prompts: str, reward_model: str | None) -> dict[str, str]:
     """Return the SHA-256 of the local files that decide every number: prompts and reward model."""
-    files = [Path(prompts)]
+    found = local_files(prompts, "train")
+    files = [] if found is None else list(found.paths)
     if reward_model is not None:
         files += sorted(Path(reward_model).glob("*.safetensors"))
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
