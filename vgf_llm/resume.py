@@ -10,6 +10,7 @@ from typing import Any
 
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.io import write_json_atomic
+from vgf_llm.sources import local_files
 
 Config = dict[str, Any]
 _HOW = ("resume", "record", "batch_prompts", "output_dir", "engine")  # how a run is made, not what it makes
@@ -71,7 +72,8 @@ def contents(prompts: str, reward_model: str | None, base_model: str | None = No
     """Return the SHA-256 of the local files that decide every number: prompts, reward model and base model."""
     from vgf_llm.provenance import folder_mark
 
-    files = [Path(prompts)]
+    read = local_files(prompts, "train")
+    files = [] if read is None else list(read.paths)
     if reward_model is not None:
         files += sorted(Path(reward_model).glob("*.safetensors"))
     found = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
