@@ -15,7 +15,7 @@ from vgf_llm.training.metrics import flow_metrics, kl_estimate, nll_a_token, pea
 from vgf_llm.training.rollout import Rollout
 
 _POLICY_STREAM = 0x50  # the policy's own samples, drawn for the log
-_OWN_SAMPLES = 4  # of these a prompt, at most
+_OWN_SAMPLES = 2  # of these per prompt, for rewards and for the KL: with four, a log line took as long as two steps
 
 
 class Observes:
