@@ -36,7 +36,7 @@ def truncated_config(base_config: PreTrainedConfig, num_layers: int | None) -> d
     Raises:
         ModelError: num_layers is out of range, or the architecture's configuration cannot be cut.
     """
-    fields = cut_config(base_config, num_layers).to_dict()
+    fields = cut_config(base_config, num_layers)
     for derived in ("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         fields.pop(derived, None)
     return fields
@@ -59,7 +59,7 @@ def plain_weights(base: PreTrainedModel) -> dict[str, Tensor]:
     return plain
 
 
-def copy_weights(body: nn.Module, base: PreTrainedModel, dtype: torch.dtype) -> None:
+def copy_weights(body: PreTrainedModel, base: PreTrainedModel, dtype: torch.dtype) -> None:
     """Copy the base's plain weights into the body: parameters as `dtype`, persistent buffers in their own precision.
 
     Raises:
@@ -73,7 +73,7 @@ def copy_weights(body: nn.Module, base: PreTrainedModel, dtype: torch.dtype) -> 
         _put(body, name, source[name].detach().clone())
 
 
-def share_weights(body: nn.Module, base: PreTrainedModel) -> None:
+def share_weights(body: PreTrainedModel, base: PreTrainedModel) -> None:
     """Put the base's own parameters and persistent buffers in place of the body's.
 
     Raises:
@@ -102,14 +102,17 @@ def _persistent_buffers(body: nn.Module) -> list[str]:
     return [name for name, _ in body.named_buffers(remove_duplicate=False) if name in persistent]
 
 
-def _matching(body: nn.Module, base: PreTrainedModel) -> dict[str, Tensor]:
+def _matching(body: PreTrainedModel, base: PreTrainedModel) -> dict[str, Tensor]:
     """Return the base's weights by name after a check that the body has no other names or shapes."""
     source, whose = plain_weights(base), f"the base model {base.config._name_or_path!r}"
     wanted = dict(body.named_parameters(remove_duplicate=False))
     wanted |= {name: body.get_buffer(name) for name in _persistent_buffers(body)}
     for name, tensor in wanted.items():
         if name not in source:
-            raise ModelError(f"{whose} has no weight {name!r}; give a causal LM")
+            advice = "give a causal LM"
+            if num_layers(body.config) < num_layers(base.config):
+                advice = "this architecture cannot be cut: leave num_layers empty"
+            raise ModelError(f"{whose} has no weight {name!r}; {advice}")
         expected, found = weight_shape(tensor), weight_shape(source[name])
         if expected != found:
             raise ModelError(
