@@ -229,9 +229,10 @@ def _merged(adapted: Any, folder: Path) -> RewardModel:
         expected_RSD = adapted.get_base_model().body(input_ids=ids_RS, use_cache=False).last_hidden_state
         model = adapted.merge_and_unload(safe_merge=True)
         found_RSD = model.body(input_ids=ids_RS, use_cache=False).last_hidden_state
-    if difference(found_RSD, expected_RSD) > tolerance(found_RSD):
+    apart = difference(found_RSD, expected_RSD)
+    if apart > tolerance(found_RSD):
         raise ModelError(
-            f"the adapter '{folder}' cannot be merged: hidden states differ by {difference(found_RSD, expected_RSD):.2g} "
-            "of their mean size afterwards; load it with merge=False"
+            f"the adapter '{folder}' cannot be merged: hidden states differ by {apart:.2g} of their mean size "
+            "afterwards; load it with merge=False"
         )
     return model
