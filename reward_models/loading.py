@@ -24,6 +24,7 @@ from vgf_llm.architecture import difference, evaluating, tolerance
 from vgf_llm.errors import ModelError
 from vgf_llm.lora import linear_names, tell_left_out
 from vgf_llm.models import fingerprint, load_tokenizer
+from vgf_llm.provenance import tell_if_changed
 from vgf_llm.whole import loaded_whole
 
 ADAPTER_NAME = "adapter_config.json"
@@ -211,7 +212,10 @@ def load_adapter(
         input_skip=config.input_skip,
         share=dtype is None,
     )
-    model.config.base_name = config.base_name
+    tell_if_changed(
+        config.base_weights, model.config.base_weights, f"the LoRA '{folder}'", config.base_name or "the base model"
+    )
+    model.config.base_name, model.config.base_weights = config.base_name, config.base_weights
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         missing = sorted(set(get_peft_model_state_dict(adapted)) - set(load_peft_weights(str(folder), device="cpu")))

@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from vgf_llm.data import PreferencePair
 from vgf_llm.encoding import encode_prompt, encode_response
 from vgf_llm.endings import check_ids, closed
 from vgf_llm.errors import ConfigError, DataError
+from vgf_llm.sources import local_files
 
 Row = TypeVar("Row")
 
@@ -172,7 +172,12 @@ def stack_rows(rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -
     }
 
 
-def file_digest(source: str) -> str:
-    """Return the SHA-256 of a local file, or "hub" for what is not one."""
-    path = Path(source)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "hub"
+def file_digest(source: str, split: str = "train") -> str:
+    """Return the SHA-256 of a source's local files, one after the other, or "hub" where it has none."""
+    files = local_files(source, split)
+    if files is None:
+        return "hub"
+    digest = hashlib.sha256()
+    for path in files.paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -241,7 +241,8 @@ def data_files(script: TrainingData) -> dict[str, str]:
     """Return the SHA-256 of each data file that a training read."""
     from reward_models.pairs import file_digest
 
-    return {source: file_digest(source) for source in (script.train_dataset, script.eval_dataset) if source}
+    read = ((script.train_dataset, script.train_split), (script.eval_dataset, script.eval_split))
+    return {source: file_digest(source, split) for source, split in read if source}
 
 
 def report(

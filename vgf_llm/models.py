@@ -32,6 +32,7 @@ from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
 from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
+from vgf_llm.provenance import model_mark, read_base, tell_if_changed
 from vgf_llm.whole import loaded_whole
 
 DEFAULT_MODEL = "default"
@@ -131,7 +132,11 @@ def _check_complete(report: dict[str, Any], name: str) -> None:
 def _merged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """Load an adapter's base, in whatever cache folder the embedded one lies here, and merge the adapter in float32."""
     refuse_scoring_adapter(folder)
-    base = load_causal_lm(base_model_name(str(folder)), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    name = base_model_name(str(folder))
+    base = load_causal_lm(name, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    made_from = read_base(folder)
+    if made_from is not None:
+        tell_if_changed(made_from, model_mark(base), f"the adapter '{folder}'", name)
     merged = with_adapter(base, folder)
     for parameter in merged.parameters():  # buffers (rotary frequencies) stay in float32
         parameter.data = parameter.data.to(dtype)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from vgf_llm.architecture import decoder_of
 from vgf_llm.errors import ModelError
 from vgf_llm.lora import linear_names, not_in_the_decoder, tell_left_out
+from vgf_llm.provenance import model_mark
 from vgf_llm.text.prefix import positions_from_mask
 from vgf_llm.training.config import PolicySettings
 
@@ -111,12 +112,16 @@ class PolicyModels:
         base: The frozen base model; it becomes the policy (under LoRA: its body).
         settings: LoRA or full.
 
+    Attributes:
+        base_weights: Mark of the base's weights (`vgf_llm.provenance`), which the result carries.
+
     Raises:
         ModelError: A LoRA target is no linear layer of the model.
     """
 
     def __init__(self, base: PreTrainedModel, settings: PolicySettings) -> None:
         self.policy_lm = base
+        self.base_weights = model_mark(base)
         self._full_reference: PreTrainedModel | None = None
         if settings.lora_r:
             self.policy: nn.Module = add_policy_lora(base, settings)
