@@ -101,7 +101,7 @@ class RewardModelSettings:
     lora_target_modules: list[str] = field(default_factory=list)
     """Leaf names of linear layers; empty takes all of the body."""
     pad_token: str | None = None
-    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
 

@@ -30,7 +30,7 @@ class SecantScript:
     model_name_or_path: str = "default"
     """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
     pad_token: str | None = None
-    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
     dtype: DtypeName = "auto"

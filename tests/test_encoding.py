@@ -231,3 +231,34 @@ def test_a_loaded_tokenizer_knows_the_generation_configs_ends(tmp_path):
     assert last(loaded) == TURN_END
     (tmp_path / "generation_config.json").unlink()
     assert last(load_tokenizer(str(tmp_path))) == TURN_END
+
+
+@pytest.mark.parametrize("decoder", ["prior", "block", "edit", "edit_greedy", "pivot", "nearest"])
+def test_what_fills_padding_changes_nothing_not_even_an_eos(decoder):
+    """Masks tell padding: the same texts, values and moves whether filled with 0, an EOS or a word."""
+    from vgf_llm.flow.budget import TransportBudget
+    from vgf_llm.text import ImplicitPolicy
+
+    torch.manual_seed(3)
+    base = build_llama()
+    value = RewardModel.from_base(base).eval()
+    torch.nn.init.normal_(value.head.weight)
+    found = []
+    for pad_id in (2, 5) if decoder == "nearest" else (0, 2, 5, 9):  # nearest never writes the padding token
+        reference = Reference(base, SamplingSettings(max_new_tokens=10, top_k=30, temperature=2.0), (2, 5, 11), pad_id)
+        policy = ImplicitPolicy(
+            ReferenceSampler(reference),
+            value,
+            make_decoder(decoder, reference, value),
+            TransportBudget(steps=3, kernel="none", rounds=2, nats=4.0),
+            draws=2,
+        )
+        found.append(policy([[7, 8], [9, 10, 12]], row_seeds(0, [0, 1], 6)))
+    first = found[0]
+    assert first.transported.eos_BNT.any() and not first.transported.mask_BNT.all()
+    for other in found[1:]:
+        for name in ("originals", "transported", "selected"):
+            one, same = getattr(first, name), getattr(other, name)
+            assert torch.equal(one.mask_BNT, same.mask_BNT)
+            assert torch.equal(one.tokens_BNT[one.mask_BNT], same.tokens_BNT[same.mask_BNT])
+        torch.testing.assert_close(first.selected_values_B, other.selected_values_B)

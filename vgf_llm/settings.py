@@ -27,7 +27,7 @@ class ModelSettings:
     device: str = "auto"
     """Torch device, or "auto": cuda where there is one, else cpu."""
     pad_token: str | None = None
-    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
 

@@ -59,7 +59,7 @@ class PolicySettings:
     lora_target_modules: list[str] = field(default_factory=list)
     """Leaf names of linear layers; empty takes all but the output layer."""
     pad_token: str | None = None
-    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
 
