@@ -11,10 +11,10 @@ from reward_models.pairs import check_rows, encode_pairs
 from tests.byte_tokenizers import CHATML, LLAMA2, byte_tokenizer
 from tests.conftest import build_llama, build_tokenizer
 from vgf_llm.data import PreferencePair
-from vgf_llm.encoding import encode_prompt, encode_response, encode_text
+from vgf_llm.encoding import encode_prompt, encode_response, encode_text, set_in_template
 from vgf_llm.endings import check_ids, closed, closing_id, eos_ids_of, padding_id, remember_eos_ids
 from vgf_llm.errors import DataError, ModelError
-from vgf_llm.models import eos_token_ids, load_tokenizer
+from vgf_llm.models import eos_token_ids, fingerprint, load_tokenizer
 from vgf_llm.pipeline import encode_prompts, load_pipeline, make_decoder
 from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import ModelSettings, SamplingSettings
@@ -262,3 +262,37 @@ def test_what_fills_padding_changes_nothing_not_even_an_eos(decoder):
             assert torch.equal(one.mask_BNT, same.mask_BNT)
             assert torch.equal(one.tokens_BNT[one.mask_BNT], same.tokens_BNT[same.mask_BNT])
         torch.testing.assert_close(first.selected_values_B, other.selected_values_B)
+
+
+THINKING = "\n" + CHATML.replace(
+    "<|im_start|>assistant\n", "<|im_start|>assistant\n' }}{% if not (thinking is defined and thinking) %}{{ 'No.\n"
+).replace("{% endif %}", "{% endif %}{% endif %}")
+
+
+def test_variables_of_a_template_are_fixed_in_it():
+    tokenizer = byte_tokenizer(template=THINKING)
+    whole = {
+        thinking: tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False, thinking=thinking
+        )
+        for thinking in (True, False)
+    }
+    assert whole[False] == whole[True] + "No.\n"
+    for thinking, expected in whole.items():
+        tokenizer = byte_tokenizer(template=THINKING)
+        set_in_template(tokenizer, {"thinking": thinking})
+        assert tokenizer.decode(encode_prompt(tokenizer, "Hi")) == expected
+        assert closing_id(tokenizer) == TURN_END
+    plain, other = byte_tokenizer(template=THINKING), byte_tokenizer(template=THINKING)
+    set_in_template(plain, {})
+    set_in_template(other, {"thinking": None})
+    assert fingerprint(plain) == fingerprint(byte_tokenizer(template=THINKING)) != fingerprint(other)
+    for broken, said in (
+        ({"thinkng": True}, "no variable 'thinkng'"),
+        ({"messages": []}, "no variable 'messages'"),
+        ({"thinking": {1, 2}}, "thinking must be a JSON value"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            set_in_template(byte_tokenizer(template=THINKING), broken)
+    with pytest.raises(ModelError, match="no single chat template"):
+        set_in_template(byte_tokenizer(template=None), {"thinking": True})

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import (
 from vgf_llm.adapters import read_adapter_config, refuse_scoring_adapter, with_adapter
 from vgf_llm.architecture import check_config, check_decoder
 from vgf_llm.attention import group_attention
+from vgf_llm.encoding import set_in_template
 from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
 from vgf_llm.whole import loaded_whole
@@ -182,7 +184,11 @@ def resolved_name(name: str) -> str:
 
 
 def load_tokenizer(
-    name: str = DEFAULT_MODEL, *, pad_token: str | None = None, trust_remote_code: bool = False
+    name: str = DEFAULT_MODEL,
+    *,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer that can pad and stop, padding on the left; it knows every EOS of the model.
 
@@ -190,9 +196,10 @@ def load_tokenizer(
         name: As for :func:`load_causal_lm`.
         pad_token: A token of the vocabulary to pad with; a tokenizer that names none pads with its EOS.
         trust_remote_code: As for :func:`load_causal_lm`.
+        chat_template_kwargs: Variables that the chat template is to see, as :func:`vgf_llm.encoding.set_in_template`.
 
     Raises:
-        ModelError: If it cannot be read, has no EOS, or ``pad_token`` is unknown.
+        ModelError: If it cannot be read, has no EOS, or ``pad_token`` or a variable of the template is unknown.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -207,6 +214,7 @@ def load_tokenizer(
     check_tokenizer(tokenizer, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_in_template(tokenizer, chat_template_kwargs or {})
     stated = _stated_eos_ids(name)
     if stated is not None:
         remember_eos_ids(tokenizer, stated)
