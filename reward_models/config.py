@@ -81,13 +81,13 @@ class RewardModelSettings:
 
     model_name_or_path: str = "default"
     """Base causal LM: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
-    num_layers: int | None = None
-    """Decoder layers kept, from the first; null keeps all."""
-    pooling: Literal["last", "mean"] = "last"
+    num_layers: int | Literal["auto"] | None = "auto"
+    """Decoder layers kept, from the first; "auto" keeps six, or all of a shallower base; null keeps all."""
+    pooling: Literal["last", "mean"] = "mean"
     """What the head reads: the last token, or the mean over the response."""
     train_embeddings: bool = False
     """Whether the input embeddings move; off keeps the base model's table, which the flow's particles live in."""
-    input_skip: bool = False
+    input_skip: bool = True
     """Whether the head also reads the mean input embedding of the response: raises gradient fidelity."""
     dtype: DtypeName = "auto"
     """Parameter dtype of the body (the head is float32); "auto": float32 where all weights are trained, under a LoRA
@@ -109,7 +109,9 @@ class RewardModelSettings:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
-        require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
+        layers = self.num_layers
+        in_range = layers in (None, "auto") or (isinstance(layers, int) and layers >= 1)
+        require(in_range, "num_layers", layers, '"auto", null or at least 1')
         require(self.pooling in ("last", "mean"), "pooling", self.pooling, '"last" or "mean"')
         require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
         require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
@@ -124,8 +126,9 @@ class TrainerSettings:
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW, above 0."""
-    head_learning_rate: float | None = None
-    """Peak learning rate of the linear heads, which start at 0; above 0, null takes learning_rate."""
+    head_learning_rate: float | None = 1e-2
+    """Peak learning rate of the linear heads, which start at 0; above 0, null takes learning_rate. A fast head and a
+    slow body keep most of the reward in the input skip, where the gradient holds between tokens."""
     max_steps: int = -1
     """Optimiser steps; -1 trains num_train_epochs."""
     num_train_epochs: float = 1.0

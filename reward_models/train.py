@@ -21,6 +21,8 @@ from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.io import check_writable
 
+_LAYERS = 6  # as in the recipe on human preferences; docs/fidelity.md has its gradient
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -114,7 +116,7 @@ def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bo
 
     return build_value_model(
         lm,
-        num_layers=settings.num_layers,
+        num_layers=_layers_kept(settings.num_layers, lm),
         pooling=settings.pooling,
         input_skip=settings.input_skip,
         lora_r=settings.lora_r,
@@ -126,6 +128,15 @@ def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bo
         lora_dropout=settings.lora_dropout,
         share=share,
     )
+
+
+def _layers_kept(stated: int | str | None, lm: Any) -> int | None:
+    """Return the decoder layers to keep, None for all: what is stated, or what docs/fidelity.md measured to do well."""
+    from vgf_llm.architecture import num_layers
+
+    if stated != "auto":
+        return stated  # type: ignore[return-value]
+    return min(_LAYERS, num_layers(lm.config))
 
 
 def load_pairs(

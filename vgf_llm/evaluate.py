@@ -94,7 +94,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _claim(rows_path: Path, *instances: Any) -> None:
     """Refuse to mix the rows of two runs; more prompts and further arms only add rows."""
     settings, models = instances[0], instances[1]
-    config = {**dump(*instances), "contents": contents(settings.prompts, models.reward_model)}
+    config = {
+        **dump(*instances),
+        "contents": contents(settings.prompts, models.reward_model, models.model_name_or_path),
+    }
     # What the arms are made from is compared in the arms themselves.
     free = ("num_prompts", "arms", "baselines", "num_particles", "draws", "best_of", "budgets")
     claim(rows_path, config, resume=settings.resume, free=free, changes=_arm_changes)

@@ -28,12 +28,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vgf_llm.adapters import read_adapter_config, refuse_scoring_adapter, with_adapter
-from vgf_llm.architecture import check_config, check_decoder
+from vgf_llm.adapters import adapter_base, refuse_scoring_adapter, with_adapter
+from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
 from vgf_llm.encoding import set_in_template
 from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
+from vgf_llm.provenance import model_mark, read_base, tell_if_changed
 from vgf_llm.whole import loaded_whole
 
 DEFAULT_MODEL = "default"
@@ -133,7 +134,11 @@ def _check_complete(report: dict[str, Any], name: str) -> None:
 def _merged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """Load an adapter's base, in whatever cache folder the embedded one lies here, and merge the adapter in float32."""
     refuse_scoring_adapter(folder)
-    base = load_causal_lm(base_model_name(str(folder)), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    name = base_model_name(str(folder))
+    base = load_causal_lm(name, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    made_from = read_base(folder)
+    if made_from is not None:
+        tell_if_changed(made_from, model_mark(base), f"the adapter '{folder}'", name)
     merged = with_adapter(base, folder)
     for parameter in merged.parameters():  # buffers (rotary frequencies) stay in float32
         parameter.data = parameter.data.to(dtype)
@@ -163,6 +168,7 @@ def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False)
             model.generation_config = GenerationConfig.from_pretrained(resolved)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
+    check_structure(model, name)
     return model.eval().requires_grad_(False)
 
 
@@ -174,7 +180,7 @@ def base_model_name(name: str) -> str:
     """
     if name == DEFAULT_MODEL or not (Path(name) / ADAPTER_NAME).is_file():
         return name
-    found = read_adapter_config(Path(name))["base_model_name_or_path"]
+    found = adapter_base(Path(name))
     return DEFAULT_MODEL if Path(found).name == _EMBEDDED_FOLDER else found
 
 

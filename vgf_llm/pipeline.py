@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
@@ -91,6 +92,7 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
         base = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
     table_V, own_V = len(value.embedding_table_VD), base.get_input_embeddings().weight.shape[0]
     vocabulary = check_table(value, tokenizer, own_V)
+    tell_other_table(value, base, models.reward_model)
     gradient = load_gradient(models.reward_model, value)  # what can fail comes before an engine is started
     if engine is None:
         eos_ids, pad_id = eos_token_ids(base, tokenizer), padding_id(tokenizer, min(own_V, table_V))
@@ -113,6 +115,28 @@ def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int
             "train the reward model on this base model"
         )
     return vocabulary
+
+
+def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> None:
+    """Say on standard error that the value's input embeddings are not the base's: particles mean something else to it.
+
+    Args:
+        value: The reward model.
+        base: The base model; one without weights is not compared.
+        folder: Of the reward model, for the message.
+    """
+    own_VD, base_VD = value.get_input_embeddings().weight, base.get_input_embeddings().weight
+    if base_VD.is_meta or value.config.train_embeddings:
+        return
+    rows = min(len(own_VD), len(base_VD))
+    if own_VD.shape[1] == base_VD.shape[1] and torch.equal(own_VD[:rows], base_VD[:rows]):
+        return
+    print(
+        f"WARNING: '{folder}' was made from another base model than this one: their input embeddings differ, so what "
+        "moves a response for one means something else to the other; train the reward model on this base",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:

@@ -68,10 +68,14 @@ def claim(
     write_json_atomic(config_path, config)
 
 
-def contents(prompts: str, reward_model: str | None) -> dict[str, str]:
-    """Return the SHA-256 of the local files that decide every number: prompts and reward model."""
-    found = local_files(prompts, "train")
-    files = [] if found is None else list(found.paths)
+def contents(prompts: str, reward_model: str | None, base_model: str | None = None) -> dict[str, str]:
+    """Return the SHA-256 of the local files that decide every number: prompts, reward model and base model."""
+    from vgf_llm.provenance import folder_mark
+
+    read = local_files(prompts, "train")
+    files = [] if read is None else list(read.paths)
     if reward_model is not None:
         files += sorted(Path(reward_model).glob("*.safetensors"))
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    found = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    base = None if base_model is None else folder_mark(base_model)
+    return found if base is None else found | {str(base_model): base}

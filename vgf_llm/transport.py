@@ -78,7 +78,10 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
     _refuse_datasets(output_dir, settings.resume)
     refuse_rows(rows_path, settings.resume)
     models = with_dtype(models)
-    config = {**dump(settings, models, sampling), "contents": contents(settings.prompts, models.reward_model)}
+    config = {
+        **dump(settings, models, sampling),
+        "contents": contents(settings.prompts, models.reward_model, models.model_name_or_path),
+    }
     claim(rows_path, config, resume=settings.resume, free=("num_prompts",))
     done = {row["index"] for row in _read(rows_path)}
     remaining = [index for index in range(len(prompts)) if index not in done]

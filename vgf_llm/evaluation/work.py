@@ -20,7 +20,7 @@ from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import Sizes
 from vgf_llm.evaluation.run import Experiment, Prompts
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.evaluation.summary import Row, differences, summarise
+from vgf_llm.evaluation.summary import Row, at_equal_cost, differences, summarise
 from vgf_llm.pipeline import encode_prompts, load_pipeline
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -83,12 +83,19 @@ def finish(
     return {
         "arms": summarise(rows, names),
         "differences": {baseline: differences(rows, names, baseline) for baseline in baselines},
+        "equal_cost": _at_equal_cost(settings.all_arms(), rows),
         "prompts": len({row["prompt_index"] for row in rows}),
         "fidelity": {} if models.reward_model is None else stated_fidelity(models.reward_model),
         "config": dump(settings, models, sampling),
         "hardware": hardware(),
         "version": __version__,
     }
+
+
+def _at_equal_cost(arms: list[Arm], rows: list[Row]) -> dict[str, Any]:
+    """Compare the arms that move responses with best-of-N."""
+    best_of = [arm.name for arm in arms if arm.transport.is_none and not arm.is_plain_base]
+    return at_equal_cost(rows, best_of, [arm.name for arm in arms if not arm.transport.is_none])
 
 
 def hardware() -> dict[str, Any]:
