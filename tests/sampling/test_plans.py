@@ -207,6 +207,9 @@ def test_tokens_that_the_table_does_not_know_are_not_picked(parts, top_k):
 def test_rows_that_pad_the_engines_table_are_not_picked(parts, kind):
     table_VD = parts[1].embedding_table_VD
     plan = good_plan(parts)
+    tokens = torch.arange(20).expand(9, -1)
+    drafted = {"law_ids": tokens, "law_logps": torch.zeros(9, 20).log_softmax(-1), "token": torch.full((9,), 7)}
+    plan = dataclasses.replace(plan, tensors={**plan.tensors, **drafted})
     if kind == "draw":
         (plan,) = Draws(SAMPLING, torch.tensor([1])).plans(torch.zeros(1, dtype=torch.int64), 9)
     logits_V = torch.linspace(0, 9, len(table_VD))  # the padding is the most probable
