@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_models.functions import call_function, load_function
 from reward_models.pairs import EncodedPair, encode_closed, stack_rows
-from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number
+from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
 from vgf_llm.dialogue import Prompt, PromptText
 from vgf_llm.encoding import encode_prompt
 from vgf_llm.errors import DataError
@@ -92,6 +92,8 @@ def load_logged(
             rewards.append(read_number(row.get(reward_column), source, number, reward_column))
             if rewards[-1] is None and not missing:
                 missing = f"{source}, row {number}: no reward in column '{reward_column}'"
+        cut = repeated_prompts([(prompt.prompt, text) for prompt, text in texts], source)
+        texts = [(p, text[len(p) :] if is_cut else text) for (p, text), is_cut in zip(texts, cut, strict=True)]
     if missing and reward_function is None:
         raise DataError(f"{missing}; name a reward_function, or a file whose rows have a reward")
     blanks = [index for index, reward in enumerate(rewards) if reward is None]
@@ -108,6 +110,8 @@ def load_logged(
 
 def _response(row: Row, column: str, source: str, number: int) -> str:
     value = read_cell(row, column, source, number, empty_ok=True, option="response_column")
+    if row[column] is None:
+        raise DataError(f"{source}, row {number}, column '{column}': expected text or messages, got None")
     if isinstance(value, str):
         return value
     if not value or value[-1]["role"] != "assistant":

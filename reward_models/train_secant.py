@@ -59,7 +59,10 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     from vgf_llm.models import load_tokenizer
 
     tokenizer = load_tokenizer(
-        script.model_name_or_path, pad_token=script.pad_token, trust_remote_code=script.trust_remote_code
+        script.model_name_or_path,
+        pad_token=script.pad_token,
+        trust_remote_code=script.trust_remote_code,
+        chat_template_kwargs=script.chat_template_kwargs,
     )
     value = load_reward_model(script.reward_model, tokenizer=tokenizer, device=resolve_device(script.device))
     if training.base == "skip" and value.skip_head is None:

@@ -72,7 +72,12 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     arguments = training_arguments(training, output_dir)
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
     remote = settings.trust_remote_code
-    tokenizer = load_tokenizer(settings.model_name_or_path, pad_token=settings.pad_token, trust_remote_code=remote)
+    tokenizer = load_tokenizer(
+        settings.model_name_or_path,
+        pad_token=settings.pad_token,
+        trust_remote_code=remote,
+        chat_template_kwargs=settings.chat_template_kwargs,
+    )
     train_rows, held_out, dropped = load_responses(script, tokenizer, training.seed)
 
     set_seed(training.seed)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import (
 from vgf_llm.adapters import adapter_base, refuse_scoring_adapter, with_adapter
 from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
+from vgf_llm.encoding import set_in_template
 from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
 from vgf_llm.provenance import model_mark, read_base, tell_if_changed
@@ -188,17 +190,22 @@ def resolved_name(name: str) -> str:
 
 
 def load_tokenizer(
-    name: str = DEFAULT_MODEL, *, pad_token: str | None = None, trust_remote_code: bool = False
+    name: str = DEFAULT_MODEL,
+    *,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can pad and stop, padding on the left.
+    """Load a tokenizer that can pad and stop, padding on the left; it knows every EOS of the model.
 
     Args:
         name: As for :func:`load_causal_lm`.
-        pad_token: A token of the vocabulary to pad with, for tokenizers that name none.
+        pad_token: A token of the vocabulary to pad with; a tokenizer that names none pads with its EOS.
         trust_remote_code: As for :func:`load_causal_lm`.
+        chat_template_kwargs: Variables that the chat template is to see, as :func:`vgf_llm.encoding.set_in_template`.
 
     Raises:
-        ModelError: If it cannot be read, has no EOS, or its pad token is missing, unknown or equal to EOS.
+        ModelError: If it cannot be read, has no EOS, or ``pad_token`` or a variable of the template is unknown.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -211,6 +218,9 @@ def load_tokenizer(
             raise ModelError(f"pad_token {pad_token!r} is not in the vocabulary of {name!r}; name an existing token")
         tokenizer.pad_token = pad_token
     check_tokenizer(tokenizer, name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    set_in_template(tokenizer, chat_template_kwargs or {})
     stated = _stated_eos_ids(name)
     if stated is not None:
         remember_eos_ids(tokenizer, stated)
@@ -227,28 +237,13 @@ def _stated_eos_ids(name: str) -> list[int] | None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer without EOS, without a pad token, or whose pad token is its EOS.
+    """Refuse a tokenizer without EOS. Any token pads, also the EOS: padding is told by masks.
 
     Raises:
         ModelError: Naming the model and the option that mends it.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no EOS token, so no response could end; set eos_token in it")
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"the tokenizer of {name!r} has no pad token; {_pad_hint(tokenizer)}")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ModelError(
-            f"the tokenizer of {name!r} pads with its EOS token {tokenizer.eos_token!r}, so the end of a response "
-            f"could not be told from padding; {_pad_hint(tokenizer)}"
-        )
-
-
-def _pad_hint(tokenizer: PreTrainedTokenizerBase) -> str:
-    vocabulary = tokenizer.get_vocab()
-    usual = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>", "<|endoftext|>")
-    known = [token for token in usual if token in vocabulary and token != tokenizer.eos_token]
-    example = f", for example {known[0]!r}" if known else ""
-    return f"name an existing token with --pad_token{example}"
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

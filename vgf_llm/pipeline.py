@@ -78,7 +78,10 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
     models = with_dtype(models)
     device, dtype = resolve_device(models.device), getattr(torch, models.dtype)
     tokenizer = load_tokenizer(
-        models.model_name_or_path, pad_token=models.pad_token, trust_remote_code=models.trust_remote_code
+        models.model_name_or_path,
+        pad_token=models.pad_token,
+        trust_remote_code=models.trust_remote_code,
+        chat_template_kwargs=models.chat_template_kwargs,
     )
     value = load_reward_model(models.reward_model, tokenizer=tokenizer, dtype=dtype, device=device)
     if engine is None:

@@ -137,7 +137,12 @@ def build_trainer(
     )
     check_rewards(functions, texts)
     with loaded_whole():
-        tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)
+        tokenizer = load_tokenizer(
+            name,
+            pad_token=policy.pad_token,
+            trust_remote_code=remote,
+            chat_template_kwargs=policy.chat_template_kwargs,
+        )
         base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
         reserved = 0 if make_engine is None else EngineReference.reserved_positions
         prompts = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens, reserved)

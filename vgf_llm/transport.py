@@ -98,7 +98,10 @@ def _write(output_dir: Path, prompts: list[Any], answers: list[dict[str, Any]], 
     from vgf_llm.trl_datasets import dpo_rows, sft_rows, trl_prompt, write_parquet
 
     tokenizer = load_tokenizer(
-        models.model_name_or_path, pad_token=models.pad_token, trust_remote_code=models.trust_remote_code
+        models.model_name_or_path,
+        pad_token=models.pad_token,
+        trust_remote_code=models.trust_remote_code,
+        chat_template_kwargs=models.chat_template_kwargs,
     )
     shaped = [trl_prompt(tokenizer, prompt) for prompt in prompts]
     conversational = not isinstance(shaped[0], str)
