@@ -7,7 +7,6 @@ the body from. `load_reward_model` reads either. PEFT is imported only when an a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprint
 from reward_models.modelling import RewardModel, RewardModelConfig
 from vgf_llm.errors import ModelError
 from vgf_llm.models import fingerprint, load_tokenizer
+from vgf_llm.screen import say
 
 ADAPTER_NAME = "adapter_config.json"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
@@ -138,10 +138,9 @@ def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_name
         saved = fingerprint(load_tokenizer(str(folder)))
         compare_fingerprints(saved, tokenizer, "tokenizer beside the weights", base_name)
     else:
-        print(
+        say(
             f"warning: '{folder}' has neither {CARD_NAME} nor a tokenizer, so nothing shows that the tokenizer in use "
             "is the one it was trained with",
-            file=sys.stderr,
         )
 
 

@@ -20,6 +20,8 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.io import check_writable
+from vgf_llm.progress import working
+from vgf_llm.screen import emit, library_output, say, show
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm reward",
         description="Train a reward model on preference pairs.",
     )
-    run(script, model, training)
+    with library_output(script.output_dir):
+        run(script, model, training)
     return 0
 
 
@@ -68,11 +71,13 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
     remote = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.model_name_or_path, pad_token=settings.pad_token, trust_remote_code=remote)
-    train_pairs, held_out, dropped = load_pairs(script, tokenizer, training.seed)
+    with working("encoding the pairs"):
+        train_pairs, held_out, dropped = load_pairs(script, tokenizer, training.seed)
 
     set_seed(training.seed)
     dtype = getattr(torch, settings.dtype)
-    lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
+    with working(f"loading the base model {settings.model_name_or_path}"):
+        lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
     trainer = RewardTrainer(
         model=untrained_model(lm, settings, training.seed),
@@ -143,7 +148,7 @@ def load_pairs(
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
-        print(f"{name}: {len(encoded)} pairs encoded; over length or equal: {reasons}", file=sys.stderr)
+        say(f"{name}: {len(encoded)} pairs encoded; over length or equal: {reasons}")
         kept.append(encoded)
         counted.append(counts)
     dropped = train.dropped | counted[0]
@@ -163,14 +168,16 @@ def _preferences(script: RewardScript, source: str, split: str, limit: int | Non
         margin_column=script.margin_column,
         max_dropped_share=script.max_dropped_share,
     )
-    print(preferences.report(), file=sys.stderr)
+    say(preferences.report())
     return preferences
 
 
 def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpoint: str | None) -> float:
     """Clear the folder of an earlier run, train, and save weights and tokenizer; returns the seconds of training."""
     from reward_models.folder import clear_earlier_run
+    from reward_models.frame import keeps_lines, score_figures
     from reward_models.trainer import add_embedding_noise
+    from vgf_llm.trainer_screen import shown
 
     if trainer.is_world_process_zero():
         clear_earlier_run(output_dir, keep_checkpoints=checkpoint is not None)
@@ -178,11 +185,13 @@ def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpo
     scale = training.embedding_noise
     noise = add_embedding_noise(trainer.model, scale, training.seed) if scale else None
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with shown(trainer, "training", score_figures, keeps_lines(trainer)):
+        trainer.train(resume_from_checkpoint=checkpoint)
     train_sec = time.monotonic() - start
     if noise is not None:
         noise.remove()
-    trainer.save_model()
+    with working("saving the model"):
+        trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     return train_sec
 
@@ -212,8 +221,10 @@ def finish(
     from reward_models.assess import build_card
     from reward_models.loading import load_reward_model
 
-    model = load_reward_model(script.output_dir, base=lm if settings.lora_r else None, dtype=lm.dtype, device=lm.device)
-    card = build_card(model, tokenizer, held_out, script.output_dir, data_files=data_files(script), **facts)
+    with working("reading the saved model back and scoring the held-out pairs"):
+        base = lm if settings.lora_r else None
+        model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device)
+        card = build_card(model, tokenizer, held_out, script.output_dir, data_files=data_files(script), **facts)
     pairs = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in held_out]
     return report(card, script, model, tokenizer, lm, pairs)
 
@@ -245,7 +256,6 @@ def report(
         groups: (prompt, responses), as many responses in each, token ids.
         further: figures for the line of JSON.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from reward_models.assess import measure_fidelity
@@ -266,13 +276,13 @@ def report(
         except (
             ValueError
         ) as error:  # a score that no token changes, after a step or two: the rest is still worth a card
-            print(f"warning: gradient fidelity is not on the card ({error})", file=sys.stderr)
+            say(f"warning: gradient fidelity is not on the card ({error})")
     write_card(card, script.output_dir)
     kind = "Reward model" if card.train_responses is None else "Value model"
     table = Table(title=f"{kind} in {script.output_dir}", show_header=False)
     for name, text in card_rows(card):
         table.add_row(name, text)
-    Console().print(table)
+    show(table)
     fidelity = card.fidelity or {}
     figures = {
         "accuracy": card.accuracy,
@@ -281,7 +291,7 @@ def report(
         "top8_share": fidelity["top8_gain"] / fidelity["best8_gain"] if fidelity.get("best8_gain") else None,
         "length_correlation": card.length_correlation,
     }
-    print(json.dumps(figures | further | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))
+    emit(json.dumps(figures | further | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))
     return card
 
 

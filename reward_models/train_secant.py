@@ -22,6 +22,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError, ModelError
 from vgf_llm.io import check_writable
+from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings, resolve_device
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm secant",
         description="Fit a secant head to a reward model: a direction that predicts what token changes do.",
     )
-    print(json.dumps(run(script, training, sampling)))
+    with library_output(script.reward_model):
+        emit(json.dumps(run(script, training, sampling)))
     return 0
 
 
@@ -134,7 +136,6 @@ def _sample(
 
 
 def _print_table(script: SecantScript, before: Fidelity, after: Fidelity) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Gradient fidelity of {script.reward_model}, {before.n} responses to unseen prompts")
@@ -148,7 +149,7 @@ def _print_table(script: SecantScript, before: Fidelity, after: Fidelity) -> Non
             f"{found.best8_gain:.2f}",
             f"{found.top8_share:.0%}",
         )
-    Console().print(table)
+    show(table)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.io import check_writable
+from vgf_llm.progress import working
+from vgf_llm.screen import library_output, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm value",
         description="Train a token-level value from logged responses and their rewards.",
     )
-    run(script, model, training)
+    with library_output(script.output_dir):
+        run(script, model, training)
     return 0
 
 
@@ -69,11 +72,13 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
     remote = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.model_name_or_path, pad_token=settings.pad_token, trust_remote_code=remote)
-    train_rows, held_out, dropped = load_responses(script, tokenizer, training.seed)
+    with working("encoding the responses"):
+        train_rows, held_out, dropped = load_responses(script, tokenizer, training.seed)
 
     set_seed(training.seed)
     dtype = getattr(torch, settings.dtype)
-    lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
+    with working(f"loading the base model {settings.model_name_or_path}"):
+        lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
     trainer = ValueTrainer(
         model=untrained_model(lm, settings, training.seed, share=True),
@@ -121,7 +126,7 @@ def load_responses(
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
-        print(f"{name}: {len(encoded)} responses encoded; {reasons}", file=sys.stderr)
+        say(f"{name}: {len(encoded)} responses encoded; {reasons}")
         kept.append(encoded)
         counted.append(counts)
     return kept[0], kept[1], counted[0]
@@ -140,7 +145,7 @@ def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> 
         script.reward_function,
         script.max_dropped_share,
     )
-    print(f"{source}: {len(rows)} responses", file=sys.stderr)
+    say(f"{source}: {len(rows)} responses")
     return rows
 
 
@@ -158,8 +163,10 @@ def finish(
     from reward_models.logged import response_pairs
     from reward_models.value_trainer import value_figures
 
-    model = load_reward_model(script.output_dir, base=lm if settings.lora_r else None, dtype=lm.dtype, device=lm.device)
-    values_R, rewards_R = score_responses(model, held_out, tokenizer.pad_token_id)
+    with working("reading the saved value back and scoring the held-out responses"):
+        base = lm if settings.lora_r else None
+        model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device)
+        values_R, rewards_R = score_responses(model, held_out, tokenizer.pad_token_id)
     figures = {
         name: None if math.isnan(figure) else figure for name, figure in value_figures(values_R, rewards_R).items()
     }

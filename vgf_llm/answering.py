@@ -7,7 +7,6 @@ from with its value, whether the response ended by itself, and the distance betw
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.progress import track
+from vgf_llm.screen import say
 from vgf_llm.settings import BackendName, DecoderName, EngineSettings, ModelSettings, SamplingSettings
 
 Row = dict[str, Any]
@@ -124,9 +124,8 @@ def answer(
             gradient=pipeline.gradient,
             draws=settings.draws,
         )
-        print(
+        say(
             f"answering {len(todo)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
-            file=sys.stderr,
         )
         batches = [todo[at : at + settings.batch_prompts] for at in range(0, len(todo), settings.batch_prompts)]
         for batch in track(batches, description):

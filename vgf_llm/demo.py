@@ -22,6 +22,7 @@ from vgf_llm.evaluate import headline
 from vgf_llm.evaluate import run as run_evaluation
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.io import check_writable, read_jsonl
+from vgf_llm.screen import emit, library_output, say, show
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 _SECANT_PROMPTS = "60"  # of the recipe's 230: a minute instead of four, and nearly the same fidelity
@@ -65,20 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = Path(settings.recipe)
     if not (recipe / "demo.yaml").is_file():
         raise ConfigError(f"recipe {str(recipe)!r} has no demo.yaml; run from the repository's folder or name one")
-    reward_model = _fit_secant_head(recipe, _train(recipe, output_dir / "reward"))
-    summary, evaluation_dir = _evaluate(settings, recipe, reward_model, output_dir)
-    _show_texts(evaluation_dir, summary, settings.shown)
+    with library_output(output_dir):
+        reward_model = _fit_secant_head(recipe, _train(recipe, output_dir / "reward"))
+        summary, evaluation_dir = _evaluate(settings, recipe, reward_model, output_dir)
+        _show_texts(evaluation_dir, summary, settings.shown)
     minutes = (time.perf_counter() - started) / 60
-    print(f"\ndone in {minutes:.1f} minutes; everything is in {output_dir}. Next: vgf-llm generate --reward_model "
-          f"{reward_model} --prompt 'Write one sentence about the sea.'", file=sys.stderr)  # fmt: skip
-    print(json.dumps(headline(summary)))
+    say(f"\ndone in {minutes:.1f} minutes; everything is in {output_dir}. Next: vgf-llm generate --reward_model "
+          f"{reward_model} --prompt 'Write one sentence about the sea.'")  # fmt: skip
+    emit(json.dumps(headline(summary)))
     return 0
 
 
 def _train(recipe: Path, folder: Path) -> Path:
     """Train the recipe's reward model unless its card is there already."""
     if (folder / "reward_card.json").exists():
-        print(f"using the reward model in {folder}", file=sys.stderr)
+        say(f"using the reward model in {folder}")
         return folder
     from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
     from reward_models.train import run as train
@@ -123,7 +125,6 @@ def _evaluate(
 
 def _show_texts(folder: Path, summary: dict[str, Any], shown: int) -> None:
     """Print, for the first prompts, what each arm returned."""
-    from rich.console import Console
     from rich.table import Table
 
     arms, rows = list(summary["arms"]), list(read_jsonl(folder / "rows.jsonl"))
@@ -137,7 +138,7 @@ def _show_texts(folder: Path, summary: dict[str, Any], shown: int) -> None:
         for arm in arms:
             if arm in found:
                 table.add_row(arm, f"{found[arm]['selected_gold']:+.2f}", found[arm]["selected"].strip())
-        Console().print(table)
+        show(table)
 
 
 if __name__ == "__main__":

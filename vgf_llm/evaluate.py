@@ -3,8 +3,8 @@
     vgf-llm evaluate --config recipes/smollm2_sentiment/evaluate.yaml --budgets '[{nats: 2}, {nats: 4}]'
 
 Every finished (arm, seed, prompt) is a line of ``rows.jsonl``; Ctrl-C or a kill loses at most the batch in progress,
-and ``--resume`` goes on. The summary is made from the rows alone: ``summary.json``, a table on standard output, and
-with ``--record NAME`` also ``docs/results/NAME.json`` and the tables and unfiltered texts in ``docs/results/NAME.md``.
+and ``--resume`` goes on. The summary is made from the rows alone: ``summary.json``, a table on standard error, and with
+``--record NAME`` also ``docs/results/NAME.json`` and the tables and unfiltered texts in ``docs/results/NAME.md``.
 The last line of standard output is one JSON object.
 """
 
@@ -22,6 +22,7 @@ from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.progress import track
 from vgf_llm.resume import claim, contents
+from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 _RECORDS = Path("docs/results")
@@ -37,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm evaluate",
         description="Compare transport budgets with best-of-N and controls.",
     )
-    summary = run(settings, models, sampling)
-    print(json.dumps(headline(summary)))
+    with library_output(settings.output_dir):
+        summary = run(settings, models, sampling)
+    emit(json.dumps(headline(summary)))
     return 0
 
 
@@ -67,11 +69,11 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     if settings.record:
         write_json_atomic(_RECORDS / f"{settings.record}.json", summary)
         write_text_atomic(_RECORDS / f"{settings.record}.md", markdown_report(summary, rows))
-        print(f"recorded in {_RECORDS / settings.record}.json and .md", file=sys.stderr)
+        say(f"recorded in {_RECORDS / settings.record}.json and .md")
     print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
     for direction, figures in summary["fidelity"].items():
         share = figures["top8_gain"] / figures["best8_gain"] if figures["best8_gain"] > 0 else float("nan")
-        print(
+        say(
             f"fidelity of the {direction}: Spearman {figures['spearman']:.2f} [{figures['low']:.2f}, "
             f"{figures['high']:.2f}], its best eight substitutions gain {share:.0%} of what the true best gain"
         )

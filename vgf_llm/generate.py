@@ -22,6 +22,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.io import append_jsonl, check_writable
+from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 
@@ -46,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Answer prompts under a transport budget.",
     )
     output = _checked_output(settings.output)
-    for rows in run(settings, models, sampling):
-        if output is not None:
-            append_jsonl(output, rows)
-            continue
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+    with library_output(None):
+        for rows in run(settings, models, sampling):
+            if output is not None:
+                append_jsonl(output, rows)
+                continue
+            for row in rows:
+                emit(json.dumps(row, ensure_ascii=False))
     return 0
 
 
@@ -78,7 +80,7 @@ def _prompts(settings: GenerateSettings) -> list[Any]:
         return load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
     else:
         if sys.stdin.isatty():
-            print("reading prompts from standard input, one a line (end with Ctrl-D)", file=sys.stderr)
+            say("reading prompts from standard input, one a line (end with Ctrl-D)")
         found = [line.strip() for line in sys.stdin if line.strip()]
     if not found:
         raise ConfigError("no prompt given; use --prompt, --prompts or standard input")

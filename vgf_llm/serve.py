@@ -20,6 +20,7 @@ from types import FrameType
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError
+from vgf_llm.screen import say
 from vgf_llm.serving.settings import ServeSettings
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -90,7 +91,7 @@ def run(
         nonlocal died
         died, http.should_exit = True, True
 
-    print("vgf-llm serve: loading the models; an engine takes a minute or more to start", file=sys.stderr, flush=True)
+    say("vgf-llm serve: loading the models; an engine takes a minute or more to start")
     pipeline = load_pipeline(models, sampling, settings.engine)
     metrics = Metrics()
     restarts = settings.on_engine_death == "restart"
@@ -104,7 +105,7 @@ def run(
     )
     listener.listen()  # who reads the next line may connect at once
     host, port = listener.getsockname()[:2]
-    print(f"vgf-llm serve: {server.model!r} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+    say(f"vgf-llm serve: {server.model!r} at http://{host}:{port}/v1")
     try:
         http.run(sockets=[listener])
     except KeyboardInterrupt:  # passed on by the server, which has ended in good order

@@ -20,6 +20,8 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.progress import working
+from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
@@ -42,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm train",
         description="Fine-tune a language model by Value Gradient Flow.",
     )
-    run(*settings)
+    with library_output(settings[0].output_dir):
+        run(*settings)
     return 0
 
 
@@ -68,7 +71,9 @@ def run(
         VGFError: Something given is unusable; found before any training.
     """
     check_writable(script.output_dir)
+    from vgf_llm.trainer_screen import shown
     from vgf_llm.training.finished import finished, take_result
+    from vgf_llm.training.observing import bar_figures, say_line
     from vgf_llm.training.resume import checkpoint_to_resume
 
     trainer = build_trainer(script, policy, method, optim, sampling, callbacks)
@@ -78,14 +83,16 @@ def run(
     if checkpoint is not None and finished(checkpoint, optim):
         state = take_result(trainer, checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        with shown(trainer, "training", bar_figures, say_line):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        with working("saving the model"):
+            trainer.save_model()
         state = trainer.state
     lines = [row for row in state.log_history if "loss" in row]
     last = {"steps": state.global_step} | (lines[-1] if lines else {})
     if trainer.is_world_process_zero():
         print_table(last, script.output_dir)
-        print(json.dumps(last))
+        emit(json.dumps(last))
     return last
 
 
@@ -128,18 +135,21 @@ def build_trainer(
     texts = load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)
     with loaded_whole():
         tokenizer = load_tokenizer(name, pad_token=policy.pad_token, trust_remote_code=remote)
-        base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
+        with working(f"loading the base model {name}"):
+            base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
         reserved = 0 if make_engine is None else EngineReference.reserved_positions
-        prompts = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens, reserved)
-        rewards = load_rewards(
-            script.rewards,
-            script.reward_weights,
-            tokenizer,
-            gold=script.gold,
-            foreign=method.value == "learned",
-            dtype=dtype,
-            device=arguments.device,
-        )
+        with working(f"encoding {len(texts)} prompts"):
+            prompts = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens, reserved)
+        with working("loading the rewards"):
+            rewards = load_rewards(
+                script.rewards,
+                script.reward_weights,
+                tokenizer,
+                gold=script.gold,
+                foreign=method.value == "learned",
+                dtype=dtype,
+                device=arguments.device,
+            )
         set_seed(optim.seed)
         eos_ids, learned = eos_token_ids(base, tokenizer), None
         if method.value == "learned":
@@ -218,13 +228,12 @@ def encode_rows(
 
 def print_table(metrics: dict[str, Any], output_dir: str) -> None:
     """Print the last logged metrics as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Last log line; result in {output_dir}", show_header=False)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console(stderr=True).print(table)
+    show(table)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from vgf_llm.control.oracles import Behaviour, make_behaviour
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.io import check_writable
 from vgf_llm.progress import track
+from vgf_llm.screen import emit, library_output
 
 _STATE_KEYS = {"qpos": "prev_qpos", "qvel": "prev_qvel", "button_states": "prev_button_states"}
 
@@ -151,7 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"output_dir: '{settings.output_dir}' holds {settings.dataset}.npz; name another folder or remove it"
         )
-    print(json.dumps(collect(settings)))
+    with library_output(settings.output_dir):
+        emit(json.dumps(collect(settings)))
     return 0
 
 

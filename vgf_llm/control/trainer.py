@@ -8,7 +8,6 @@ drawn once, between the first and the second phase, and the clone stays as it is
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +20,14 @@ from vgf_llm.control.data import Buffer
 from vgf_llm.control.evaluation import Evaluator, make_arms, score
 from vgf_llm.control.online import OnlineEpisodes
 from vgf_llm.control.saving import save, step_generator
-from vgf_llm.control.settings import DataSettings, TrainSettings
+from vgf_llm.control.settings import EVALUATIONS_NAME, DataSettings, TrainSettings
 from vgf_llm.control.trackers import Trackers
 from vgf_llm.errors import DivergedError, NonFiniteError
 from vgf_llm.io import append_jsonl, read_jsonl, write_text_atomic
 from vgf_llm.progress import track
+from vgf_llm.screen import say
 
 METRICS_NAME = "metrics.jsonl"
-EVALUATIONS_NAME = "evaluations.jsonl"
 _CACHE_ROWS = 1024  # next states a call of the clone
 
 
@@ -118,7 +117,7 @@ class Trainer:
         shown = ", ".join(f"{row['arm']}: {row['score']:.0f}" for row in rows)
         solved = rows[0]["successes"] is not None and self.data_settings.score_max is None
         unit = "% solved" if solved else "return" if self.data_settings.score_max is None else "normalised return"
-        print(f"step {step}, {unit}: {shown}", file=sys.stderr, flush=True)
+        say(f"step {step}, {unit}: {shown}")
         return rows
 
     # Steps ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vgf_llm.screen import show
+
 COLUMNS = (
     ("proxy", "proxy", 2),
     ("gold", "gold", 3),
@@ -61,8 +63,7 @@ def difference_table(differences: dict[str, Any]) -> str:
 
 
 def print_table(summary: dict[str, Any], title: str) -> None:
-    """Print the summary as a Rich table on standard output."""
-    from rich.console import Console
+    """Print the summary as a Rich table for people."""
     from rich.table import Table
 
     table = Table(title=title, caption=LEGEND)
@@ -71,5 +72,4 @@ def print_table(summary: dict[str, Any], title: str) -> None:
         table.add_column(heading, justify="right")
     for name, entry in summary.items():
         table.add_row(name, *(_cell(entry[key], digits, False) for key, _, digits in COLUMNS))
-    console = Console()
-    Console(width=max(console.width, 130)).print(table)
+    show(table, width=130)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -22,6 +21,7 @@ from vgf_llm.evaluation.run import Experiment, Prompts
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.evaluation.summary import Row, differences, summarise
 from vgf_llm.pipeline import encode_prompts, load_pipeline, prompt_text
+from vgf_llm.screen import say
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 Key = tuple[str, int, int]
@@ -47,7 +47,7 @@ def work(
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)
         experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
         arms_left = sum(len(arms) for _, _, arms in todo)
-        print(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go", file=sys.stderr)
+        say(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go")
         for seed, indices, arms in track(todo, "evaluating"):
             batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
             for rows in experiment.rows(arms, batch, seed):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from vgf_llm.errors import VGFError
 from vgf_llm.sampling.deadline import AbandonedError, Deadline
 from vgf_llm.sampling.engine import Engine
+from vgf_llm.screen import say
 from vgf_llm.serving.errors import RequestError
 
 _LOOK_SEC = 1.0
@@ -114,13 +115,13 @@ class EngineKeeper:
                 _say(f"start {self._tries} of {_TRIES} failed", error)
                 continue
             self._since = time.monotonic()
-            print("vgf-llm serve: another engine runs", file=sys.stderr, flush=True)
+            say("vgf-llm serve: another engine runs")
             self._on_restart()
             return True
         return False
 
 
 def _say(what: str, error: Exception) -> None:
-    print(f"vgf-llm serve: {what}: {error}", file=sys.stderr, flush=True)
+    say(f"vgf-llm serve: {what}: {error}")
     if not isinstance(error, VGFError):
         traceback.print_exception(error, file=sys.stderr)
