@@ -15,6 +15,8 @@ import torch
 from reward_models.assess import pad_responses
 from vgf_llm.data import encode_prompt, encode_response
 from vgf_llm.errors import ModelError
+from vgf_llm.precision import choose_dtype
+from vgf_llm.settings import resolve_device
 
 _ROWS = 16  # responses a forward
 TLDR_TOKENS, HH_TOKENS = 53, 128  # max_new_tokens of the two evaluate.yaml
@@ -82,7 +84,6 @@ def _load(folder: str) -> tuple[Any, Any]:
             f"the held-out reward model '{folder}' is not there (current folder: {Path.cwd()}); train it first, by "
             "reward.yaml with another seed, as the recipe's README says"
         )
-    cuda = torch.cuda.is_available()
-    dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
+    dtype, device = getattr(torch, choose_dtype("auto")), resolve_device("auto")
     tokenizer = load_tokenizer(folder)
     return load_reward_model(folder, tokenizer=tokenizer, dtype=dtype, device=device), tokenizer

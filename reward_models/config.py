@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vgf_llm.checks import require
+from vgf_llm.settings import DtypeName
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ class RewardModelSettings:
     """Whether the input embeddings move; off keeps the base model's table, which the flow's particles live in."""
     input_skip: bool = False
     """Whether the head also reads the mean input embedding of the response: raises gradient fidelity."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Parameter dtype of the body (the head is float32)."""
+    dtype: DtypeName = "auto"
+    """Parameter dtype of the body (the head is float32); "auto": float32 where all weights are trained, under a LoRA
+    bfloat16 where the device has units for it."""
     lora_r: int = 0
     """LoRA rank; 0 trains all weights."""
     lora_alpha: float = 32.0
@@ -132,8 +134,8 @@ class TrainerSettings:
     """Share of the steps over which the learning rate rises, in [0, 1)."""
     weight_decay: float = 0.0
     """AdamW weight decay, at least 0."""
-    bf16: bool = False
-    """Autocast to bfloat16 (parameters keep their dtype)."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Autocast to bfloat16 (parameters keep their dtype); "auto": where the device has units for it."""
     embedding_noise: float = 0.0
     """Gaussian noise on input embeddings in training, in root mean squares of the embedding table, at least 0."""
     gradient_checkpointing: bool = False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vgf_llm.checks import require
+from vgf_llm.settings import DtypeName
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class SecantScript:
     """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
+    dtype: DtypeName = "auto"
+    """Parameter dtype of the base model, which only samples; "auto": bfloat16 where the device has units for it. The
+    reward model is float32: the changes that the head learns from are small."""
     device: str = "auto"
     """Torch device, or "auto": cuda where there is one, else cpu."""
     responses: int = 2

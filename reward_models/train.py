@@ -65,8 +65,10 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     from reward_models.trainer import RewardTrainer, checkpoint_to_resume
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
+    from vgf_llm.precision import for_training
 
     check_is_ours(output_dir)
+    settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
     remote = settings.trust_remote_code
@@ -97,7 +99,7 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         "train_pairs": len(train_pairs),
         "dropped": dropped,
         "seed": training.seed,
-        "training": training_facts(training, trainer.state.global_step, train_sec)
+        "training": training_facts(training, settings.dtype, trainer.state.global_step, train_sec)
         | {"margin in the loss": training.use_margin, "centring": training.centring},
     }
     return finish(script, settings, tokenizer, held_out, lm.to(trainer.accelerator.device), facts)
@@ -196,7 +198,7 @@ def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpo
     return train_sec
 
 
-def training_facts(training: TrainerSettings, steps: int, train_sec: float) -> dict[str, Any]:
+def training_facts(training: TrainerSettings, dtype: str, steps: int, train_sec: float) -> dict[str, Any]:
     """Return the settings that every card states."""
     return {
         "steps": steps,
@@ -204,6 +206,7 @@ def training_facts(training: TrainerSettings, steps: int, train_sec: float) -> d
         "learning rate": training.learning_rate,
         "head learning rate": training.head_learning_rate or training.learning_rate,
         "embedding noise": training.embedding_noise,
+        "dtype": dtype,
         "bf16": training.bf16,
         "seconds": round(train_sec, 1),
     }

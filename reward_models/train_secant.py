@@ -22,6 +22,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError, ModelError
 from vgf_llm.io import check_writable
+from vgf_llm.precision import with_dtype
 from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings, resolve_device
 
@@ -53,6 +54,7 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     """
     folder = check_writable(script.reward_model)
     fit_prompts, unseen_prompts = _prompts(script)
+    script = with_dtype(script)
     from reward_models.loading import load_reward_model
     from reward_models.secant import save_secant_head
     from reward_models.secant_fit import compare_with_gradient, fit_secant_head, score_substitutions, secant_targets
@@ -86,7 +88,12 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
         "loss": sum(last) / len(last),
     }
     details = {"fidelity": {"before": before.to_dict(), "after": after.to_dict()}}
-    settings = {"training": dataclasses.asdict(training), "sampling": dataclasses.asdict(sampling), "seed": script.seed}
+    settings = {
+        "training": dataclasses.asdict(training),
+        "sampling": dataclasses.asdict(sampling),
+        "seed": script.seed,
+        "dtype": script.dtype,
+    }
     save_secant_head(head, folder, **figures, **details, **settings)
     _print_table(script, before, after)
     return figures
@@ -119,6 +126,7 @@ def _sample(
 
     lm = load_causal_lm(
         script.model_name_or_path,
+        dtype=script.dtype,
         device=resolve_device(script.device),
         trust_remote_code=script.trust_remote_code,
     )

@@ -66,8 +66,10 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from reward_models.value_trainer import ValueTrainer
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
+    from vgf_llm.precision import for_training
 
     check_is_ours(output_dir)
+    settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
     remote = settings.trust_remote_code
@@ -99,7 +101,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
         "train_responses": len(train_rows),
         "dropped": dropped,
         "seed": training.seed,
-        "training": training_facts(training, trainer.state.global_step, train_sec)
+        "training": training_facts(training, settings.dtype, trainer.state.global_step, train_sec)
         | {"lambda": training.td_lambda, "expectile": training.expectile, "target tau": training.target_tau},
     }
     return finish(script, settings, tokenizer, held_out, lm.to(trainer.accelerator.device), facts)

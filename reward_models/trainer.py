@@ -23,6 +23,7 @@ from reward_models.config import RewardTraining, TrainerSettings
 from reward_models.loading import ADAPTER_NAME, reward_model
 from reward_models.losses import bradley_terry
 from vgf_llm.errors import ConfigError
+from vgf_llm.precision import require_float32
 
 
 class ScoreTrainer(Trainer):
@@ -31,6 +32,7 @@ class ScoreTrainer(Trainer):
     def __init__(self, *args: Any, settings: TrainerSettings, **kwargs: Any) -> None:
         """Take the Trainer's arguments and the loss settings."""
         super().__init__(*args, **kwargs)
+        require_float32(self)
         self.settings: Any = settings
         self._sums: dict[str, Tensor] = {}
         self._batches = 0

@@ -50,7 +50,7 @@ def build_value_model(
         num_layers: decoder layers kept, from the first; None keeps all.
         pooling: "last" or "mean".
         input_skip: whether the heads also read the mean input embedding of the response.
-        lora_r: rank of a LoRA around the body; 0: the body is a copy, and all of it trains.
+        lora_r: rank of a LoRA around the body; 0: the body is a copy in float32, and all of it trains.
         lora_alpha: scale; updates count lora_alpha / lora_r.
         seed: of adapters' (LoRA) random weights.
         start_from: folder of a trained model; layers, pooling, skip and the LoRA's shape are then those of the folder,
@@ -72,7 +72,7 @@ def build_value_model(
             read, or it holds a full model and lora_r is above 0.
     """
     base = base_lm if isinstance(base_lm, PreTrainedModel) else base_lm.get_base_model()
-    dtype = base.get_input_embeddings().weight.dtype
+    dtype = base.get_input_embeddings().weight.dtype if lora_r else torch.float32
     if start_from is not None:
         return _go_on(base, Path(start_from), lora_r, None if share else dtype, tokenizer)
     model = RewardModel.from_base(
@@ -108,8 +108,9 @@ def _go_on(
     if lora_r:
         adapted = load_adapter(folder, base, tokenizer=tokenizer, dtype=copied, trainable=True)
         return adapted.to(base.device).eval()
-    dtype = base.get_input_embeddings().weight.dtype
-    model = load_reward_model(folder, tokenizer=tokenizer, base=base, dtype=dtype, device=base.device, freeze=False)
+    model = load_reward_model(
+        folder, tokenizer=tokenizer, base=base, dtype=torch.float32, device=base.device, freeze=False
+    )
     return model.unfreeze().eval()
 
 

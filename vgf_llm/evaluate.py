@@ -20,8 +20,9 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
+from vgf_llm.precision import with_dtype
 from vgf_llm.progress import track
-from vgf_llm.resume import claim, contents
+from vgf_llm.resume import claim, contents, refuse_rows
 from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -55,6 +56,8 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     if settings.record:
         check_writable(_RECORDS)
     rows_path = output_dir / "rows.jsonl"
+    refuse_rows(rows_path, settings.resume)
+    models = with_dtype(models)
     _claim(rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report
     from vgf_llm.evaluation.table import print_table

@@ -17,6 +17,7 @@ from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer
+from vgf_llm.precision import with_dtype
 from vgf_llm.sampling.backend import engine_reference
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import DecoderName, EngineSettings, ModelSettings, SamplingSettings, resolve_device
@@ -70,6 +71,7 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
         raise ModelError(
             f"reward_model {models.reward_model!r} is not a folder; train one with `vgf-llm reward` and name its folder"
         )
+    models = with_dtype(models)
     device, dtype = resolve_device(models.device), getattr(torch, models.dtype)
     tokenizer = load_tokenizer(
         models.model_name_or_path, pad_token=models.pad_token, trust_remote_code=models.trust_remote_code

@@ -20,6 +20,16 @@ def no_changes(before: Config, now: Config) -> list[str]:
     return []
 
 
+def refuse_rows(rows_path: Path, resume: bool) -> None:
+    """Refuse rows that are there already; cheap, so that it can come before anything is loaded.
+
+    Raises:
+        OutputError: There are rows and ``resume`` is off.
+    """
+    if rows_path.exists() and not resume:
+        raise OutputError(f"{rows_path} exists; add --resume to go on with it, or name another output_dir")
+
+
 def claim(
     rows_path: Path,
     config: Config,
@@ -43,8 +53,7 @@ def claim(
     """
     output_dir, config_path = rows_path.parent, rows_path.parent / "config.json"
     config = {key: value for key, value in config.items() if key not in _HOW}
-    if rows_path.exists() and not resume:
-        raise OutputError(f"{rows_path} exists; add --resume to go on with it, or name another output_dir")
+    refuse_rows(rows_path, resume)
     if rows_path.exists():
         if not config_path.exists():
             raise OutputError(f"{rows_path} exists without its config.json; name another output_dir")

@@ -20,6 +20,7 @@ from types import FrameType
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError
+from vgf_llm.precision import with_dtype
 from vgf_llm.screen import say
 from vgf_llm.serving.settings import ServeSettings
 from vgf_llm.settings import ModelSettings, SamplingSettings
@@ -92,6 +93,7 @@ def run(
         died, http.should_exit = True, True
 
     say("vgf-llm serve: loading the models; an engine takes a minute or more to start")
+    models = with_dtype(models)
     pipeline = load_pipeline(models, sampling, settings.engine)
     metrics = Metrics()
     restarts = settings.on_engine_death == "restart"

@@ -11,6 +11,8 @@ DecoderName = Literal["prior", "block", "edit", "edit_greedy", "pivot", "nearest
 
 BackendName = Literal["transformers", "vllm"]
 
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -20,8 +22,8 @@ class ModelSettings:
     """Base model: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
     reward_model: str | None = None
     """Folder of a trained reward model (or adapter); its gradient moves the particles and it selects."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Parameter dtype of the base and reward model."""
+    dtype: DtypeName = "auto"
+    """Parameter dtype of the base and reward model; "auto": bfloat16 where the device has units for it, else float32."""
     device: str = "auto"
     """Torch device, or "auto": cuda where there is one, else cpu."""
     pad_token: str | None = None

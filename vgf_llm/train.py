@@ -20,6 +20,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.precision import for_training
 from vgf_llm.progress import working
 from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings
@@ -71,6 +72,7 @@ def run(
         VGFError: Something given is unusable; found before any training.
     """
     check_writable(script.output_dir)
+    policy, optim = for_training(policy, optim)
     from vgf_llm.trainer_screen import shown
     from vgf_llm.training.finished import finished, take_result
     from vgf_llm.training.observing import bar_figures, say_line
@@ -127,6 +129,7 @@ def build_trainer(
     from vgf_llm.training.trainer import VGFTrainer
 
     refuse_adapter_on_adapter(policy)
+    policy, optim = for_training(policy, optim)
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
     shard_on_cpu()
     make_engine = engine_maker(policy, method, sampling, arguments.world_size)

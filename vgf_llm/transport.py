@@ -25,7 +25,8 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError, OutputError
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl
-from vgf_llm.resume import claim, contents
+from vgf_llm.precision import with_dtype
+from vgf_llm.resume import claim, contents, refuse_rows
 from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -75,6 +76,8 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
     output_dir = check_writable(settings.output_dir)
     rows_path = output_dir / "rows.jsonl"
     _refuse_datasets(output_dir, settings.resume)
+    refuse_rows(rows_path, settings.resume)
+    models = with_dtype(models)
     config = {**dump(settings, models, sampling), "contents": contents(settings.prompts, models.reward_model)}
     claim(rows_path, config, resume=settings.resume, free=("num_prompts",))
     done = {row["index"] for row in _read(rows_path)}

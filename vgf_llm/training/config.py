@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from vgf_llm.checks import require
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.settings import BackendName, DecoderName, EngineSettings
+from vgf_llm.settings import BackendName, DecoderName, DtypeName, EngineSettings
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class PolicySettings:
 
     model_name_or_path: str = "default"
     """Base model: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Parameter dtype of base and reward models; adapters and heads are float32 (under DeepSpeed what it says)."""
+    dtype: DtypeName = "auto"
+    """Parameter dtype of base and reward models; whatever is trained is float32 (under DeepSpeed what it says). "auto":
+    bfloat16 where the device has units for it, float32 with lora_r 0, under DeepSpeed and under FSDP."""
     lora_r: int = 16
     """LoRA rank; 0 trains all weights beside a frozen copy of the base."""
     lora_alpha: float = 32.0
@@ -182,8 +183,8 @@ class OptimSettings:
     """AdamW weight decay, at least 0."""
     max_grad_norm: float = 1.0
     """Gradient norm that is clipped to; 0 does not clip."""
-    bf16: bool = False
-    """Autocast to bfloat16 in training (parameters keep their dtype)."""
+    bf16: bool | Literal["auto"] = "auto"
+    """Autocast to bfloat16 in training (parameters keep their dtype); "auto": where the device has units for it."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more time."""
     logging_steps: int = 10

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from vgf_llm.errors import DivergedError
 from vgf_llm.pipeline import make_decoder
+from vgf_llm.precision import require_float32
 from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.settings import SamplingSettings
@@ -94,6 +95,7 @@ class VGFTrainer(SamplesInEngine, SavesWhole, Observes, Trainer):
             data_collator=PromptBatch,
             **kwargs,
         )
+        require_float32(self)
         self.models, self.learned, self.rewards, self.method = models, learned, rewards, method
         self.sampling, self.tokenizer, self.eos_ids, self.identity = sampling, tokenizer, eos_ids, identity
         self.make_engine = make_engine
