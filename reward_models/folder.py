@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 from reward_models.card import CARD_NAME
-from reward_models.modelling import RewardModelConfig
 from vgf_llm.errors import OutputError
 from vgf_llm.screen import say
 
@@ -26,6 +25,7 @@ _BESIDE = (
     "secant.json",
     "secant.safetensors",
 )
+_MODEL_TYPE = "vgf_reward"  # of RewardModelConfig
 _SET_ASIDE = "earlier_"
 METRICS_NAME = "metrics.jsonl"
 
@@ -40,7 +40,7 @@ def check_is_ours(folder: str | Path) -> None:
         model_type = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):  # none, or torn: nothing that could be loaded
         return
-    if model_type != RewardModelConfig.model_type:
+    if model_type != _MODEL_TYPE:
         raise OutputError(f"output_dir '{folder}' holds a model of type {model_type!r}; name another folder")
 
 

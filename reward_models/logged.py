@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from reward_models.functions import call_function, load_function
-from reward_models.pairs import EncodedPair, stack_rows
 from vgf_llm.data import encode_prompt, encode_response, load_preferences, read_cell, read_number, read_prompt
 from vgf_llm.dialogue import Prompt
 from vgf_llm.errors import DataError
-from vgf_llm.pipeline import prompt_text
 from vgf_llm.rows import Row, read_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from reward_models.pairs import EncodedPair
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ def load_logged(
         raise DataError(f"{missing}; name a reward_function, or a file whose rows have a reward")
     blanks = [index for index, reward in enumerate(rewards) if reward is None]
     if blanks and reward_function is not None:
+        function = load_function(reward_function)
+        from vgf_llm.pipeline import prompt_text
+
         prompts = [prompt_text(texts[index][0]) for index in blanks]
-        filled = call_function(load_function(reward_function), prompts, [texts[index][1] for index in blanks])
+        filled = call_function(function, prompts, [texts[index][1] for index in blanks])
         for index, reward in zip(blanks, filled, strict=True):
             rewards[index] = reward
     return [LoggedResponse(*text, float(reward or 0.0)) for text, reward in zip(texts, rewards, strict=True)]
@@ -159,6 +163,8 @@ def response_pairs(rows: Sequence[EncodedResponse]) -> list[EncodedPair]:
     Returns:
         Disjoint pairs, the better response as `chosen`, the difference of rewards as `margin`.
     """
+    from reward_models.pairs import EncodedPair
+
     groups: dict[tuple[int, ...], list[EncodedResponse]] = {}
     for row in rows:
         groups.setdefault(tuple(row.prompt), []).append(row)
@@ -181,5 +187,9 @@ class LoggedCollator:
 
     def __call__(self, rows: Sequence[EncodedResponse]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and response_mask [R, S], and reward [R]."""
+        import torch
+
+        from reward_models.pairs import stack_rows
+
         stacked = stack_rows([(row.prompt, row.response) for row in rows], self.pad_token_id)
         return stacked | {"reward": torch.tensor([row.reward for row in rows], dtype=torch.float32)}

@@ -19,9 +19,11 @@ from reward_models.config import RewardModelSettings, RewardScript, RewardTraini
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
+from vgf_llm.inputs import check_base_model, check_resumes
 from vgf_llm.io import check_writable
 from vgf_llm.progress import working
 from vgf_llm.screen import emit, library_output, say, show
+from vgf_llm.trainer_names import check_trainer_settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,24 +59,24 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         VGFError: data, model, configuration or output folder are unusable; checked before any training.
     """
     output_dir = check_writable(script.output_dir)
+    check_training(settings, training, output_dir)
+    texts = read_texts(script)
     import torch
     from transformers import set_seed
 
-    from reward_models.folder import check_is_ours
     from reward_models.pairs import PairCollator, check_max_length
     from reward_models.trainer import RewardTrainer, checkpoint_to_resume
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
     from vgf_llm.precision import for_training
 
-    check_is_ours(output_dir)
     settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
     remote = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.model_name_or_path, pad_token=settings.pad_token, trust_remote_code=remote)
     with working("encoding the pairs"):
-        train_pairs, held_out, dropped = load_pairs(script, tokenizer, training.seed)
+        train_pairs, held_out, dropped = load_pairs(script, tokenizer, training.seed, texts)
 
     set_seed(training.seed)
     dtype = getattr(torch, settings.dtype)
@@ -126,15 +128,17 @@ def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bo
 
 
 def load_pairs(
-    script: RewardScript, tokenizer: PreTrainedTokenizerBase, seed: int
+    script: RewardScript,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    texts: tuple[Preferences, Preferences | None] | None = None,
 ) -> tuple[list[EncodedPair], list[EncodedPair], dict[str, int]]:
     """Read, split and encode the pairs: training, held out, and what was dropped of the training rows, by reason."""
     from reward_models.pairs import encode_pairs, hold_out
 
-    train = _preferences(script, script.train_dataset, script.train_split, script.limit)
-    if script.eval_dataset is not None:
-        train_texts = train.pairs
-        held_texts = _preferences(script, script.eval_dataset, script.eval_split, script.eval_limit).pairs
+    train, held_out = texts or read_texts(script)
+    if held_out is not None:
+        train_texts, held_texts = train.pairs, held_out.pairs
     else:
         train_texts, held_texts = hold_out(train.pairs, script.eval_share, seed)
     limits = (
@@ -155,6 +159,28 @@ def load_pairs(
         counted.append(counts)
     dropped = train.dropped | counted[0]
     return kept[0], kept[1], {reason: count for reason, count in dropped.items() if count}
+
+
+def read_texts(script: RewardScript) -> tuple[Preferences, Preferences | None]:
+    """Read the pairs, and the held-out ones where they are named; imports no model library for local files."""
+    train = _preferences(script, script.train_dataset, script.train_split, script.limit)
+    if script.eval_dataset is None:
+        return train, None
+    return train, _preferences(script, script.eval_dataset, script.eval_split, script.eval_limit)
+
+
+def check_training(settings: RewardModelSettings, training: TrainerSettings, output_dir: Path) -> None:
+    """Look at everything that can be judged without a model: base model, trainer settings, output folder.
+
+    Raises:
+        VGFError: Something is unusable.
+    """
+    from reward_models.folder import check_is_ours
+
+    check_base_model(settings.model_name_or_path)
+    check_trainer_settings(training)
+    check_resumes(training.resume_from_checkpoint, output_dir)
+    check_is_ours(output_dir)
 
 
 def _preferences(script: RewardScript, source: str, split: str, limit: int | None) -> Preferences:

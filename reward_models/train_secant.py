@@ -21,6 +21,7 @@ from reward_models.secant_config import SecantScript, SecantTraining
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError, ModelError
+from vgf_llm.inputs import check_base_model, check_reward_model
 from vgf_llm.io import check_writable
 from vgf_llm.precision import with_dtype
 from vgf_llm.screen import emit, library_output, show
@@ -52,6 +53,8 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     Raises:
         VGFError: reward model, prompts or output folder are unusable, or a prompt is in both files.
     """
+    check_reward_model(script.reward_model)
+    check_base_model(script.model_name_or_path)
     folder = check_writable(script.reward_model)
     fit_prompts, unseen_prompts = _prompts(script)
     script = with_dtype(script)

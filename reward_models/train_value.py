@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from reward_models.config import RewardModelSettings
-from reward_models.train import data_files, fit, report, training_facts, untrained_model
+from reward_models.train import check_training, data_files, fit, report, training_facts, untrained_model
 from reward_models.value_config import ValueScript, ValueTraining
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
@@ -56,10 +56,11 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
         VGFError: data, model, configuration or output folder are unusable; checked before any training.
     """
     output_dir = check_writable(script.output_dir)
+    check_training(settings, training, output_dir)
+    texts = read_texts(script)
     import torch
     from transformers import set_seed
 
-    from reward_models.folder import check_is_ours
     from reward_models.logged import LoggedCollator
     from reward_models.pairs import check_max_length
     from reward_models.trainer import checkpoint_to_resume
@@ -68,14 +69,13 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from vgf_llm.models import load_causal_lm, load_tokenizer
     from vgf_llm.precision import for_training
 
-    check_is_ours(output_dir)
     settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
     remote = settings.trust_remote_code
     tokenizer = load_tokenizer(settings.model_name_or_path, pad_token=settings.pad_token, trust_remote_code=remote)
     with working("encoding the responses"):
-        train_rows, held_out, dropped = load_responses(script, tokenizer, training.seed)
+        train_rows, held_out, dropped = load_responses(script, tokenizer, training.seed, texts)
 
     set_seed(training.seed)
     dtype = getattr(torch, settings.dtype)
@@ -108,16 +108,17 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
 
 
 def load_responses(
-    script: ValueScript, tokenizer: PreTrainedTokenizerBase, seed: int
+    script: ValueScript,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    texts: tuple[list[LoggedResponse], list[LoggedResponse] | None] | None = None,
 ) -> tuple[list[EncodedResponse], list[EncodedResponse], dict[str, int]]:
     """Read, split by prompt and encode: training, held out, and what was dropped or cut of the training rows."""
     from reward_models.logged import encode_logged
     from reward_models.pairs import hold_out
 
-    train_texts = _logged(script, script.train_dataset, script.train_split, script.limit)
-    if script.eval_dataset is not None:
-        held_texts = _logged(script, script.eval_dataset, script.eval_split, script.eval_limit)
-    else:
+    train_texts, held_texts = texts or read_texts(script)
+    if held_texts is None:
         train_texts, held_texts = hold_out(train_texts, script.eval_share, seed)
     truncate = script.over_length == "truncate"
     limits = (script.max_length, script.max_response_length, truncate, script.max_dropped_share)
@@ -132,6 +133,14 @@ def load_responses(
         kept.append(encoded)
         counted.append(counts)
     return kept[0], kept[1], counted[0]
+
+
+def read_texts(script: ValueScript) -> tuple[list[LoggedResponse], list[LoggedResponse] | None]:
+    """Read the responses, and the held-out ones where they are named; imports no model library for local files."""
+    train = _logged(script, script.train_dataset, script.train_split, script.limit)
+    if script.eval_dataset is None:
+        return train, None
+    return train, _logged(script, script.eval_dataset, script.eval_split, script.eval_limit)
 
 
 def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> list[LoggedResponse]:

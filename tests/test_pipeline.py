@@ -90,7 +90,7 @@ def test_a_prompt_that_does_not_fit_closes_the_engine(loaded, tmp_path):
     prompts.write_text("red\n")
     settings = EvaluateSettings(prompts=str(prompts), gold="length_words")
     with pytest.raises(DataError, match="prompt 0: .* exceed the model's"):
-        list(vgf_llm.evaluation.work.work(settings, ModelSettings(), loaded.reference.sampling, set(), list))
+        list(vgf_llm.evaluation.work.work(settings, ModelSettings(), loaded.reference.sampling, ["red"], set()))
     assert ClosedPipeline.closed == 2
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.inputs import check_decoder_options, check_engine, check_models
 from vgf_llm.progress import track
 from vgf_llm.screen import say
 from vgf_llm.settings import BackendName, DecoderName, EngineSettings, ModelSettings, SamplingSettings
@@ -83,6 +84,17 @@ class AnswerSettings(ImplicitPolicySettings):
             raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
 
 
+def look_at_inputs(settings: AnswerSettings, models: ModelSettings) -> None:
+    """Look at everything but the prompts that can be judged without a model.
+
+    Raises:
+        VGFError: Something is unusable.
+    """
+    check_models(models)
+    check_decoder_options(settings.decoder, settings.decoder_options)
+    check_engine(settings.backend, settings.engine.url)
+
+
 def answer(
     settings: AnswerSettings,
     models: ModelSettings,
@@ -128,7 +140,7 @@ def answer(
             f"answering {len(todo)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
         )
         batches = [todo[at : at + settings.batch_prompts] for at in range(0, len(todo), settings.batch_prompts)]
-        for batch in track(batches, description):
+        for batch in track(batches, description, unit="prompts", size=len):
             try:
                 outcome = policy([encoded[i] for i in batch], row_seeds(settings.seed, batch, settings.num_particles))
             except NonFiniteError as error:

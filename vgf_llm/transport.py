@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering import AnswerSettings, answer
+from vgf_llm.answering import AnswerSettings, answer, look_at_inputs
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError, OutputError
@@ -77,6 +77,7 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
     rows_path = output_dir / "rows.jsonl"
     _refuse_datasets(output_dir, settings.resume)
     refuse_rows(rows_path, settings.resume)
+    look_at_inputs(settings, models)
     models = with_dtype(models)
     config = {**dump(settings, models, sampling), "contents": contents(settings.prompts, models.reward_model)}
     claim(rows_path, config, resume=settings.resume, free=("num_prompts",))

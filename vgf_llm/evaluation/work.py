@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,14 +14,13 @@ from reward_models.functions import load_function, remembered
 from reward_models.secant import stated_fidelity
 from vgf_llm import __version__
 from vgf_llm.config import dump
-from vgf_llm.data import load_prompts
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import Sizes
 from vgf_llm.evaluation.run import Experiment, Prompts
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.evaluation.summary import Row, differences, summarise
 from vgf_llm.pipeline import encode_prompts, load_pipeline, prompt_text
-from vgf_llm.screen import say
+from vgf_llm.progress import Bar, stage
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 Key = tuple[str, int, int]
@@ -32,12 +31,11 @@ def work(
     settings: EvaluateSettings,
     models: ModelSettings,
     sampling: SamplingSettings,
+    prompts: Sequence[Any],
     done: set[Key],
-    track: Callable[..., Any],
 ) -> Iterator[list[Row]]:
     """Yield the rows that are not done yet, a batch of prompts and an arm at a time."""
     gold = remembered(load_function(settings.gold))
-    prompts = load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
     todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     if not todo:
         return
@@ -46,12 +44,14 @@ def work(
         ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)
         experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
-        arms_left = sum(len(arms) for _, _, arms in todo)
-        say(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go")
-        for seed, indices, arms in track(todo, "evaluating"):
-            batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
-            for rows in experiment.rows(arms, batch, seed):
-                yield [row for row in rows if (row["arm"], row["seed"], row["prompt_index"]) not in done]
+        left = sum(len(indices) * len(arms) for _, indices, arms in todo)
+        stage(f"evaluating {len(prompts)} prompts under {len(settings.all_arms())} arms")
+        with Bar("evaluating", left, "answers") as bar:
+            for seed, indices, arms in todo:
+                batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
+                for rows in experiment.rows(arms, batch, seed):
+                    yield [row for row in rows if (row["arm"], row["seed"], row["prompt_index"]) not in done]
+                    bar.advance(len(rows))
 
 
 def _batches(
