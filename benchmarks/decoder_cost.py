@@ -50,6 +50,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.work import hardware
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.precision import choose_dtype
 
 DECODERS = "prior,block,pivot,edit,edit_greedy,nearest"
 GROWTH = {"N": (4, 8, 16, 32), "T": (8, 16, 32), "L": (1, 2, 4)}
@@ -222,12 +223,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoders", default=DECODERS, help="names, separated by commas")
     parser.add_argument("--repetitions", type=int, default=3, help="measured rounds, each of all arms")
     parser.add_argument("--prompts", type=int, default=1, help="prompts of a batch")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of both models")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="of both models")
     parser.add_argument("--tiny", action="store_true", help="a tiny model of random weights, to try the benchmark")
     parser.add_argument("--record", action="store_true", help="write docs/results/decoder_cost.json too")
     arguments = parser.parse_args(argv)
     if arguments.repetitions < 1 or arguments.prompts < 1:
         parser.error("--repetitions and --prompts must be at least 1")
+    arguments.dtype = choose_dtype(arguments.dtype, "cpu")
     return arguments
 
 

@@ -99,7 +99,7 @@ def load_bench(work: Path) -> Bench:
 
 
 def train_variant(bench: Bench, variant: Variant, folder: Path) -> tuple[RewardModel, float]:
-    """Train one variant as the recipe does (bfloat16 autocast, 16 pairs a step); returns it and processor seconds."""
+    """Train one variant as the recipe does (16 pairs a step); returns it and processor seconds."""
     torch.manual_seed(variant.seed)
     settings = RewardModelSettings(
         num_layers=variant.layers, pooling="mean", input_skip=variant.input_skip, lora_r=variant.lora_r
@@ -109,7 +109,6 @@ def train_variant(bench: Bench, variant: Variant, folder: Path) -> tuple[RewardM
         head_learning_rate=1.0e-2,
         per_device_train_batch_size=16,
         max_steps=variant.num_steps,
-        bf16=True,
         logging_steps=20,
         seed=variant.seed,
     )

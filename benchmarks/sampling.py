@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.io import write_json_atomic
 from vgf_llm.models import load_causal_lm, load_skeleton, load_tokenizer, resolved_name
+from vgf_llm.precision import choose_dtype
 from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.sampling.engine import EngineRequest
 from vgf_llm.sampling.engine_reference import EngineReference
@@ -228,12 +229,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="tokens that every sequence is written")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 32, 64], help="sequences side by side")
     parser.add_argument("--repetitions", type=int, default=3, help="timed turns of each arm")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="parameter dtype")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32", help="parameter dtype")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where transformers runs")
     parser.add_argument("--kv-cache-gib", type=float, default=0.5, help="memory for keys and values of the engine")
     parser.add_argument("--record", action="store_true", help=f"write {_RECORD} too")
     parser.add_argument("--eager", action="store_true", help="start the engine without compiling the model")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.dtype = choose_dtype(arguments.dtype, arguments.device)
+    return arguments
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from vgf_llm.evaluation.bootstrap import bootstrap_mean
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.io import check_writable, write_json_atomic
 from vgf_llm.pipeline import encode_prompts, load_pipeline, make_decoder
+from vgf_llm.precision import choose_dtype
 from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
 from vgf_llm.text import ImplicitPolicy, Responses, row_seeds
@@ -199,11 +200,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=24, help="length limit in tokens")
     parser.add_argument("--nats", type=float, default=4.0, help="transport budget a response")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the samples; each answers all prompts")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both backends")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32", help="of both backends")
     parser.add_argument("--device", default="cpu", help="where transformers and the reward model run")
     parser.add_argument("--kv_cache_gib", type=float, default=0.5, help="memory for keys and values of the engine")
     parser.add_argument("--record", action="store_true", help=f"write {_RECORD} too")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.dtype = choose_dtype(arguments.dtype, arguments.device)
+    return arguments
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.precision import with_dtype
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 RATES: dict[str, list[float]] = {
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if models.reward_model is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
     check_writable(settings.output_dir)
-    benchmark = Benchmark(settings, models, sampling)
+    benchmark = Benchmark(settings, with_dtype(models), sampling)
     print(json.dumps(tune(benchmark) if settings.stage == "tune" else compare(benchmark)))
     return 0
 

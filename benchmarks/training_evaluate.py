@@ -31,6 +31,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ModelError
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.precision import with_dtype
 from vgf_llm.progress import track
 from vgf_llm.resume import contents
 from vgf_llm.settings import ModelSettings, SamplingSettings
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.training_evaluate",
         description="Measure fine-tuned policies: gold, reward, KL to the base, likelihood under the base.",
     )
-    results = run(settings, models, sampling)
+    results = run(settings, with_dtype(models), sampling)
     if settings.record:
         write_json_atomic(Path("docs/results") / f"{settings.record}.json", summary(results))
     print(json.dumps({name: means(result) for name, result in results.items()}))

@@ -26,6 +26,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ModelError
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.precision import with_dtype
 
 KINDS = ("exact", "secant")
 
@@ -122,7 +123,8 @@ def compare_policies(settings: GradientSettings, folders: dict[str, list[Path]])
     evaluation = EvaluationSettings(
         adapter=names, output_dir=settings.output_dir, prompts=settings.prompts, num_samples=settings.num_samples
     )
-    results = run(evaluation, ModelSettings(reward_model=settings.reward_model, dtype="bfloat16"), SamplingSettings())
+    models = with_dtype(ModelSettings(reward_model=settings.reward_model))
+    results = run(evaluation, models, SamplingSettings())
     rows = {kind: [row for folder in folders[kind] for row in results[str(folder)]["prompts"]] for kind in KINDS}
     found: dict[str, Any] = {"hardware": hardware()}
     for kind in KINDS:

@@ -41,6 +41,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.io import check_writable
+from vgf_llm.precision import with_dtype
 from vgf_llm.settings import ModelSettings, SamplingSettings, resolve_device
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job, models, sampling = parse(
         Job, ModelSettings, SamplingSettings, argv=argv, prog="python -m benchmarks.training_trl"
     )
-    print(json.dumps(run(job, models, sampling)))
+    print(json.dumps(run(job, with_dtype(models), sampling)))
     return 0
 
 

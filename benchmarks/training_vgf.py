@@ -20,6 +20,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError
 from vgf_llm.io import check_writable
+from vgf_llm.precision import with_dtype
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 _LOGGING_STEPS = 10  # TRL's default; a log line samples the policy
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job, models, sampling = parse(
         Job, ModelSettings, SamplingSettings, argv=argv, prog="python -m benchmarks.training_vgf"
     )
-    print(json.dumps(run(job, models, sampling)))
+    print(json.dumps(run(job, with_dtype(models), sampling)))
     return 0
 
 

@@ -38,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from reward_models.modelling import RewardModel, RewardModelConfig
 from vgf_llm.flow import TransportBudget, ValueGradient, autograd_value, transport
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.precision import choose_dtype
 from vgf_llm.text.prefix import PromptPrefix
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "pythia-2.8b": {
         "layers": 32,
-        "dtype": "bfloat16",
+        "dtype": "auto",
         "body": {
             "model_type": "gpt_neox",
             "vocab_size": 50304,
@@ -254,7 +255,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="decoder layers (default: the shape's)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the body (default: the shape's)"
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of the body (default: the shape's)"
     )
     parser.add_argument("--prompts", type=int, default=1, help="prompts B")
     parser.add_argument("--particles", type=int, default=8, help="responses a prompt N")
@@ -265,7 +266,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="write docs/results/transport[_<shape>].json too")
     arguments = parser.parse_args(argv)
     arguments.layers = arguments.layers or SHAPES[arguments.shape]["layers"]
-    arguments.dtype = arguments.dtype or SHAPES[arguments.shape]["dtype"]
+    arguments.dtype = choose_dtype(arguments.dtype or SHAPES[arguments.shape]["dtype"], arguments.device)
     return arguments
 
 

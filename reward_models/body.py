@@ -8,13 +8,24 @@ body sees the layer inside and never the adapters (unless they are merged into t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from vgf_llm.architecture import (
+    cut_config,
+    decoder_of,
+    difference,
+    evaluating,
+    is_whole,
+    layer_outputs,
+    num_layers,
+    tolerance,
+)
 from vgf_llm.errors import ModelError
 
 _WRAPPERS = (".base_layer", ".original_module")  # where PEFT keeps the layer that it wraps
@@ -24,44 +35,51 @@ def truncated_config(base_config: PreTrainedConfig, num_layers: int | None) -> d
     """Return the body's configuration with the first `num_layers` layers (None: all), as a dict that JSON can hold.
 
     Raises:
-        ModelError: num_layers is out of range.
+        ModelError: num_layers is out of range, or the architecture's configuration cannot be cut.
     """
-    fields = base_config.get_text_config(decoder=True).to_dict()
-    available = fields["num_hidden_layers"]
-    kept = available if num_layers is None else num_layers
-    if not 1 <= kept <= available:
-        raise ModelError(f"num_layers is {num_layers}, but the base model has layers 1 to {available}")
-    fields["num_hidden_layers"] = kept
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:kept]
+    fields = cut_config(base_config, num_layers).to_dict()
     for derived in ("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         fields.pop(derived, None)
     return fields
 
 
-def plain_weights(base: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of a causal LM's decoder by the names they have without PEFT; adapters are left out."""
-    weights = {}
-    for name, parameter in base.base_model.named_parameters(remove_duplicate=False):
+def plain_weights(base: PreTrainedModel) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers of a causal LM's decoder by the names they have without PEFT.
+
+    Adapters are left out. Buffers are a part of what was trained: routing biases, layer scalars.
+    """
+    decoder = decoder_of(base)
+    persistent = decoder.state_dict(keep_vars=True).keys()
+    weights: dict[str, Tensor] = dict(decoder.named_parameters(remove_duplicate=False))
+    weights |= {name: buffer for name, buffer in decoder.named_buffers(remove_duplicate=False) if name in persistent}
+    plain = {}
+    for name, tensor in weights.items():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
-        weights[name] = parameter
-    return weights
+        plain[name] = tensor
+    return plain
 
 
 def copy_weights(body: nn.Module, base: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Copy the base's plain weights into the body, as `dtype`; buffers (rotary frequencies) keep their precision."""
+    """Copy the base's plain weights into the body: parameters as `dtype`, persistent buffers in their own precision.
+
+    Raises:
+        ModelError: a weight of the body is missing in the base, or has another shape there.
+    """
     source = _matching(body, base)
     with torch.no_grad():
         for name, parameter in body.named_parameters(remove_duplicate=False):
             parameter.data = source[name].detach().to(dtype, copy=True)
+    for name in _persistent_buffers(body):
+        _put(body, name, source[name].detach().clone())
 
 
 def share_weights(body: nn.Module, base: PreTrainedModel) -> None:
-    """Put the base's own parameters in place of the body's.
+    """Put the base's own parameters and persistent buffers in place of the body's.
 
     Raises:
-        ModelError: a parameter of the base trains; what two models share must hold still.
+        ModelError: a weight is missing or has another shape, or a parameter of the base trains; what two models share
+            must hold still.
     """
     source = _matching(body, base)
     for name in dict(body.named_parameters(remove_duplicate=False)):
@@ -70,16 +88,88 @@ def share_weights(body: nn.Module, base: PreTrainedModel) -> None:
                 f"the base's {name} trains, so a value cannot share it; freeze the base first (requires_grad_(False)), "
                 "give a base of its own, or set lora_r to 0"
             )
-        path, _, leaf = name.rpartition(".")
-        setattr(body.get_submodule(path), leaf, source[name])
+        _put(body, name, source[name])
+    for name in _persistent_buffers(body):
+        _put(body, name, source[name])
 
 
-def _matching(body: nn.Module, base: PreTrainedModel) -> dict[str, nn.Parameter]:
-    source = plain_weights(base)
-    missing = [name for name, _ in body.named_parameters(remove_duplicate=False) if name not in source]
-    if missing:
-        raise ModelError(f"the base model {base.config._name_or_path!r} has no weight {missing[0]!r}; give a causal LM")
+def _put(body: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(body.get_submodule(path), leaf, tensor)
+
+
+def _persistent_buffers(body: nn.Module) -> list[str]:
+    persistent = body.state_dict(keep_vars=True).keys()
+    return [name for name, _ in body.named_buffers(remove_duplicate=False) if name in persistent]
+
+
+def _matching(body: nn.Module, base: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the base's weights by name after a check that the body has no other names or shapes."""
+    source, whose = plain_weights(base), f"the base model {base.config._name_or_path!r}"
+    wanted = dict(body.named_parameters(remove_duplicate=False))
+    wanted |= {name: body.get_buffer(name) for name in _persistent_buffers(body)}
+    for name, tensor in wanted.items():
+        if name not in source:
+            raise ModelError(f"{whose} has no weight {name!r}; give a causal LM")
+        expected, found = weight_shape(tensor), weight_shape(source[name])
+        if expected != found:
+            raise ModelError(
+                f"the weight {name!r} of {whose} has shape {list(found)}, its first layers need {list(expected)}; "
+                "this architecture cannot be cut: leave num_layers empty"
+            )
     return source
+
+
+def weight_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return a weight's shape, also where DeepSpeed has split it."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@torch.no_grad()
+def check_cut(body: PreTrainedModel, base: PreTrainedModel, name: str) -> None:
+    """Compare the hidden states of a cut body with those of the base's first layers, on a few ids.
+
+    Layer n of both, before the final norm, and where nothing was cut what the decoder returns. The base runs without
+    adapters and with the body's attention. Weights that are not all here are not run.
+
+    Raises:
+        ModelError: naming the base and the difference.
+    """
+    decoder = decoder_of(base)
+    if not (is_whole(body) and is_whole(decoder)):
+        return
+    rows, kept = body.get_input_embeddings().weight.shape[0], num_layers(body.config)
+    ids_RS = torch.arange(1, 11, device=body.device).remainder(rows).view(2, 5)
+    with _as_plain_as(decoder, body), evaluating(body), evaluating(decoder):
+        pairs = [[layer_outputs(model, kept - 1, input_ids=ids_RS, use_cache=False) for model in (body, decoder)]]
+        if kept == num_layers(decoder.config):
+            pairs.append([model(input_ids=ids_RS, use_cache=False).last_hidden_state for model in (body, decoder)])
+    for own, expected in pairs:
+        apart = difference(own, expected)
+        if apart > max(tolerance(own), tolerance(expected)):
+            advice = "report this" if kept == num_layers(decoder.config) else "leave num_layers empty"
+            raise ModelError(
+                f"the first {kept} layers of {name!r} do not give the base's hidden states (they differ by {apart:.2g} "
+                f"of their mean size), so the architecture {body.config.model_type!r} cannot be cut here; {advice}"
+            )
+
+
+@contextlib.contextmanager
+def _as_plain_as(decoder: PreTrainedModel, body: PreTrainedModel) -> Iterator[None]:
+    """Switch adapters that are not merged off and take the body's attention, for the duration."""
+    tuned = [m for m in decoder.modules() if hasattr(m, "_disable_adapters") and not getattr(m, "merged", False)]
+    switched, before = [m._disable_adapters for m in tuned], decoder.config._attn_implementation
+    for module in tuned:
+        module._disable_adapters = True
+    if before != body.config._attn_implementation:
+        decoder.set_attn_implementation(body.config._attn_implementation)
+    try:
+        yield
+    finally:
+        for module, off in zip(tuned, switched, strict=True):
+            module._disable_adapters = off
+        if before != decoder.config._attn_implementation:
+            decoder.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
@@ -100,5 +190,21 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def linear_names(body: nn.Module) -> list[str]:
-    """Return the leaf names of all linear layers of a body (`q_proj`, `down_proj`, ...): the LoRA default."""
-    return sorted({name.rpartition(".")[2] for name, child in body.named_modules() if isinstance(child, nn.Linear)})
+    """Return the names of all linear layers of a body (`q_proj`, `down_proj`, `c_attn`, ...): the LoRA default.
+
+    A name is the end of a path that no other kind of module has: its last part, or more where that is the number of an
+    entry in a list.
+    """
+    modules = dict(body.named_modules())
+    linear = {name for name, child in modules.items() if isinstance(child, (nn.Linear, Conv1D))}
+    others = modules.keys() - linear
+    return sorted({_ending(name, others) for name in linear})
+
+
+def _ending(name: str, others: Collection[str]) -> str:
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        ending = ".".join(parts[-count:])
+        if not parts[-count].isdigit() and not any(other == ending or other.endswith(f".{ending}") for other in others):
+            return ending
+    return name

@@ -7,6 +7,7 @@ the body from. `load_reward_model` reads either. PEFT is imported only when an a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.body import linear_names
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
 from reward_models.modelling import RewardModel, RewardModelConfig
+from vgf_llm.adapters import tell_left_out
 from vgf_llm.errors import ModelError
 from vgf_llm.models import fingerprint, load_tokenizer
 from vgf_llm.screen import say
@@ -50,18 +52,21 @@ def add_lora(
     available = linear_names(model.body)
     wanted = list(target_modules or available)
     unknown = [name for name in wanted if name not in available]
-    if unknown:
+    if unknown or not wanted:
         raise ModelError(
-            f"lora_target_modules: {unknown[0]!r} is no linear layer of the body; it has {', '.join(available)}"
+            f"lora_target_modules: {unknown[0] if unknown else 'no module'!r} is not a linear layer of the body; it "
+            f"has {', '.join(available) or 'none'}"
         )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=rf"(.*\.)?body\..*\.({'|'.join(wanted)})",
+        target_modules=rf"(.*\.)?body\.(.*\.)?({'|'.join(map(re.escape, wanted))})",
         modules_to_save=["head"] if model.skip_head is None else ["head", "skip_head"],
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    tell_left_out(adapted)
+    return adapted
 
 
 def save_reward_model(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:

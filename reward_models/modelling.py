@@ -23,8 +23,17 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from reward_models.body import copy_weights, parameters_on_meta, share_weights, truncated_config
+from reward_models.body import (
+    check_cut,
+    copy_weights,
+    parameters_on_meta,
+    share_weights,
+    truncated_config,
+    weight_shape,
+)
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
+from vgf_llm.architecture import check_config, check_decoder, decoder_class, num_layers, text_config
+from vgf_llm.attention import caps_scores, settle_attention
 from vgf_llm.errors import ModelError
 from vgf_llm.text.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
 
@@ -41,6 +50,8 @@ class RewardModelConfig(PreTrainedConfig):
         train_embeddings: whether training may move the input embeddings (off: the table stays the base model's).
         input_skip: whether the head also reads the mean of the response's input embeddings.
         pad_token_id: any valid id; padding is never attended to.
+        embedding_width: of the input table, where the body's own configuration has another hidden size.
+        output_width: of what the body returns, where it is not the body's hidden size.
     """
 
     model_type = "vgf_reward"
@@ -53,6 +64,8 @@ class RewardModelConfig(PreTrainedConfig):
         train_embeddings: bool = False,
         input_skip: bool = False,
         pad_token_id: int | None = None,
+        embedding_width: int | None = None,
+        output_width: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the fields; raises ValueError on an unknown pooling."""
@@ -63,6 +76,8 @@ class RewardModelConfig(PreTrainedConfig):
         self.base_name = base_name
         self.train_embeddings = train_embeddings
         self.input_skip = input_skip
+        self.embedding_width = embedding_width
+        self.output_width = output_width
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
     def build_body_config(self) -> PreTrainedConfig:
@@ -70,12 +85,18 @@ class RewardModelConfig(PreTrainedConfig):
         if not self.body_config:
             raise ModelError("the reward model's config.json has no body_config; was it written by this package?")
         fields = dict(self.body_config)
-        return CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
+        model_type = fields.pop("model_type", None)
+        if model_type not in CONFIG_MAPPING:
+            raise ModelError(f"the body's model_type {model_type!r} is not known to this version of transformers")
+        try:
+            return CONFIG_MAPPING[model_type].from_dict(fields)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"the configuration of {model_type!r} cannot be cut or read: {error}") from error
 
     @property
     def num_layers(self) -> int:
         """Decoder layers kept."""
-        return self.build_body_config().num_hidden_layers
+        return num_layers(self.build_body_config())
 
 
 class RewardModel(PreTrainedModel):
@@ -93,9 +114,11 @@ class RewardModel(PreTrainedModel):
         """Build an untrained model; `from_base` and `from_pretrained` are the usual ways in."""
         super().__init__(config)
         body_config = config.build_body_config()
-        self.body = AutoModel.from_config(body_config, attn_implementation=config._attn_implementation)
-        self.head = nn.Linear(body_config.hidden_size, 1)
-        self.skip_head = nn.Linear(body_config.hidden_size, 1, bias=False) if config.input_skip else None
+        check_config(body_config, config.base_name)
+        self.body = AutoModel.from_config(body_config, attn_implementation=_attention(config, body_config))
+        embedding_width = config.embedding_width or body_config.hidden_size
+        self.head = nn.Linear(config.output_width or body_config.hidden_size, 1)
+        self.skip_head = nn.Linear(embedding_width, 1, bias=False) if config.input_skip else None
         self._scale: float | None = None
         self.post_init()
         self.unfreeze()
@@ -104,7 +127,9 @@ class RewardModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does (which makes every parameter trainable), then hold the embeddings again."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).unfreeze()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        settle_attention(model.body)
+        model.unfreeze()
         return loaded
 
     @classmethod
@@ -132,7 +157,8 @@ class RewardModel(PreTrainedModel):
             share: hold the base's own, frozen parameters in place of copies (a LoRA is to go around it).
 
         Raises:
-            ModelError: num_layers is out of range, the base cannot be loaded, or it is to be shared and trains.
+            ModelError: num_layers is out of range, the base cannot be loaded, its architecture is not supported, its
+                first layers do not answer as they do in the base, or it is to be shared and trains.
         """
         if isinstance(base, str):
             from vgf_llm.models import load_causal_lm
@@ -140,13 +166,17 @@ class RewardModel(PreTrainedModel):
             base_name, base = base, load_causal_lm(base, dtype=dtype)
         else:
             base_name = base.config._name_or_path or base.name_or_path
+            check_config(base.config, base_name)
+        table, output = base.get_input_embeddings().weight, base.get_output_embeddings()
         config = RewardModelConfig(
             body_config=truncated_config(base.config, num_layers),
             pooling=pooling,
             base_name=base_name,
             train_embeddings=train_embeddings,
             input_skip=input_skip,
-            pad_token_id=base.config.pad_token_id,
+            pad_token_id=getattr(text_config(base.config), "pad_token_id", None),
+            embedding_width=weight_shape(table)[-1],
+            output_width=None if output is None else weight_shape(output.weight)[-1],
         )
         with parameters_on_meta() if share else contextlib.nullcontext():
             model = cls(config)
@@ -156,6 +186,9 @@ class RewardModel(PreTrainedModel):
                 head.to_empty(device=base.device)
         else:
             copy_weights(model.body, base, dtype)
+        settle_attention(model.to(base.device).body)
+        check_cut(model.body, base, base_name)
+        check_decoder(model.body, base_name)
         width = model.head.in_features
         noise_D = torch.randn(width, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
@@ -163,7 +196,7 @@ class RewardModel(PreTrainedModel):
             model.head.bias.zero_()
             if model.skip_head is not None:
                 model.skip_head.weight.zero_()
-        return model.to(base.device).eval()
+        return model.eval()
 
     def _init_weights(self, module: nn.Module) -> None:
         """The body initialises itself; only the heads are ours."""
@@ -185,12 +218,19 @@ class RewardModel(PreTrainedModel):
     def embedding_table_VD(self) -> Tensor:
         """Input embeddings of all tokens as `embed` returns them, [V, D], detached."""
         module = self.get_input_embeddings()
-        scale = getattr(module, "embed_scale", None)
-        return module.weight.detach() if scale is None else module.weight.detach() * scale
+        if type(module) is nn.Embedding:
+            return module.weight.detach()
+        with torch.no_grad():  # some scale what they look up, rounded in a way of their own
+            return module(torch.arange(len(module.weight), device=module.weight.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up token ids [...] in the input table: [..., D]."""
         return self.get_input_embeddings()(tokens)
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the input table, D of the particles; not always that of the hidden states."""
+        return self.config.embedding_width or self.config.build_body_config().hidden_size
 
     def freeze(self) -> RewardModel:
         """Eval mode, and no parameter requires a gradient: backward then goes to the inputs only."""
@@ -314,7 +354,7 @@ class RewardModel(PreTrainedModel):
         """Return the gradient of the input skip, v / (T rms), at every response token: [B, N, T, D], 0 without one."""
         mask_BNT1 = mask_BNT.bool().unsqueeze(-1).float()
         if self.skip_head is None:
-            return mask_BNT1 * torch.zeros(self.head.in_features, device=mask_BNT.device)
+            return mask_BNT1 * torch.zeros(self.embedding_width, device=mask_BNT.device)
         direction_D = self.skip_head.weight[0].detach() / self.table_scale
         return direction_D * mask_BNT1 / mask_BNT1.sum(dim=2, keepdim=True).clamp(min=1)
 
@@ -343,6 +383,15 @@ class RewardModel(PreTrainedModel):
         if self._scale is None:
             self._scale = float(self.embedding_table_VD.float().square().mean().sqrt())
         return self._scale
+
+
+def _attention(config: RewardModelConfig, body_config: PreTrainedConfig) -> str | None:
+    """Return what the body is built with: what was resolved for the reward model, where the body can do that."""
+    wanted = config._attn_implementation
+    if wanted == "sdpa":
+        found = decoder_class(body_config)
+        return "eager" if caps_scores(body_config) or not getattr(found, "_supports_sdpa", True) else "sdpa"
+    return wanted
 
 
 CONFIG_MAPPING.register(RewardModelConfig.model_type, RewardModelConfig, exist_ok=True)

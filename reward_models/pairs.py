@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from vgf_llm.architecture import max_positions
 from vgf_llm.data import PreferencePair, encode_prompt, encode_response
 from vgf_llm.errors import ConfigError, DataError
 
@@ -94,7 +95,7 @@ def check_max_length(max_length: int, model_config: PreTrainedConfig) -> None:
     Raises:
         ConfigError: naming max_length and the limit.
     """
-    limit = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = max_positions(model_config)
     if limit is not None and max_length > limit:
         raise ConfigError(
             f"max_length is {max_length} tokens, but the base model has {limit} positions (max_position_embeddings); "

@@ -11,8 +11,7 @@ in float32, and is evaluated by putting its weights into the value's own forward
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.loading import add_lora, is_lora, load_adapter, load_reward_model, save_reward_model
 from reward_models.modelling import RewardModel
+from vgf_llm.architecture import evaluating
 from vgf_llm.errors import ModelError
 
 
@@ -169,7 +169,7 @@ class EmaTarget:
         """Return the model's forward with these weights, without a graph and in eval mode; the model stays as it is."""
         parameters = dict(model.named_parameters())
         weights = {name: weight.to(parameters[name]) for name, weight in self.weights.items()}
-        with _evaluating(model):
+        with evaluating(model):
             return torch.func.functional_call(model, weights, args=(), kwargs=inputs)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -199,15 +199,3 @@ class EmaTarget:
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and noise off for the duration; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

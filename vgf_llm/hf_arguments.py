@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from vgf_llm.errors import ConfigError
+from vgf_llm.precision import choose_autocast
 from vgf_llm.trainer_names import TRANSLATED, check_trainer_settings, refuse_tracker
 
 _NOT_FOUND_BY_NAME = {"flyte"}  # transformers does not list it among what is installed
@@ -50,8 +51,7 @@ def training_arguments(settings: Any, output_dir: str | Path, **fixed: Any) -> T
         "remove_unused_columns": False,
         "use_cpu": not torch.cuda.is_available(),
     }
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
-        fields["bf16"] = True  # what the launch configuration asks for; DeepSpeed refuses to be told two things
+    fields["bf16"] = choose_autocast(settings)
     if settings.gradient_checkpointing:
         fields["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     values = fields | fixed | settings.trainer_arguments

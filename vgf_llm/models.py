@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -25,6 +26,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from vgf_llm.adapters import read_adapter_config, refuse_scoring_adapter, with_adapter
+from vgf_llm.architecture import check_config, check_decoder
 from vgf_llm.attention import group_attention
 from vgf_llm.embedded import (
     DEFAULT_HUB_NAME,
@@ -38,6 +41,7 @@ from vgf_llm.errors import ModelError
 from vgf_llm.progress import working
 
 ADAPTER_NAME = "adapter_config.json"
+_SCORING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel")
 
 
 @dataclass(frozen=True)
@@ -71,28 +75,64 @@ def load_causal_lm(
     resolved = _resolve(name)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if (Path(resolved) / ADAPTER_NAME).is_file():
-        return _with_adapter(Path(resolved), dtype, device, trust_remote_code)
+        return _merged(Path(resolved), dtype, device, trust_remote_code)
+    _check_kind(resolved, name, trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            resolved, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(_not_loaded("model", name, error)) from error
+    _check_complete(report, name)
+    model = group_attention(model.to(device)).eval().requires_grad_(False)
+    check_decoder(model, name)
+    return model
+
+
+def _check_kind(resolved: str, name: str, trust_remote_code: bool) -> None:
+    """Refuse what is not a causal language model that can be used here, from its configuration alone.
+
+    Raises:
+        ModelError: It is a classifier or a reward model, or its architecture is not supported.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
-    return group_attention(model).to(device).eval().requires_grad_(False)
+    scoring = [one for one in config.architectures or () if one.endswith(_SCORING)]
+    if scoring or config.model_type == "vgf_reward":
+        raise ModelError(
+            f"{name!r} is a reward model or classifier ({(scoring or ['RewardModel'])[0]}), not a language model: it "
+            "has no output layer that writes text; name the base model that it was trained from"
+        )
+    check_config(config, name)
 
 
-def _with_adapter(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
+def _check_complete(report: dict[str, Any], name: str) -> None:
+    """Refuse a model of which weights were made up (tied ones are not missing).
+
+    Raises:
+        ModelError: Naming the weights.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"{name!r} lacks the weights {', '.join(missing[:3])}{more} of a causal language model, so random numbers "
+            "would stand in for them; name the folder of the whole model (one saved by AutoModelForCausalLM)"
+        )
+
+
+def _merged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """Load an adapter's base, in whatever cache folder the embedded one lies here, and merge the adapter in float32."""
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        base = load_causal_lm(base_model_name(str(folder)), dtype=torch.float32, trust_remote_code=trust_remote_code)
-        adapted = PeftModel.from_pretrained(base, str(folder))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(_not_loaded("adapter", str(folder), error)) from error
-    merged = adapted.merge_and_unload(safe_merge=True)
+    refuse_scoring_adapter(folder)
+    base = load_causal_lm(base_model_name(str(folder)), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    merged = with_adapter(base, folder)
     for parameter in merged.parameters():  # buffers (rotary frequencies) stay in float32
         parameter.data = parameter.data.to(dtype)
-    return merged.to(device).eval().requires_grad_(False)
+    merged = merged.to(device).eval().requires_grad_(False)
+    check_decoder(merged, str(folder))
+    return merged
 
 
 def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -103,7 +143,10 @@ def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False)
     Raises:
         ModelError: As for :func:`load_causal_lm`.
     """
+    if (Path(_resolve(name)) / ADAPTER_NAME).is_file():
+        refuse_scoring_adapter(Path(_resolve(name)))
     resolved = _resolve(base_model_name(name))
+    _check_kind(resolved, name, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -123,10 +166,7 @@ def base_model_name(name: str) -> str:
     """
     if name == DEFAULT_MODEL or not (Path(name) / ADAPTER_NAME).is_file():
         return name
-    try:
-        found = json.loads((Path(name) / ADAPTER_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_loaded("adapter", name, error)) from error
+    found = read_adapter_config(Path(name))["base_model_name_or_path"]
     return DEFAULT_MODEL if Path(found).name == EMBEDDED_FOLDER else found
 
 

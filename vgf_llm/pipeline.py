@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
+from vgf_llm.architecture import decoder_layers, max_positions
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer
 from vgf_llm.precision import with_dtype
@@ -107,7 +108,7 @@ def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
         return exact_gradient
     head = load_secant_head(folder, value)
     source = secant_gradient(head)
-    body = sum(parameter.numel() for parameter in value.body.layers.parameters())
+    body = sum(parameter.numel() for parameter in decoder_layers(value.body)[1].parameters())
     return replace(source, passes=source.passes + sum(p.numel() for p in head.parameters()) / body)
 
 
@@ -152,7 +153,7 @@ def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:
     from vgf_llm.data import check_prompt_fits, encode_prompt
 
     reference = pipeline.reference
-    limit = getattr(reference.model.config, "max_position_embeddings", None)
+    limit = max_positions(reference.model.config)
     encoded = []
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(pipeline.tokenizer, prompt)

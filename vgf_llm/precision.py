@@ -113,25 +113,44 @@ def for_training(model: Settings, training: Any) -> tuple[Settings, Any]:
     Raises:
         ConfigError: All weights are to be trained in a half precision without a float32 copy.
     """
-    dtype, bf16 = model.dtype, training.bf16  # type: ignore[attr-defined]
-    given, launched = training.trainer_arguments, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    sharded = _is_set(_DEEPSPEED) or _is_set(_FSDP) or bool(given.get("deepspeed") or given.get("fsdp"))
-    if bf16 == "auto":
-        by_device = not sharded and launched == "no" and not given.get("fp16")
-        bf16 = launched == "bf16" or (by_device and has_units("bfloat16"))
-    elif bf16:
-        _warn_without_units("bfloat16", "auto", "bf16: true", "bf16: auto")
-    if launched == "bf16":
-        _warn_without_units("bfloat16", "auto", "mixed_precision: bf16", "--mixed_precision no")
+    dtype, bf16 = model.dtype, choose_autocast(training)  # type: ignore[attr-defined]
     full = not model.lora_r  # type: ignore[attr-defined]
-    has_master_copy = given.get("deepspeed") or (_is_set(_DEEPSPEED) and launched in ("bf16", "fp16"))
+    mixed = _launched_precision() in ("bf16", "fp16")
+    has_master_copy = training.trainer_arguments.get("deepspeed") or (_is_set(_DEEPSPEED) and mixed)
     if full and dtype in ("bfloat16", "float16") and not has_master_copy:
         raise ConfigError(
             f"dtype: {dtype} with lora_r: 0 would train weights that cannot hold small steps (at a rate of 2e-5 three "
             f"in a hundred move at all); set dtype: float32, with bf16: true for the speed, or lora_r above 0"
         )
-    dtype = "float32" if dtype == "auto" and (full or sharded) else choose_dtype(dtype)
+    dtype = "float32" if dtype == "auto" and (full or _is_sharded(training)) else choose_dtype(dtype)
     return dataclasses.replace(model, dtype=dtype), dataclasses.replace(training, bf16=bf16)  # type: ignore[type-var]
+
+
+def choose_autocast(training: Any) -> bool:
+    """Return whether training runs under autocast to bfloat16; see :func:`for_training`.
+
+    Args:
+        training: A dataclass with ``bf16`` and ``trainer_arguments``.
+    """
+    bf16, launched = training.bf16, _launched_precision()
+    if launched == "bf16":
+        _warn_without_units("bfloat16", "auto", "mixed_precision: bf16", "--mixed_precision no")
+        return True
+    if bf16 == "auto":
+        left_open = launched == "no" and not _is_sharded(training) and not training.trainer_arguments.get("fp16")
+        return left_open and has_units("bfloat16")
+    if bf16:
+        _warn_without_units("bfloat16", "auto", "bf16: true", "bf16: auto")
+    return bool(bf16)
+
+
+def _launched_precision() -> str:
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def _is_sharded(training: Any) -> bool:
+    given = training.trainer_arguments
+    return _is_set(_DEEPSPEED) or _is_set(_FSDP) or bool(given.get("deepspeed") or given.get("fsdp"))
 
 
 def _is_set(variable: str) -> bool:
@@ -156,8 +175,8 @@ def require_float32(trainer: Trainer) -> None:
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             raise ConfigError(
-                f"the trained weight '{name}' is {str(parameter.dtype).removeprefix('torch.')}, which cannot hold small "
-                "steps; load the model with dtype: float32 (bf16: true keeps the speed), or train a LoRA"
+                f"the trained weight '{name}' is {str(parameter.dtype).removeprefix('torch.')}, which cannot hold "
+                "small steps; load the model with dtype: float32 (bf16: true keeps the speed), or train a LoRA"
             )
 
 

@@ -33,7 +33,7 @@ class ModelSettings:
     reward_model: str | None = None
     """Folder of a trained reward model (or adapter); its gradient moves the particles and it selects."""
     dtype: DtypeName = "auto"
-    """Parameter dtype of the base and reward model; "auto": bfloat16 where the device has units for it, else float32."""
+    """Parameter dtype of both models; "auto": bfloat16 where the device has units for it, else float32."""
     device: str = "auto"
     """Torch device, or "auto": cuda where there is one, else cpu."""
     pad_token: str | None = None

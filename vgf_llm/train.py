@@ -242,12 +242,13 @@ def encode_rows(
         DataError: A prompt is empty or leaves no room for a response.
         ConfigError: There are no prompts.
     """
+    from vgf_llm.architecture import max_positions
     from vgf_llm.data import check_prompt_fits, encode_prompt
     from vgf_llm.pipeline import prompt_text
     from vgf_llm.training.rollout import PromptRow
 
     rows = []
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = max_positions(config)
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(tokenizer, prompt)
         if not ids:

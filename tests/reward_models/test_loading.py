@@ -55,7 +55,7 @@ def test_a_merged_lora_saves_as_a_full_model(any_lm, moved_lora, tmp_path):
 
 def test_only_adapters_and_head_are_trainable_and_a_wrong_target_is_named(any_lm):
     model = RewardModel.from_base(any_lm, num_layers=1)
-    with pytest.raises(ModelError, match="'q_prj' is no linear layer of the body; it has"):
+    with pytest.raises(ModelError, match="'q_prj' is not a linear layer of the body; it has"):
         add_lora(model, r=2, alpha=4, target_modules=["q_prj"])
     adapted = add_lora(model, r=2, alpha=4)
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]

@@ -84,12 +84,13 @@ def test_without_a_lora_the_body_is_a_copy_that_trains_but_for_its_embeddings(an
 
 
 def test_a_half_precision_body_keeps_the_bases_rotary_frequencies(tiny_lm, tmp_path):
+    """A LoRA's body stays in the base's precision; one that trains in full is float32."""
     tiny_lm.save_pretrained(tmp_path)
     base = type(tiny_lm).from_pretrained(tmp_path, dtype=torch.bfloat16).requires_grad_(False)
-    for value in (build(base).get_base_model(), build(base, lora_r=0)):
+    for value, dtype in ((build(base).get_base_model(), torch.bfloat16), (build(base, lora_r=0), torch.float32)):
         for name, buffer in value.body.named_buffers():
             assert torch.equal(buffer, dict(base.base_model.named_buffers())[name]), name
-        assert value.body.get_input_embeddings().weight.dtype == torch.bfloat16
+        assert value.body.get_input_embeddings().weight.dtype == dtype
         assert value.head.weight.dtype == torch.float32
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from vgf_llm.architecture import vocabulary_rows
 from vgf_llm.errors import ConfigError
 from vgf_llm.sampling.engine import Engine, EngineError, EngineRequest, EngineText, TopLogps
 from vgf_llm.settings import SamplingSettings
@@ -98,7 +99,7 @@ class EngineReference:
     @property
     def columns(self) -> int:
         """Tokens of a law."""
-        return min(self.sampling.top_k, self.model.config.vocab_size)
+        return min(self.sampling.top_k, vocabulary_rows(self.model.config))
 
     def prefix(self, prompts: list[list[int]]) -> EnginePrefix:
         """Return B prompts with nothing written after them."""
@@ -109,7 +110,7 @@ class EngineReference:
     ) -> Shortlist:
         """Return the law at every position, [B*N, T, K + 1]; see :meth:`vgf_llm.text.Reference.shortlists`."""
         sampling = sampling or self.sampling
-        columns, length = min(sampling.top_k, self.model.config.vocab_size), responses.tokens_BNT.shape[-1]
+        columns, length = min(sampling.top_k, vocabulary_rows(self.model.config)), responses.tokens_BNT.shape[-1]
         ids, logps = [], []
         for read, (_, tokens) in zip(
             self._read(prefix, responses, columns), self._texts(prefix, responses), strict=True

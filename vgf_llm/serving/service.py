@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vgf_llm.answering import outcome_rows
+from vgf_llm.architecture import max_positions, vocabulary_rows
 from vgf_llm.pipeline import Pipeline, make_decoder
 from vgf_llm.sampling import ReferenceSampler, Sampler
 from vgf_llm.sampling.deadline import Deadline
@@ -64,10 +65,10 @@ class Service:
     def __init__(self, pipeline: Pipeline, settings: ServeSettings, engine: Callable[[], Engine]) -> None:
         self.pipeline, self.settings, self.engine = pipeline, settings, engine
         reference, config = pipeline.reference, pipeline.reference.model.config
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = max_positions(config)
         if positions is not None:
             positions -= reference.reserved_positions
-        self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, config.vocab_size, positions)
+        self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, vocabulary_rows(config), positions)
         self._length_unit = token_spacing(pipeline.value.embedding_table_VD)
         self._turn, self._tokenizer_turn = threading.Lock(), threading.Lock()
 

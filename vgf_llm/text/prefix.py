@@ -8,13 +8,14 @@ every flow step, and gradients reach the responses only.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from vgf_llm.architecture import evaluating
 
 _ROOM_TOKENS = 64  # tokens that a cache can take before its keys are copied to a larger place
 
@@ -32,6 +33,12 @@ class PromptPrefix:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     mask_BP: Tensor
+
+    @classmethod
+    def of(cls, cache: DynamicCache, mask_BP: Tensor) -> PromptPrefix:
+        """Takes what a cache holds, without copying."""
+        keys, values = (tuple(getattr(layer, name) for layer in cache.layers) for name in ("keys", "values"))
+        return cls(keys, values, mask_BP)
 
     @property
     def num_prompts(self) -> int:
@@ -56,6 +63,20 @@ class PromptPrefix:
             keys=tuple(k.index_select(0, rows_R) for k in self.keys),
             values=tuple(v.index_select(0, rows_R) for v in self.values),
             mask_BP=self.mask_BP.index_select(0, rows_R),
+        )
+
+    def rolled(self, columns_B: Tensor) -> PromptPrefix:
+        """Moves each row right by its number of columns, at most P; what leaves at the right enters at the left."""
+        P = self.mask_BP.shape[1]
+        source_BP = (torch.arange(P, device=columns_B.device) - columns_B[:, None]).remainder(P)
+
+        def moved(states: Tensor) -> Tensor:
+            return states.gather(2, source_BP[:, None, :, None].expand_as(states))
+
+        return PromptPrefix(
+            keys=tuple(map(moved, self.keys)),
+            values=tuple(map(moved, self.values)),
+            mask_BP=self.mask_BP.gather(1, source_BP),
         )
 
     def without_last(self) -> PromptPrefix:
@@ -133,7 +154,7 @@ def compute_prefix(body: nn.Module, prompts: Sequence[Sequence[int]], pad_token_
     ids_BP = torch.tensor([[pad_token_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask_BP = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
     cache = DynamicCache()  # plain layers: a sliding window is the attention mask's business, nothing is dropped here
-    with torch.no_grad(), _evaluating(body):
+    with torch.no_grad(), evaluating(body):
         body(
             input_ids=ids_BP,
             attention_mask=mask_BP.long(),
@@ -199,14 +220,3 @@ def _shared_cache(keys: Sequence[Tensor], values: Sequence[Tensor]) -> DynamicCa
         layer.keys, layer.values = key, value
         cache.layers.append(layer)
     return cache
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off (and gradient checkpointing, which drops the cache) for the duration."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)

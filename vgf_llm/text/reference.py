@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
+from vgf_llm.architecture import decoder_of, vocabulary_rows
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.law import Shortlist, truncate
 from vgf_llm.text.prefix import PromptPrefix, compute_prefix
@@ -79,7 +81,7 @@ class Reference:
         """Run B prompts once; asked for the same prompts again, as sampler and decoder do, it gives the same prefix."""
         if self._last_prefix is None or self._last_prefix.prompts != prompts:
             last_token_B = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
-            prefix = compute_prefix(self.model.base_model, prompts, self.pad_id)
+            prefix = compute_prefix(decoder_of(self.model), prompts, self.pad_id)
             self._last_prefix = ReferencePrefix(prefix.without_last(), last_token_B, prompts)
         return self._last_prefix
 
@@ -122,7 +124,7 @@ class Reference:
         n = responses.tokens_BNT.shape[1]
         tokens_RT, mask_RT = responses.tokens_BNT.flatten(0, 1), responses.mask_BNT.flatten(0, 1)
         last_R = prefix.last_token_B.repeat_interleave(n)
-        at_once = max(1, _LOGITS_PER_FORWARD // (tokens_RT.shape[1] * self.model.config.vocab_size))
+        at_once = max(1, _LOGITS_PER_FORWARD // (tokens_RT.shape[1] * vocabulary_rows(self.model.config)))
         for rows in torch.arange(len(tokens_RT), device=tokens_RT.device).split(at_once):
             prompts = prefix.prefix.select(rows // n)
             inputs_RT = torch.cat([last_R[rows].unsqueeze(1), tokens_RT[rows, :-1]], 1)
@@ -189,10 +191,8 @@ class Reference:
             done_R = done_R | is_any_of(token_R, self.eos_ids)
             if bool(done_R.all()):
                 break
-        keys, values = (tuple(getattr(layer, name) for layer in cache.layers) for name in ("keys", "values"))
-        return torch.stack(written, 1), ReferencePrefix(
-            PromptPrefix(keys, values, mask_RS.bool()), token_R, rows.prompts
-        )
+        prefix = PromptPrefix.of(cache, mask_RS.bool())
+        return torch.stack(written, 1), ReferencePrefix(prefix, token_R, rows.prompts)
 
     @torch.no_grad()
     def rewrite(
@@ -200,7 +200,8 @@ class Reference:
     ) -> Responses:
         """Keep the first tokens of each response and write the rest anew.
 
-        One parallel forward over what is kept, then one token at a time.
+        One parallel forward over what is kept, then one token at a time. In between, the rows are moved to the right
+        end of the cache, as prompts are: sliding windows and alibi count columns, masked ones too.
 
         Args:
             prefix: The prompts of ``responses``.
@@ -233,6 +234,7 @@ class Reference:
         result_RT = result_RT.masked_fill(
             torch.arange(longest, device=keep_R.device) >= keep_R.unsqueeze(1), self.pad_id
         )
+        cache, mask_RS = _right_aligned(cache, mask_RS, kept - keep_R)
         position_R, done_R = keep_R.clone(), torch.zeros_like(keep_R, dtype=torch.bool)
         while True:
             token_R = choose(logits_RV, position_R).masked_fill(done_R, self.pad_id)
@@ -256,6 +258,14 @@ class Reference:
         shape = (-1, n, longest)
         result_RT = result_RT.masked_fill(~mask_RT, self.pad_id)
         return Responses(prefix.prompts, result_RT.view(shape), mask_RT.view(shape), self.eos_ids, self.pad_id)
+
+
+def _right_aligned(cache: DynamicCache, mask_RS: Tensor, gaps_R: Tensor) -> tuple[DynamicCache, Tensor]:
+    """Move each row's tokens right by the masked columns that stand at its end."""
+    if not bool(gaps_R.any()):
+        return cache, mask_RS
+    aligned = PromptPrefix.of(cache, mask_RS.bool()).rolled(gaps_R)
+    return aligned.cache(), aligned.mask_BP.long()
 
 
 def _column(token_R: Tensor) -> Tensor:

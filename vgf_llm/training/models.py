@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reward_models.body import linear_names
+from vgf_llm.adapters import tell_left_out
 from vgf_llm.errors import ModelError
 from vgf_llm.text.prefix import positions_from_mask
 from vgf_llm.training.config import PolicySettings
@@ -158,10 +160,12 @@ def add_policy_lora(base: PreTrainedModel, settings: PolicySettings) -> nn.Modul
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(base, config)
+        adapted = get_peft_model(base, config)
     except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+        linear = linear_names(base)
         raise ModelError(
             f"lora_target_modules {settings.lora_target_modules}: {error}; the model's linear layers are "
-            f"{', '.join(sorted(linear))}"
+            f"{', '.join(linear)}"
         ) from error
+    tell_left_out(adapted)
+    return adapted

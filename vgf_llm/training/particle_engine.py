@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from vgf_llm.architecture import max_positions
 from vgf_llm.errors import ConfigError
 from vgf_llm.processes import of_first
 from vgf_llm.sampling.engine import EngineRequest, EngineText, TakesWeights
@@ -202,7 +203,7 @@ def engine_maker(
 def _longest(trainer: VGFTrainer) -> int:
     """Return the most tokens that the engine will hold of a text: less than its model's limit needs less memory."""
     needed = max(len(row.ids) for row in trainer.train_dataset) + trainer.sampling.max_new_tokens
-    limit = getattr(trainer.models.policy_lm.config, "max_position_embeddings", None) or needed + 1
+    limit = max_positions(trainer.models.policy_lm.config) or needed + 1
     return min(needed + 1, limit)  # an engine writes a token after what it is to read
 
 
