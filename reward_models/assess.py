@@ -83,6 +83,7 @@ def measure_fidelity(
         substitutions=substitutions,
         seed=seed,
         eos_token_id=eos_token_id,
+        description="measuring gradient fidelity",
     )
 
 

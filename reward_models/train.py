@@ -21,7 +21,7 @@ from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.inputs import check_base_model, check_resumes
 from vgf_llm.io import check_writable
-from vgf_llm.progress import working
+from vgf_llm.progress import load_libraries, working
 from vgf_llm.screen import emit, library_output, say, show
 from vgf_llm.trainer_names import check_trainer_settings
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm reward",
         description="Train a reward model on preference pairs.",
     )
-    with library_output(script.output_dir):
+    with library_output(script.output_dir), stages(2):
         run(script, model, training)
     return 0
 
@@ -60,7 +60,9 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     """
     output_dir = check_writable(script.output_dir)
     check_training(settings, training, output_dir)
-    texts = read_texts(script)
+    with working(f"reading {script.train_dataset}"):
+        texts = read_texts(script)
+    load_libraries("reward_models.trainer", "vgf_llm.hf_arguments")
     import torch
     from transformers import set_seed
 
@@ -203,7 +205,7 @@ def _preferences(script: RewardScript, source: str, split: str, limit: int | Non
 def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpoint: str | None) -> float:
     """Clear the folder of an earlier run, train, and save weights and tokenizer; returns the seconds of training."""
     from reward_models.folder import clear_earlier_run
-    from reward_models.frame import keeps_lines, score_figures
+    from reward_models.frame import announce, keeps_lines, score_figures
     from reward_models.trainer import add_embedding_noise
     from vgf_llm.trainer_screen import shown
 
@@ -213,6 +215,7 @@ def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpo
     scale = training.embedding_noise
     noise = add_embedding_noise(trainer.model, scale, training.seed) if scale else None
     start = time.monotonic()
+    announce(trainer)
     with shown(trainer, "training", score_figures, keeps_lines(trainer)):
         trainer.train(resume_from_checkpoint=checkpoint)
     train_sec = time.monotonic() - start
@@ -250,6 +253,7 @@ def finish(
     from reward_models.assess import build_card
     from reward_models.loading import load_reward_model
 
+    stage("measuring it on held-out pairs")
     with working("reading the saved model back and scoring the held-out pairs"):
         base = lm if settings.lora_r else None
         model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device)

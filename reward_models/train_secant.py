@@ -24,6 +24,7 @@ from vgf_llm.errors import DataError, ModelError
 from vgf_llm.inputs import check_base_model, check_reward_model
 from vgf_llm.io import check_writable
 from vgf_llm.precision import with_dtype
+from vgf_llm.progress import load_libraries, working
 from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings, resolve_device
 
@@ -57,6 +58,7 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     check_base_model(script.model_name_or_path)
     folder = check_writable(script.reward_model)
     fit_prompts, unseen_prompts = _prompts(script)
+    load_libraries("reward_models.loading", "reward_models.secant_fit")
     script = with_dtype(script)
     from reward_models.loading import load_reward_model
     from reward_models.secant import save_secant_head
@@ -66,7 +68,8 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     tokenizer = load_tokenizer(
         script.model_name_or_path, pad_token=script.pad_token, trust_remote_code=script.trust_remote_code
     )
-    value = load_reward_model(script.reward_model, tokenizer=tokenizer, device=resolve_device(script.device))
+    with working(f"loading the reward model {script.reward_model}"):
+        value = load_reward_model(script.reward_model, tokenizer=tokenizer, device=resolve_device(script.device))
     if training.base == "skip" and value.skip_head is None:
         raise ModelError(f"base is 'skip', but '{script.reward_model}' has no input skip; set base to gradient or none")
     start = time.monotonic()
@@ -127,12 +130,13 @@ def _sample(
     from vgf_llm.models import eos_token_ids, load_causal_lm
     from vgf_llm.text.reference import Reference
 
-    lm = load_causal_lm(
-        script.model_name_or_path,
-        dtype=script.dtype,
-        device=resolve_device(script.device),
-        trust_remote_code=script.trust_remote_code,
-    )
+    with working(f"loading the base model {script.model_name_or_path}"):
+        lm = load_causal_lm(
+            script.model_name_or_path,
+            dtype=script.dtype,
+            device=resolve_device(script.device),
+            trust_remote_code=script.trust_remote_code,
+        )
     reference = Reference(lm, sampling, eos_token_ids(lm, tokenizer), tokenizer.pad_token_id)
     return [
         sample_reference(

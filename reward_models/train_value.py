@@ -22,7 +22,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.io import check_writable
-from vgf_llm.progress import working
+from vgf_llm.progress import load_libraries, working
 from vgf_llm.screen import library_output, say
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     output_dir = check_writable(script.output_dir)
     check_training(settings, training, output_dir)
     texts = read_texts(script)
+    load_libraries("reward_models.value_trainer", "vgf_llm.hf_arguments")
     import torch
     from transformers import set_seed
 

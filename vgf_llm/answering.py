@@ -15,8 +15,7 @@ from typing import Any, Literal
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.inputs import check_decoder_options, check_engine, check_models
-from vgf_llm.progress import track
-from vgf_llm.screen import say
+from vgf_llm.progress import load_libraries, stage, track, working
 from vgf_llm.settings import BackendName, DecoderName, EngineSettings, ModelSettings, SamplingSettings
 
 Row = dict[str, Any]
@@ -119,11 +118,13 @@ def answer(
     Raises:
         VGFError: If prompts, models or options do not fit; NonFiniteError names the prompt.
     """
+    load_libraries("vgf_llm.pipeline", "vgf_llm.text")
     from vgf_llm.pipeline import encode_prompts, load_pipeline, make_decoder, prompt_text
     from vgf_llm.sampling import ReferenceSampler
     from vgf_llm.text import ImplicitPolicy, row_seeds
 
-    pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
+    with working(f"loading the base model {models.model_name_or_path} and the reward model {models.reward_model}"):
+        pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     with closing(pipeline):
         encoded = encode_prompts(pipeline, list(prompts))
         todo = list(range(len(encoded)) if indices is None else indices)
@@ -136,7 +137,7 @@ def answer(
             gradient=pipeline.gradient,
             draws=settings.draws,
         )
-        say(
+        stage(
             f"answering {len(todo)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
         )
         batches = [todo[at : at + settings.batch_prompts] for at in range(0, len(todo), settings.batch_prompts)]

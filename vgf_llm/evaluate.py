@@ -22,6 +22,7 @@ from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.inputs import check_decoder_options, check_engine, check_models
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.precision import with_dtype
+from vgf_llm.progress import load_libraries
 from vgf_llm.resume import claim, contents, refuse_rows
 from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
@@ -58,6 +59,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     rows_path = output_dir / "rows.jsonl"
     refuse_rows(rows_path, settings.resume)
     prompts = look_at_inputs(settings, models)
+    load_libraries("vgf_llm.evaluation.work")
     models = with_dtype(models)
     _claim(rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report

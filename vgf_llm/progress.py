@@ -7,7 +7,9 @@ so that a long step is no silence. Of several that are open at once the innermos
 from __future__ import annotations
 
 import collections
+import importlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +34,29 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+_plans: list[list[int]] = []  # [stages begun, stages in all] of the commands that run inside one another
+
+
+@contextmanager
+def stages(total: int) -> Iterator[None]:
+    """Number the stages that begin while the context is open; those of a command inside another are not numbered."""
+    _plans.append([0, total])
+    try:
+        yield
+    finally:
+        _plans.pop()
+
+
 def stage(title: str, expected_sec: float | None = None) -> None:
-    """Print the title of a stage, with the time that it is expected to take."""
+    """Print the title of a stage, with the time that it is expected to take.
+
+    Args:
+        title: A few words.
+        expected_sec: Seconds; None where nothing is known yet.
+    """
+    if len(_plans) == 1:
+        _plans[0][0] += 1
+        title = f"{_plans[0][0]}/{_plans[0][1]} {title}"
     screen.say(title if expected_sec is None else f"{title}, about {_roughly(expected_sec)}")
 
 
@@ -154,6 +177,15 @@ def track(
         for item in iterable:
             yield item
             bar.advance(1 if size is None else size(item))
+
+
+def load_libraries(*modules: str) -> None:
+    """Import modules that bring torch and transformers along, under a sign of life: it takes seconds to a minute."""
+    missing = [name for name in modules if name not in sys.modules]
+    if missing:
+        with working("loading torch and transformers"):
+            for name in missing:
+                importlib.import_module(name)
 
 
 @contextmanager

@@ -116,6 +116,8 @@ def library_output(folder: str | Path | None) -> Iterator[None]:
         return
     path = _open_log(folder)
     saved = _lead_into(path)
+    if folder is not None:
+        say(f"output in '{folder}'; what other libraries print is in its {LOG_NAME}")
     size = path.stat().st_size
     failed = interrupted = False
     try:

@@ -22,7 +22,7 @@ from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.inputs import check_base_model, check_decoder_options, check_engine, check_resumes, check_rewards
 from vgf_llm.io import check_writable, write_json_atomic
 from vgf_llm.precision import for_training
-from vgf_llm.progress import working
+from vgf_llm.progress import load_libraries, working
 from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.trainer_names import check_trainer_settings
@@ -75,6 +75,7 @@ def run(
     """
     check_writable(script.output_dir)
     prompts = look_at_inputs(script, policy, method, optim)
+    load_libraries("vgf_llm.training.trainer")
     policy, optim = for_training(policy, optim)
     from vgf_llm.trainer_screen import shown
     from vgf_llm.training.finished import finished, take_result

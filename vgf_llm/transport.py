@@ -26,6 +26,7 @@ from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError, OutputError
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl
 from vgf_llm.precision import with_dtype
+from vgf_llm.progress import load_libraries
 from vgf_llm.resume import claim, contents, refuse_rows
 from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
@@ -78,6 +79,7 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
     _refuse_datasets(output_dir, settings.resume)
     refuse_rows(rows_path, settings.resume)
     look_at_inputs(settings, models)
+    load_libraries("vgf_llm.pipeline", "vgf_llm.text")
     models = with_dtype(models)
     config = {**dump(settings, models, sampling), "contents": contents(settings.prompts, models.reward_model)}
     claim(rows_path, config, resume=settings.resume, free=("num_prompts",))

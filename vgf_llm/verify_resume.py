@@ -24,9 +24,12 @@ from typing import Any
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, OutputError
+from vgf_llm.progress import load_libraries
 from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import SamplingSettings
+from vgf_llm.train import CONFIG_NAME
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
+from vgf_llm.training.manifest import verify
 
 _SHOWN = 10
 
@@ -66,17 +69,20 @@ def run(settings: VerifySettings) -> list[str]:
         ConfigError: The run's vgf_config.json is missing.
         CheckpointError: The checkpoint is not whole.
     """
-    from accelerate import PartialState
-
-    from vgf_llm.train import CONFIG_NAME
-    from vgf_llm.training.compare import compare_checkpoints
-    from vgf_llm.training.manifest import verify
-
     checkpoint = Path(settings.checkpoint)
-    first = verify(checkpoint).step
     config = checkpoint.parent / CONFIG_NAME
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"checkpoint: '{checkpoint}' is not a folder; name a checkpoint in the output folder of its run"
+        )
     if not config.is_file():
         raise ConfigError(f"checkpoint: '{config}' is missing; name a checkpoint in the output folder of its run")
+    first = verify(checkpoint).step
+    load_libraries("vgf_llm.training.trainer")
+    from accelerate import PartialState
+
+    from vgf_llm.training.compare import compare_checkpoints
+
     folders = [checkpoint.parent / f".verify-resume-{number}" for number in (1, 2)]
     try:
         one, other = [_go_on(config, checkpoint, folder, first + settings.steps) for folder in folders]

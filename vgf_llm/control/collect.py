@@ -95,7 +95,7 @@ def collect(settings: CollectSettings) -> dict[str, Any]:
     first = settings.seed
     for ending, count in counts.items():
         columns: dict[str, list[Any]] = defaultdict(list)
-        for episode in track(range(first, first + count), f"collect{ending}", count):
+        for episode in track(range(first, first + count), f"collecting{ending}", count, unit="episodes"):
             _episode(env, behaviour, episode, settings.episode_steps, columns)
         first += count
         paths.append(_write(folder / f"{settings.dataset}{ending}.npz", columns))

@@ -20,9 +20,11 @@ from typing import Any
 
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
+from vgf_llm.control.inputs import check_inputs
 from vgf_llm.control.settings import AgentSettings, DataSettings, TrainSettings
 from vgf_llm.errors import ConfigError
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.progress import load_libraries, working
 from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import resolve_device
 from vgf_llm.training.checkpoint import newest_whole
@@ -73,7 +75,10 @@ def run(
         raise ConfigError(f"output_dir: '{folder}' holds {checkpoint.name}; go on with --resume or name another folder")
     if checkpoint is None and only_evaluate:
         raise ConfigError(f"output_dir: '{folder}' holds no whole checkpoint to evaluate")
-    trainer = _build(settings, data, agent)
+    check_inputs(settings, data, agent)
+    load_libraries("vgf_llm.control.trainer")
+    with working("loading the data and building the agent"):
+        trainer = _build(settings, data, agent)
     start = 0
     if checkpoint is not None:
         from vgf_llm.control.saving import restore
@@ -118,17 +123,10 @@ def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSet
     from vgf_llm.control.trainer import Trainer
 
     device = resolve_device(settings.device)
-    if 0 < settings.cached_samples < agent_settings.num_particles:
-        raise ConfigError(
-            f"cached_samples must be 0 or at least num_particles ({agent_settings.num_particles}), "
-            f"got {settings.cached_samples}"
-        )
     env = bounds = None
     if data.env is not None:
         env = make_env(data.env)
         bounds = bounds_of(env, data.env)
-    elif settings.online_steps:
-        raise ConfigError("online_steps needs an environment: set env")
     transitions = load(data.data, data.env, env, bounds)
     say(
         f"{len(transitions)} transitions of {int(transitions.ends.sum())} episodes, environment {data.env or 'none'}, "

@@ -20,7 +20,7 @@ from vgf_llm.evaluation.run import Experiment, Prompts
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.evaluation.summary import Row, differences, summarise
 from vgf_llm.pipeline import encode_prompts, load_pipeline, prompt_text
-from vgf_llm.progress import Bar, stage
+from vgf_llm.progress import Bar, stage, working
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 Key = tuple[str, int, int]
@@ -39,7 +39,8 @@ def work(
     todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     if not todo:
         return
-    pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
+    with working(f"loading the base model {models.model_name_or_path} and the reward model {models.reward_model}"):
+        pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     with closing(pipeline):
         ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)

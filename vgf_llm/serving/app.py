@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import sys
 import time
 import traceback
 import uuid
@@ -21,7 +20,7 @@ from starlette.routing import Route
 from vgf_llm.errors import VGFError
 from vgf_llm.sampling.deadline import AbandonedError
 from vgf_llm.sampling.engine import EngineError
-from vgf_llm.screen import say
+from vgf_llm.screen import people, say
 from vgf_llm.serving.answers import Form, event
 from vgf_llm.serving.errors import RequestError, as_request_error
 from vgf_llm.serving.keeper import EngineKeeper
@@ -246,7 +245,7 @@ def _told(error: BaseException) -> RequestError:
     if isinstance(error, EngineError):
         say(f"vgf-llm serve: {error}")
     elif found.status == 500 and not isinstance(error, VGFError):
-        traceback.print_exception(error, file=sys.stderr)
+        traceback.print_exception(error, file=people())
     return found
 
 
