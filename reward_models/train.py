@@ -21,7 +21,7 @@ from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.inputs import check_base_model, check_resumes
 from vgf_llm.io import check_writable
-from vgf_llm.progress import load_libraries, working
+from vgf_llm.progress import load_libraries, stage, stages, working
 from vgf_llm.screen import emit, library_output, say, show
 from vgf_llm.trainer_names import check_trainer_settings
 

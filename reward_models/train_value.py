@@ -22,7 +22,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.io import check_writable
-from vgf_llm.progress import load_libraries, working
+from vgf_llm.progress import load_libraries, stage, stages, working
 from vgf_llm.screen import library_output, say
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm value",
         description="Train a token-level value from logged responses and their rewards.",
     )
-    with library_output(script.output_dir):
+    with library_output(script.output_dir), stages(2):
         run(script, model, training)
     return 0
 
@@ -57,7 +57,8 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     """
     output_dir = check_writable(script.output_dir)
     check_training(settings, training, output_dir)
-    texts = read_texts(script)
+    with working(f"reading {script.train_dataset}"):
+        texts = read_texts(script)
     load_libraries("reward_models.value_trainer", "vgf_llm.hf_arguments")
     import torch
     from transformers import set_seed
@@ -175,6 +176,7 @@ def finish(
     from reward_models.logged import response_pairs
     from reward_models.value_trainer import value_figures
 
+    stage("measuring it on held-out responses")
     with working("reading the saved value back and scoring the held-out responses"):
         base = lm if settings.lora_r else None
         model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device)

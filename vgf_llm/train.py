@@ -22,7 +22,7 @@ from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.inputs import check_base_model, check_decoder_options, check_engine, check_resumes, check_rewards
 from vgf_llm.io import check_writable, write_json_atomic
 from vgf_llm.precision import for_training
-from vgf_llm.progress import load_libraries, working
+from vgf_llm.progress import load_libraries, stage, working
 from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.trainer_names import check_trainer_settings
@@ -89,6 +89,7 @@ def run(
     if checkpoint is not None and finished(checkpoint, optim):
         state = take_result(trainer, checkpoint)
     else:
+        stage(f"training {trainer.method.loss} on {len(trainer.train_dataset)} prompts")
         with shown(trainer, "training", bar_figures, say_line):
             trainer.train(resume_from_checkpoint=checkpoint)
         with working("saving the model"):

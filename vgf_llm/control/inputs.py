@@ -12,23 +12,31 @@ from vgf_llm.errors import ConfigError, DataError
 _FILES = (".npz", ".hdf5", ".h5")
 
 
-def check_inputs(settings: TrainSettings, data: DataSettings, agent: AgentSettings) -> None:
-    """Refuse what can be judged from names alone.
+def check_options(settings: TrainSettings, data: DataSettings, agent: AgentSettings) -> None:
+    """Refuse options that do not go together.
 
     Raises:
-        ConfigError: An option, environment or tracker cannot be used.
-        DataError: The data file does not exist or is of another kind.
+        ConfigError: Naming them.
     """
     if 0 < settings.cached_samples < agent.num_particles:
         raise ConfigError(
             f"cached_samples must be 0 or at least num_particles ({agent.num_particles}), got {settings.cached_samples}"
         )
+    if data.env is None and settings.online_steps:
+        raise ConfigError("online_steps needs an environment: set env")
+
+
+def check_names(settings: TrainSettings, data: DataSettings) -> None:
+    """Refuse trackers, environments and data that are not there, judged by their names alone.
+
+    Raises:
+        ConfigError: A package is missing.
+        DataError: The data file does not exist or is of another kind.
+    """
     for name in settings.report_to:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"report_to: {name} is not installed: pip install {name}")
     _check_environment(data.env)
-    if data.env is None and settings.online_steps:
-        raise ConfigError("online_steps needs an environment: set env")
     if data.data is None:
         return
     source = Path(data.data)

@@ -20,7 +20,7 @@ from typing import Any
 
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
-from vgf_llm.control.inputs import check_inputs
+from vgf_llm.control.inputs import check_names, check_options
 from vgf_llm.control.settings import AgentSettings, DataSettings, TrainSettings
 from vgf_llm.errors import ConfigError
 from vgf_llm.io import check_writable, write_json_atomic
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vgf_llm.control.train",
         description="Offline and offline-to-online reinforcement learning by Value Gradient Flow.",
     )
+    check_names(settings, data)
     with library_output(settings.output_dir):
         rows = run(settings, data, agent, only_evaluate=script.only_evaluate)
     emit(json.dumps({row["arm"]: row["score"] for row in rows}))
@@ -75,7 +76,7 @@ def run(
         raise ConfigError(f"output_dir: '{folder}' holds {checkpoint.name}; go on with --resume or name another folder")
     if checkpoint is None and only_evaluate:
         raise ConfigError(f"output_dir: '{folder}' holds no whole checkpoint to evaluate")
-    check_inputs(settings, data, agent)
+    check_options(settings, data, agent)
     load_libraries("vgf_llm.control.trainer")
     with working("loading the data and building the agent"):
         trainer = _build(settings, data, agent)
