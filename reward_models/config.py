@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vgf_llm.checks import require
+from vgf_llm.checks import require, require_training_seed
 from vgf_llm.settings import DtypeName
 
 
@@ -149,7 +149,7 @@ class TrainerSettings:
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to go on from, or "last" for the newest of output_dir; null starts anew."""
     seed: int = 0
-    """Of head, data order and noise."""
+    """Of head, data order and noise; 0 to 2**32 - 1."""
     report_to: str = "none"
     """Where metrics go besides the log: none, tensorboard, wandb, ..."""
     trainer_arguments: dict[str, Any] = field(default_factory=dict)
@@ -157,6 +157,7 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
+        require_training_seed("seed", self.seed)
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         head_rate = self.head_learning_rate
         require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")

@@ -24,6 +24,7 @@ from vgf_llm.adapters import tell_left_out
 from vgf_llm.errors import ModelError
 from vgf_llm.models import fingerprint, load_tokenizer
 from vgf_llm.screen import say
+from vgf_llm.whole import loaded_whole
 
 ADAPTER_NAME = "adapter_config.json"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
@@ -83,6 +84,7 @@ def reward_model(model: Any) -> RewardModel:
     return model if isinstance(model, RewardModel) else model.get_base_model()
 
 
+@loaded_whole()
 def load_reward_model(
     path: str | Path,
     *,
@@ -166,6 +168,7 @@ def is_lora(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_NAME).is_file()
 
 
+@loaded_whole()
 def load_adapter(
     path: str | Path,
     base: PreTrainedModel | str | None = None,

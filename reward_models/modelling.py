@@ -36,6 +36,7 @@ from vgf_llm.architecture import check_config, check_decoder, decoder_class, num
 from vgf_llm.attention import caps_scores, settle_attention
 from vgf_llm.errors import ModelError
 from vgf_llm.text.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
+from vgf_llm.whole import loaded_whole
 
 POOLINGS = ("last", "mean")
 
@@ -124,6 +125,7 @@ class RewardModel(PreTrainedModel):
         self.unfreeze()
 
     @classmethod
+    @loaded_whole()
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does (which makes every parameter trainable), then hold the embeddings again."""
         loaded = super().from_pretrained(*args, **kwargs)
@@ -133,6 +135,7 @@ class RewardModel(PreTrainedModel):
         return loaded
 
     @classmethod
+    @loaded_whole()
     def from_base(
         cls,
         base: str | PreTrainedModel,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vgf_llm.checks import require
+from vgf_llm.checks import require, require_sampling_seed, require_training_seed
 from vgf_llm.settings import DtypeName
 
 
@@ -47,6 +47,7 @@ class SecantScript:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
+        require_sampling_seed("seed", self.seed, runs=2)
         require(self.responses >= 1, "responses", self.responses, "at least 1")
         found = self.validation_substitutions
         require(found >= 9, "validation_substitutions", found, "at least 9")
@@ -81,6 +82,7 @@ class SecantTraining:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
+        require_training_seed("fit_seed", self.fit_seed)
         require(self.base in ("skip", "gradient", "none"), "base", self.base, '"skip", "gradient" or "none"')
         for key in ("substitutions", "steps", "batch_size", "hidden"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")

@@ -69,7 +69,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from reward_models.value_trainer import ValueTrainer
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
-    from vgf_llm.precision import for_training
+    from vgf_llm.precision import for_training, is_sharded
 
     settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
@@ -85,7 +85,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
         lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
     trainer = ValueTrainer(
-        model=untrained_model(lm, settings, training.seed, share=True),
+        model=untrained_model(lm, settings, training.seed, share=not is_sharded(training)),
         args=arguments,
         settings=training,
         train_dataset=train_rows,

@@ -22,8 +22,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from reward_models.config import RewardTraining, TrainerSettings
 from reward_models.loading import ADAPTER_NAME, reward_model
 from reward_models.losses import bradley_terry
+from reward_models.splitting import frozen_tensors, is_split, whole_tensors
 from vgf_llm.errors import ConfigError
 from vgf_llm.precision import require_float32
+from vgf_llm.training.fsdp import require_sharding, shard_on_cpu
 
 
 class ScoreTrainer(Trainer):
@@ -31,9 +33,11 @@ class ScoreTrainer(Trainer):
 
     def __init__(self, *args: Any, settings: TrainerSettings, **kwargs: Any) -> None:
         """Take the Trainer's arguments and the loss settings."""
+        shard_on_cpu()
         super().__init__(*args, **kwargs)
         require_float32(self)
         self.settings: Any = settings
+        self._frozen = frozen_tensors(self)
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
 
@@ -62,6 +66,21 @@ class ScoreTrainer(Trainer):
             logs |= {name: round(float(total / self._batches), 4) for name, total in self._sums.items()}
             self._sums, self._batches = {}, 0
         super().log(logs, start_time)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Prepare as the Trainer does, and refuse a model that FSDP was to shard and did not."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        require_sharding(self.model_wrapped)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, whole where an engine has split it; called on all processes."""
+        if not is_split(self):
+            super().save_model(output_dir, _internal_call)
+            return
+        tensors = whole_tensors(self, self._frozen)
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, tensors)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -21,6 +21,7 @@ from reward_models.value_config import ValueTraining
 from reward_models.value_losses import td_lambda_targets, value_loss
 from reward_models.value_model import EmaTarget
 from vgf_llm.errors import ConfigError
+from vgf_llm.training.gather import whole_weights
 
 TARGET_NAME = "target.safetensors"
 
@@ -44,13 +45,14 @@ class ValueTrainer(ScoreTrainer):
     ) -> Any:
         """Regress the value of every prefix on its target; outputs are the values of the whole responses."""
         batch = {name: tensor for name, tensor in inputs.items() if name != "reward"}
-        values_RT1, mask_RT1 = prefix_columns(model(**batch, token_level=True), batch["response_mask"])
+        target_RS = None
         if self.settings.td_lambda < 1:
-            plain = self.accelerator.unwrap_model(model)
-            target_RS = self.target.call(plain, **batch, token_level=True)
+            with whole_weights(self.accelerator, model) as plain:
+                target_RS = self.target.call(plain, **batch, token_level=True)
+        values_RT1, mask_RT1 = prefix_columns(model(**batch, token_level=True), batch["response_mask"])
+        target_values_RT1 = torch.zeros_like(values_RT1)
+        if target_RS is not None:
             target_values_RT1, _ = prefix_columns(target_RS, batch["response_mask"])
-        else:
-            target_values_RT1 = torch.zeros_like(values_RT1)
         targets_RT1 = td_lambda_targets(target_values_RT1, inputs["reward"], mask_RT1[:, 1:], self.settings.td_lambda)
         loss, metrics = value_loss(values_RT1, targets_RT1, mask_RT1, self.settings.expectile, num_items_in_batch)
         if num_items_in_batch is not None:
@@ -106,7 +108,8 @@ class _MoveTarget(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Take over a share of the value."""
         trainer = self.trainer
-        trainer.target.update(trainer.accelerator.unwrap_model(trainer.model), trainer.settings.target_tau)
+        with whole_weights(trainer.accelerator, trainer.model_wrapped) as plain:
+            trainer.target.update(plain, trainer.settings.target_tau)
 
 
 def last_value_figures(prediction: EvalPrediction) -> dict[str, float]:

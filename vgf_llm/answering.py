@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vgf_llm.checks import require_sampling_seed
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.inputs import check_decoder_options, check_engine, check_models
@@ -77,6 +78,7 @@ class AnswerSettings(ImplicitPolicySettings):
             ValueError: Naming the key and the value seen.
         """
         super().__post_init__()
+        require_sampling_seed("seed", self.seed)
         if self.num_prompts is not None and self.num_prompts < 1:
             raise ValueError(f"num_prompts must be null or at least 1, got {self.num_prompts}")
         if self.batch_prompts < 1:

@@ -19,3 +19,14 @@ def require(holds: bool, key: str, value: Any, valid: str) -> None:
     """
     if not holds:
         raise ValueError(f"{key} must be {valid}, got {value}")
+
+
+def require_training_seed(key: str, value: int) -> None:
+    """Raise unless numpy, which training draws from too, takes the seed: 0 to 2**32 - 1."""
+    require(0 <= value < 2**32, key, value, "from 0 to 2**32 - 1")
+
+
+def require_sampling_seed(key: str, value: int, runs: int = 1) -> None:
+    """Raise unless a seed, and the ``runs - 1`` that follow it, are 64-bit integers."""
+    valid = "from -2**63 to 2**63 - 1" + (f" less the {runs - 1} seeds that follow it" if runs > 1 else "")
+    require(value >= -(2**63) and value + runs <= 2**63, key, value, valid)

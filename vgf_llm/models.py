@@ -39,6 +39,7 @@ from vgf_llm.embedded import (
 )
 from vgf_llm.errors import ModelError
 from vgf_llm.progress import working
+from vgf_llm.whole import loaded_whole
 
 ADAPTER_NAME = "adapter_config.json"
 _SCORING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel")
@@ -52,6 +53,7 @@ class Fingerprint:
     template: str
 
 
+@loaded_whole()
 def load_causal_lm(
     name: str = DEFAULT_MODEL,
     *,
@@ -135,6 +137,7 @@ def _merged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bo
     return merged
 
 
+@loaded_whole()
 def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return a causal language model without weights: its configuration, its shapes and how it ends a text.
 

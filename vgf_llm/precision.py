@@ -122,7 +122,7 @@ def for_training(model: Settings, training: Any) -> tuple[Settings, Any]:
             f"dtype: {dtype} with lora_r: 0 would train weights that cannot hold small steps (at a rate of 2e-5 three "
             f"in a hundred move at all); set dtype: float32, with bf16: true for the speed, or lora_r above 0"
         )
-    dtype = "float32" if dtype == "auto" and (full or _is_sharded(training)) else choose_dtype(dtype)
+    dtype = "float32" if dtype == "auto" and (full or is_sharded(training)) else choose_dtype(dtype)
     return dataclasses.replace(model, dtype=dtype), dataclasses.replace(training, bf16=bf16)  # type: ignore[type-var]
 
 
@@ -137,7 +137,7 @@ def choose_autocast(training: Any) -> bool:
         _warn_without_units("bfloat16", "auto", "mixed_precision: bf16", "--mixed_precision no")
         return True
     if bf16 == "auto":
-        left_open = launched == "no" and not _is_sharded(training) and not training.trainer_arguments.get("fp16")
+        left_open = launched == "no" and not is_sharded(training) and not training.trainer_arguments.get("fp16")
         return left_open and has_units("bfloat16")
     if bf16:
         _warn_without_units("bfloat16", "auto", "bf16: true", "bf16: auto")
@@ -148,7 +148,8 @@ def _launched_precision() -> str:
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def _is_sharded(training: Any) -> bool:
+def is_sharded(training: Any) -> bool:
+    """Return whether the launch configuration, or ``trainer_arguments``, asks for DeepSpeed or FSDP."""
     given = training.trainer_arguments
     return _is_set(_DEEPSPEED) or _is_set(_FSDP) or bool(given.get("deepspeed") or given.get("fsdp"))
 

@@ -135,13 +135,13 @@ def build_trainer(
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
     from vgf_llm.sampling.engine_reference import EngineReference
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
-    from vgf_llm.training.gather import loaded_whole
     from vgf_llm.training.learned_value import LearnedValue
     from vgf_llm.training.models import PolicyModels
     from vgf_llm.training.particle_engine import engine_maker
     from vgf_llm.training.resume import identity_of
     from vgf_llm.training.rewards import load_rewards
     from vgf_llm.training.trainer import VGFTrainer
+    from vgf_llm.whole import loaded_whole
 
     policy, optim = for_training(policy, optim)
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vgf_llm.checks import require
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.control.envs import make_plain
@@ -57,7 +58,9 @@ class CollectSettings:
         Raises:
             ValueError: Naming the key and the value seen.
         """
-        for key, least in (("episodes", 1), ("val_episodes", 1), ("episode_steps", 2), ("seed", 0)):
+        last = self.seed + max(self.episodes, 0) + max(self.val_episodes, 0)
+        require(self.seed >= 0 and last <= 2**32, "seed", self.seed, "from 0 to 2**32 - 1, for every episode")
+        for key, least in (("episodes", 1), ("val_episodes", 1), ("episode_steps", 2)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
         if not 0 <= self.noise < float("inf"):

@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from vgf_llm.checks import require
+from vgf_llm.checks import require, require_training_seed
 from vgf_llm.flow.budget import TransportBudget
 
 EVALUATIONS_NAME = "evaluations.jsonl"
@@ -169,7 +169,8 @@ class TrainSettings:
         Raises:
             ValueError: Naming the key and the value seen.
         """
-        for key in ("seed", "offline_steps", "online_steps", "online_warmup", "online_flow_steps", "clone_steps"):
+        require_training_seed("seed", self.seed)
+        for key in ("offline_steps", "online_steps", "online_warmup", "online_flow_steps", "clone_steps"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         for key in ("batch_size", "eval_every_steps", "eval_episodes", "log_every_steps", "save_every_steps"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vgf_llm.checks import require_sampling_seed
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import BackendName, EngineSettings
@@ -60,7 +61,9 @@ class EvaluateSettings:
             raise ValueError(f"draws must be at least 1, got {self.draws}")
         if self.batch_prompts < 1:
             raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
-        names = [arm.name for arm in self.all_arms()]
+        arms = self.all_arms()
+        require_sampling_seed("seed", self.seed, max(arm.num_seeds for arm in arms))
+        names = [arm.name for arm in arms]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"arms must have unique names, {twice[0]!r} occurs twice")

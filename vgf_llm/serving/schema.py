@@ -1,8 +1,8 @@
 """The fields of a request and their types: OpenAI's for what is sampled, ``transport`` for how far it is moved.
 
 Strict: an unknown field, text for a number, true for 1, NaN or infinity is refused by name. What OpenAI's interface
-has and this server does not do (several answers, penalties, log-probabilities, tools) may be sent with the value that
-asks for nothing.
+has and this server does not do (several answers, penalties, log-probabilities, tools) may be sent with a value that
+asks for nothing (neutral.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import re
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from vgf_llm.config_keys import field_hints
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.serving.errors import RequestError
+from vgf_llm.serving.neutral import NEUTRAL, OF_A_MESSAGE, without_neutral
 from vgf_llm.settings import DecoderName
 from vgf_llm.text.implicit_policy import Selection
 
@@ -44,6 +45,12 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(max_length=256, fail_fast=True)]
+    name: str | None = Field(None, max_length=256)  # of a participant; templates have no place for it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, body: Any) -> Any:
+        return without_neutral(body, OF_A_MESSAGE)
 
     @property
     def plain(self) -> dict[str, str]:
@@ -83,6 +90,11 @@ BUDGET_FIELDS = tuple(one.name for one in fields(TransportBudget))
 class Asked(_Strict):
     """What chat and plain completions have in common."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, body: Any) -> Any:
+        return without_neutral(body, NEUTRAL)
+
     model: str
     max_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=100)
@@ -98,6 +110,8 @@ class Asked(_Strict):
     stream_options: StreamOptions | None = None
     transport: Transport | None = None  # type: ignore[valid-type]
     user: str | None = Field(None, max_length=256)  # notes of the client's, not looked at
+    safety_identifier: str | None = Field(None, max_length=256)
+    prompt_cache_key: str | None = Field(None, max_length=256)
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     n: int | None = Field(None, ge=1, le=1)
     presence_penalty: float | None = Field(None, ge=0, le=0)

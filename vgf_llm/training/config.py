@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vgf_llm.checks import require
+from vgf_llm.checks import require, require_training_seed
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import BackendName, DecoderName, DtypeName, EngineSettings
 
@@ -198,7 +198,7 @@ class OptimSettings:
     allow_changes: list[str] = field(default_factory=list)
     """Names of settings that may differ from the checkpoint's on resume, as the error names them."""
     seed: int = 0
-    """Of adapters, data order and all samples."""
+    """Of adapters, data order and all samples; 0 to 2**32 - 1."""
     report_to: str = "none"
     """Where metrics go besides metrics.jsonl: none, tensorboard, wandb, ..."""
     trainer_arguments: dict[str, Any] = field(default_factory=dict)
@@ -206,6 +206,7 @@ class OptimSettings:
 
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
+        require_training_seed("seed", self.seed)
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
         require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")

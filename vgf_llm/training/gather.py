@@ -25,23 +25,6 @@ _WHOLE: set[int] = set()  # ids of the modules whose weights are gathered now
 
 
 @contextlib.contextmanager
-def loaded_whole() -> Iterator[None]:
-    """Let transformers load models whole for as long as the context lasts; ZeRO-3 splits them when they are prepared.
-
-    accelerate tells transformers of ZeRO-3 whatever ``zero3_init_flag`` says, and from then on every model is split as
-    it is loaded: rewards that no engine holds would be split too, and no other model could be cut from the base.
-    """
-    from transformers.integrations import deepspeed
-
-    told = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = told
-
-
-@contextlib.contextmanager
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[nn.Module]:
     """Let every rank run the model any number of times, no rank waiting for another.
 
