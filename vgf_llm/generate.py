@@ -47,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Answer prompts under a transport budget.",
     )
     output = _checked_output(settings.output)
+    look_at_inputs(settings, models)
+    prompts = _prompts(settings)
     with library_output(None):
-        for rows in run(settings, models, sampling):
+        for rows in run(settings, models, sampling, prompts):
             if output is not None:
                 append_jsonl(output, rows)
                 continue
@@ -58,15 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    settings: GenerateSettings, models: ModelSettings, sampling: SamplingSettings
+    settings: GenerateSettings,
+    models: ModelSettings,
+    sampling: SamplingSettings,
+    prompts: list[Any] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the answers of each batch of prompts.
+    """Yield the answers of each batch of prompts; ``prompts`` takes the place of those that the settings name.
 
     Raises:
         VGFError: If prompts, models or options do not fit; NonFiniteError names the prompt.
     """
     look_at_inputs(settings, models)
-    for _, rows in answer(settings, models, sampling, _prompts(settings)):
+    for _, rows in answer(settings, models, sampling, _prompts(settings) if prompts is None else prompts):
         yield rows
 
 

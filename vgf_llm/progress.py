@@ -77,11 +77,20 @@ class Bar:
         description: A few words.
         total: Units of work; None where that is not known.
         unit: What is counted, in the plural.
-        aside: Work inside counted work: on a terminal its bar goes away at its end, in a log it has no last line.
+        aside: Has no last line in a log.
+        fills_gaps: Shows only while no other bar is open.
     """
 
-    def __init__(self, description: str, total: int | None = None, unit: str = "", aside: bool = False) -> None:
-        self.description, self.total, self.unit, self.aside = description, total, unit, aside
+    def __init__(
+        self,
+        description: str,
+        total: int | None = None,
+        unit: str = "",
+        aside: bool = False,
+        fills_gaps: bool = False,
+    ) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.aside, self.fills_gaps = aside, fills_gaps
         self.done = 0
         self.figures: dict[str, str] = {}
         self.started = time.monotonic()
@@ -93,8 +102,8 @@ class Bar:
         _display.open(self)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        _display.close(self)
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        _display.close(self, failed=kind is not None)
 
     def advance(self, count: int = 1, **figures: Any) -> None:
         """Count units, and replace figures that are shown behind the time left."""
@@ -139,6 +148,8 @@ class Bar:
 
     def line(self) -> str:
         """Return the whole state as a line."""
+        if self.fills_gaps:
+            return f"{self.description}, {duration(time.monotonic() - screen.news_at())}"
         elapsed = duration(time.monotonic() - self.started)
         if self.total is None and not self.done:
             return f"{self.description}, {elapsed}"
@@ -189,6 +200,13 @@ def load_libraries(*modules: str) -> None:
 
 
 @contextmanager
+def alive() -> Iterator[None]:
+    """Give a sign of life every ten seconds in which nothing else appears."""
+    with Bar("still working", aside=True, fills_gaps=True):
+        yield
+
+
+@contextmanager
 def working(description: str) -> Iterator[Bar]:
     """Show that a call which cannot be counted is alive: its name at once, then every ten seconds."""
     screen.say(description)
@@ -225,7 +243,7 @@ class _Display:
             self._thread = threading.Thread(target=self._tick, args=(self._over,), name="progress", daemon=True)
             self._thread.start()
 
-    def close(self, bar: Bar) -> None:
+    def close(self, bar: Bar, failed: bool = False) -> None:
         with self._lock:
             if bar not in self._bars:
                 return
@@ -240,7 +258,7 @@ class _Display:
             screen.set_live(None)
             progress.stop()
         elapsed = time.monotonic() - bar.started
-        if not bar.aside and elapsed >= _EVERY_SEC:
+        if not bar.aside and not failed and elapsed >= _EVERY_SEC:
             figures = "".join(f", {name} {text}" for name, text in bar.figures.items())
             unit = f" {bar.unit}" if bar.unit else ""
             screen.say(f"{bar.description}: {bar.done}{unit} done in {duration(elapsed)}{figures}")
@@ -264,11 +282,12 @@ class _Display:
                             total=bar.total,
                             status=bar.status(),
                             count=_count(bar),
+                            visible=not bar.fills_gaps or len(self._bars) == 1,
                         )
                     continue
                 innermost = self._bars[-1]
             if time.monotonic() - screen.said_at() >= _EVERY_SEC:
-                screen.say(innermost.line())
+                screen.say(innermost.line(), news=False)
 
 
 def _count(bar: Bar) -> str:

@@ -25,7 +25,7 @@ _lock = threading.RLock()
 _people: TextIO | None = None
 _data: TextIO | None = None
 _live: Any = None  # the rich Progress that is on the terminal now
-_said_at = time.monotonic()
+_said_at = _news_at = time.monotonic()
 
 
 def people() -> TextIO:
@@ -48,13 +48,25 @@ def said_at() -> float:
     return _said_at
 
 
-def say(text: str) -> None:
-    """Print a line for people, above the bar if there is one; processes other than the first stay silent."""
-    global _said_at
+def news_at() -> float:
+    """Return when a line last appeared that was not a mere sign of life, by `time.monotonic`."""
+    return _news_at
+
+
+def say(text: str, news: bool = True) -> None:
+    """Print a line for people, above the bar if there is one; processes other than the first stay silent.
+
+    Args:
+        text: The line.
+        news: Whether it is more than a sign of life.
+    """
+    global _said_at, _news_at
     if not is_first():
         return
     with _lock:
         _said_at = time.monotonic()
+        if news:
+            _news_at = _said_at
         if _live is not None:
             _live.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
@@ -101,12 +113,16 @@ def set_live(progress: Any) -> None:
 
 
 @contextlib.contextmanager
-def library_output(folder: str | Path | None) -> Iterator[None]:
+def library_output(folder: str | Path | None, alive: bool = True) -> Iterator[None]:
     """Send what other libraries write to ``<folder>/log.txt`` for as long as the context is open.
 
     Without a folder the log is a temporary file, which is kept only if the command fails. Does nothing inside another
     such context, or where the standard streams are not the process's own (a test that captures them, a notebook).
-    If an error ends the context, a line names the log.
+    If an error ends the context, a line names the log. Until the end there is a sign of life every ten seconds.
+
+    Args:
+        folder: Of the log.
+        alive: Whether to give signs of life where nothing else does; off for a command that waits for others.
 
     Raises:
         OutputError: The log cannot be written.
@@ -114,6 +130,8 @@ def library_output(folder: str | Path | None) -> Iterator[None]:
     if _people is not None or not _are_own_streams():
         yield
         return
+    from vgf_llm import progress
+
     path = _open_log(folder)
     saved = _lead_into(path)
     if folder is not None:
@@ -121,7 +139,8 @@ def library_output(folder: str | Path | None) -> Iterator[None]:
     size = path.stat().st_size
     failed = interrupted = False
     try:
-        yield
+        with progress.alive() if alive else contextlib.nullcontext():
+            yield
     except KeyboardInterrupt:
         interrupted = True
         raise

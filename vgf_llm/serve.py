@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if api_key is None and not settings.is_loopback:
         raise ConfigError(f"host {settings.host} can be reached by others: set {KEY_VARIABLE}, or use host 127.0.0.1")
     signal.signal(signal.SIGTERM, _interrupt)  # while models load; afterwards the server listens for it
-    with _listening(settings) as listener, library_output(None):
+    with _listening(settings) as listener, library_output(None, alive=False):
         check_models(models)
         check_decoder_options(settings.decoder, settings.decoder_options)
         check_engine("vllm", settings.engine.url)

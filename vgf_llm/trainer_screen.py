@@ -21,30 +21,25 @@ class ShowsTraining(TrainerCallback):
     Args:
         title: Of the bar.
         figures: What it shows of a log line.
-        logged: Called with the step, the log line and the bar at every log line.
+        logged: Called with the step, the log line and the bar at every log line; may be None.
+        bars: Closes the bar.
     """
 
     def __init__(
         self,
         title: str,
         figures: Figures,
-        logged: Callable[[int, Mapping[str, float], Bar], None] | None = None,
+        logged: Callable[[int, Mapping[str, float], Bar], None] | None,
+        bars: contextlib.ExitStack,
     ) -> None:
-        self.title, self.figures, self.logged = title, figures, logged
-        self._open = contextlib.ExitStack()
+        self.title, self.figures, self.logged, self._bars = title, figures, logged, bars
         self._bar: Bar | None = None
         self._evaluation: contextlib.ExitStack | None = None
         self._evaluation_bar: Bar | None = None
 
-    def close(self) -> None:
-        """Take the bars away, however training ended."""
-        self._end_evaluation()
-        self._open.close()
-        self._bar = None
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
-        self._bar = self._open.enter_context(Bar(self.title, state.max_steps, "steps"))
+        self._bar = self._bars.enter_context(Bar(self.title, state.max_steps, "steps"))
         self._bar.start_at(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -75,9 +70,10 @@ class ShowsTraining(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the evaluation's bar away."""
-        self._end_evaluation()
+        self.end_evaluation()
 
-    def _end_evaluation(self) -> None:
+    def end_evaluation(self) -> None:
+        """Take the evaluation's bar away."""
         if self._evaluation is not None:
             self._evaluation.close()
             self._evaluation = self._evaluation_bar = None
@@ -99,13 +95,14 @@ def shown(
         logged: Called with the step, the log line and the bar at every log line.
     """
     hide_own_output(trainer)
-    callback = ShowsTraining(title, figures, logged)
-    trainer.add_callback(callback)
-    try:
-        yield
-    finally:
-        callback.close()
-        trainer.remove_callback(callback)
+    with contextlib.ExitStack() as bars:
+        callback = ShowsTraining(title, figures, logged, bars)
+        trainer.add_callback(callback)
+        try:
+            yield
+        finally:
+            callback.end_evaluation()
+            trainer.remove_callback(callback)
 
 
 def hide_own_output(trainer: Trainer) -> None:
