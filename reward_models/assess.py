@@ -15,6 +15,7 @@ from reward_models.fidelity import Fidelity, gradient_fidelity, reference_shortl
 from reward_models.logged import EncodedResponse, LoggedCollator
 from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator
+from vgf_llm.endings import eos_ids_of, padding_id
 from vgf_llm.models import fingerprint
 
 
@@ -53,8 +54,7 @@ def measure_fidelity(
     model: Any,
     lm: PreTrainedModel,
     groups: Sequence[tuple[list[int], list[list[int]]]],
-    eos_token_id: int,
-    pad_token_id: int,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     responses: int = 24,
     substitutions: int = 120,
@@ -70,10 +70,12 @@ def measure_fidelity(
         by_prompt.setdefault(tuple(prompt), group)
     taken = list(by_prompt.items())[: max(1, responses // len(groups[0][1]))]
     prompts = [list(prompt) for prompt, _ in taken]
+    rows = min(lm.get_output_embeddings().weight.shape[0], len(model.embedding_table_VD))
+    vocabulary, pad_token_id = min(len(tokenizer), rows), padding_id(tokenizer, rows)
     tokens_BNT, mask_BNT = pad_responses([group for _, group in taken], pad_token_id)
     tokens_BNT, mask_BNT = tokens_BNT.to(lm.device), mask_BNT.to(lm.device)
-    k = min(shortlist, lm.get_output_embeddings().weight.shape[0])
-    shortlist_BNTK = reference_shortlist(lm, prompts, tokens_BNT, k=k, pad_token_id=pad_token_id)
+    k = min(shortlist, vocabulary)
+    shortlist_BNTK = reference_shortlist(lm, prompts, tokens_BNT, k, pad_token_id, vocabulary)
     return gradient_fidelity(
         model,
         prompts,
@@ -82,8 +84,8 @@ def measure_fidelity(
         shortlist_BNTK,
         substitutions=substitutions,
         seed=seed,
-        eos_token_id=eos_token_id,
         description="measuring gradient fidelity",
+        eos_ids=eos_ids_of(tokenizer),
     )
 
 
@@ -105,7 +107,7 @@ def build_card(
     """Score the held-out pairs, if any, and return the card; `facts` are further fields of it."""
     prints, figures = fingerprint(tokenizer), {}
     if held_out:
-        chosen, rejected = score_pairs(model, held_out, tokenizer.pad_token_id)
+        chosen, rejected = score_pairs(model, held_out, padding_id(tokenizer, len(model.embedding_table_VD)))
         lengths = [len(pair.chosen) for pair in held_out] + [len(pair.rejected) for pair in held_out]
         figures = pair_figures(chosen, rejected, [pair.margin for pair in held_out], lengths)
     return RewardCard(

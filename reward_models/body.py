@@ -8,13 +8,12 @@ body sees the layer inside and never the adapters (unless they are merged into t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from vgf_llm.architecture import (
     cut_config,
@@ -187,24 +186,3 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def linear_names(body: nn.Module) -> list[str]:
-    """Return the names of all linear layers of a body (`q_proj`, `down_proj`, `c_attn`, ...): the LoRA default.
-
-    A name is the end of a path that no other kind of module has: its last part, or more where that is the number of an
-    entry in a list.
-    """
-    modules = dict(body.named_modules())
-    linear = {name for name, child in modules.items() if isinstance(child, (nn.Linear, Conv1D))}
-    others = modules.keys() - linear
-    return sorted({_ending(name, others) for name in linear})
-
-
-def _ending(name: str, others: Collection[str]) -> str:
-    parts = name.split(".")
-    for count in range(1, len(parts) + 1):
-        ending = ".".join(parts[-count:])
-        if not parts[-count].isdigit() and not any(other == ending or other.endswith(f".{ending}") for other in others):
-            return ending
-    return name

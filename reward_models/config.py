@@ -14,15 +14,17 @@ class TrainingData:
     """Data, limits and output."""
 
     train_dataset: str
-    """Training rows: a .jsonl/.json/.csv/.parquet file, or a data set of the hub."""
+    """Training rows: a file, glob or folder (docs/data.md), or a data set of the hub."""
     output_dir: str
     """Folder for weights, tokenizer, card and checkpoints."""
+    system_column: str = "system"
+    """Column of a system turn that goes before the prompt, where rows have it."""
     eval_dataset: str | None = None
     """Held-out rows; null holds back eval_share of the training prompts."""
     train_split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set or folder."""
     eval_split: str = "test"
-    """Split of a hub data set of held-out rows."""
+    """Split of a hub data set or folder of held-out rows."""
     eval_share: float = 0.05
     """Share of training prompts held back where eval_dataset is null, in (0, 0.5]."""
     max_dropped_share: float = 0.2
@@ -68,7 +70,9 @@ class RewardScript(TrainingData):
     rejected_column: str = "rejected"
     """Column of worse responses."""
     margin_column: str = "margin"
-    """Column of how much better, a number; optional."""
+    """Column of how much better, a number, or two of them as score_chosen-score_rejected; optional."""
+    preference_column: str = "overall_preference"
+    """Where rows have it, which response is better: below 0 that of chosen_column, above 0 the other, 0 neither."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,13 @@ class RewardModelSettings:
 
     model_name_or_path: str = "default"
     """Base causal LM: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
-    num_layers: int | None = None
-    """Decoder layers kept, from the first; null keeps all."""
-    pooling: Literal["last", "mean"] = "last"
+    num_layers: int | Literal["auto"] | None = "auto"
+    """Decoder layers kept, from the first; "auto" keeps six, or all of a shallower base; null keeps all."""
+    pooling: Literal["last", "mean"] = "mean"
     """What the head reads: the last token, or the mean over the response."""
     train_embeddings: bool = False
     """Whether the input embeddings move; off keeps the base model's table, which the flow's particles live in."""
-    input_skip: bool = False
+    input_skip: bool = True
     """Whether the head also reads the mean input embedding of the response: raises gradient fidelity."""
     dtype: DtypeName = "auto"
     """Parameter dtype of the body (the head is float32); "auto": float32 where all weights are trained, under a LoRA
@@ -103,7 +107,9 @@ class RewardModelSettings:
 
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
-        require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
+        layers = self.num_layers
+        in_range = layers in (None, "auto") or (isinstance(layers, int) and layers >= 1)
+        require(in_range, "num_layers", layers, '"auto", null or at least 1')
         require(self.pooling in ("last", "mean"), "pooling", self.pooling, '"last" or "mean"')
         require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
         require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
@@ -118,8 +124,9 @@ class TrainerSettings:
 
     learning_rate: float = 2e-5
     """Peak learning rate of AdamW, above 0."""
-    head_learning_rate: float | None = None
-    """Peak learning rate of the linear heads, which start at 0; above 0, null takes learning_rate."""
+    head_learning_rate: float | None = 1e-2
+    """Peak learning rate of the linear heads, which start at 0; above 0, null takes learning_rate. A fast head and a
+    slow body keep most of the reward in the input skip, where the gradient holds between tokens."""
     max_steps: int = -1
     """Optimiser steps; -1 trains num_train_epochs."""
     num_train_epochs: float = 1.0

@@ -22,7 +22,7 @@ from vgf_llm.flow.trajectory import ValueGradient, autograd_value
 from vgf_llm.progress import track
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.reference import Reference
-from vgf_llm.text.responses import Responses
+from vgf_llm.text.responses import Responses, is_any_of
 
 _TOP = 8
 _ROWS = 128  # substituted responses scored in one forward
@@ -70,7 +70,7 @@ def gradient_fidelity(
     substitutions: int = 120,
     seed: int = 0,
     value_gradient: ValueGradient | None = None,
-    eos_token_id: int | None = None,
+    eos_ids: Sequence[int] = (),
     description: str | None = None,
 ) -> Fidelity:
     """Compare the linear prediction with the exact change for sampled one-token substitutions.
@@ -84,7 +84,7 @@ def gradient_fidelity(
         substitutions: number sampled a response, without replacement, at least 9.
         seed: of that sample.
         value_gradient: particles_BNTD -> (values_BN, gradients_BNTD); None: autograd through `value.score`.
-        eos_token_id: neither replaced nor put in; None: treated as any token.
+        eos_ids: ids that end a text; neither replaced nor put in.
         description: shows progress under that name.
 
     Returns:
@@ -103,7 +103,7 @@ def gradient_fidelity(
         shortlist_BNTK,
         substitutions=substitutions,
         seed=seed,
-        eos_token_id=eos_token_id,
+        eos_ids=eos_ids,
         description=description,
     )
     return compare_changes(value, tokens_BNT, changes, value_gradient(value.embed(tokens_BNT).detach())[1])
@@ -138,7 +138,7 @@ def exact_changes(
     *,
     substitutions: int,
     seed: int = 0,
-    eos_token_id: int | None = None,
+    eos_ids: Sequence[int] = (),
     description: str | None = None,
 ) -> list[ExactChanges]:
     """Score sampled one-token substitutions; the arguments are those of `gradient_fidelity`.
@@ -157,9 +157,7 @@ def exact_changes(
         one = prefix.select(torch.tensor([b], device=tokens_BNT.device))
         for n in range(tokens_BNT.shape[1]):
             tokens_T, mask_T = tokens_BNT[b, n], mask_BNT[b, n].bool()
-            t_S, v_S = sample_substitutions(
-                tokens_T, mask_T, shortlist_BNTK[b, n], substitutions, generator, eos_token_id
-            )
+            t_S, v_S = sample_substitutions(tokens_T, mask_T, shortlist_BNTK[b, n], substitutions, generator, eos_ids)
             if len(t_S):
                 scores_S = _substituted_scores(value, one, tokens_T, mask_T, t_S, v_S)
                 found.append(ExactChanges(b, n, t_S, v_S, scores_S - base_BN[b, n]))
@@ -206,12 +204,12 @@ def sample_substitutions(
     shortlist_TK: Tensor,
     count: int,
     generator: torch.Generator,
-    eos_token_id: int | None = None,
+    eos_ids: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Draw (position, new token) pairs without replacement, never the token that stands there; at most `count`."""
     allowed_TK = mask_T[:, None] & (shortlist_TK != tokens_T[:, None])
-    if eos_token_id is not None:
-        allowed_TK = allowed_TK & (shortlist_TK != eos_token_id) & (tokens_T != eos_token_id)[:, None]
+    if eos_ids:
+        allowed_TK = allowed_TK & ~is_any_of(shortlist_TK, eos_ids) & ~is_any_of(tokens_T, eos_ids)[:, None]
     candidates_C2 = allowed_TK.nonzero()
     order_C = torch.randperm(len(candidates_C2), generator=generator)[:count].to(candidates_C2.device)
     t_S, k_S = candidates_C2[order_C].unbind(dim=1)
@@ -220,7 +218,12 @@ def sample_substitutions(
 
 @torch.no_grad()
 def reference_shortlist(
-    lm: nn.Module, prompts: Sequence[Sequence[int]], tokens_BNT: Tensor, k: int = 30, pad_token_id: int = 0
+    lm: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens_BNT: Tensor,
+    k: int = 30,
+    pad_token_id: int = 0,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Return the reference's k likeliest tokens at each response position, shortlist_BNTK.
 
@@ -230,9 +233,10 @@ def reference_shortlist(
         tokens_BNT: response token ids, right padded; what stands at padding gives candidates of no meaning.
         k: shortlist length, at most the vocabulary.
         pad_token_id: any valid id.
+        vocabulary: only ids below it are listed; None lists any row of the model's table.
     """
     law = SamplingSettings(top_k=k)
-    reference = Reference(lm, law, eos_ids=(), pad_id=pad_token_id)
+    reference = Reference(lm, law, eos_ids=(), pad_id=pad_token_id, vocabulary=vocabulary)
     everywhere_BNT = torch.ones_like(tokens_BNT, dtype=torch.bool)
     responses = Responses([list(prompt) for prompt in prompts], tokens_BNT, everywhere_BNT, (), pad_token_id)
     ids_RTK = reference.shortlists(reference.prefix(responses.prompts), responses).ids[..., :k]

@@ -13,7 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.loading import TOKENIZER_NAMES, load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
-from vgf_llm.data import encode_prompt, encode_response
+from vgf_llm.architecture import max_positions
+from vgf_llm.dialogue import PromptText
+from vgf_llm.encoding import encode_prompt, encode_response
+from vgf_llm.endings import check_ids, padding_id
+from vgf_llm.errors import DataError
+from vgf_llm.io import shorten
 from vgf_llm.models import fingerprint, load_tokenizer
 
 _ROWS = 32  # responses scored in one forward
@@ -33,16 +38,36 @@ class ForeignReward:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """Return one reward a response; each response is read as ended by EOS."""
-        rows = [
-            (encode_prompt(self.tokenizer, prompt), encode_response(self.tokenizer, response, eos=True))
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        """Return one reward a response, closed as the model's own template closes the assistant's turn.
+
+        A prompt of several turns (:class:`vgf_llm.dialogue.PromptText`) is read as its messages.
+
+        Raises:
+            DataError: Prompt and response are longer than the model, or hold a token that it has no row for.
+        """
+        rows = [self._encoded(*pair) for pair in zip(prompts, responses, strict=True)]
         rewards: list[float] = []
         for start in range(0, len(rows), _ROWS):
-            batch = stack_rows(rows[start : start + _ROWS], self.tokenizer.pad_token_id)
+            batch = stack_rows(rows[start : start + _ROWS], self._padding)
             rewards += self.model(**{name: tensor.to(self.model.device) for name, tensor in batch.items()}).tolist()
         return rewards
+
+    @property
+    def _padding(self) -> int:
+        return padding_id(self.tokenizer, len(self.model.embedding_table_VD))
+
+    def _encoded(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
+        ids = encode_prompt(self.tokenizer, PromptText(prompt).prompt)
+        answer = encode_response(self.tokenizer, response, eos=True)
+        where = f"reward model {self.__name__}: the prompt {shorten(repr(prompt))} with its response"
+        check_ids(self.tokenizer, [*ids, *answer], len(self.model.embedding_table_VD), where)
+        most, length = max_positions(self.model.body.config), len(ids) + len(answer)
+        if most is not None and length > most:
+            raise DataError(
+                f"{where} has {length} tokens in its own tokenizer and chat template, and the model {most} positions; "
+                "shorten the prompts, lower max_new_tokens, or name another reward model"
+            )
+        return ids, answer
 
 
 def foreign_reward(

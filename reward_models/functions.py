@@ -1,19 +1,22 @@
 """Python reward functions: `fn(prompts: list[str], responses: list[str]) -> list[float]`, one finite number a response.
 
-Any importable function of that signature is one; the ones here are for demonstrations and tests.
+Any importable function of that signature is one; the ones here are for demonstrations and tests. A function may take
+further arguments: each is the column of that name in the prompt file, one value per response (`answer`), and
+`**columns` takes all of them. A prompt is its whole conversation as text; `prompts[i].prompt` holds the messages.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vgf_llm.errors import ConfigError, ModelError, VGFError
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+RewardFunction = Callable[..., Sequence[float]]
 
 
 def vader_compound(prompts: list[str], responses: list[str]) -> list[float]:
@@ -67,29 +70,70 @@ def load_function(name: str) -> RewardFunction:
 
 def remembered(function: RewardFunction) -> RewardFunction:
     """Return the same function, called once for each prompt and response: arms of a comparison share their samples."""
-    known: dict[tuple[str, str], float] = {}
+    known: dict[tuple[str, str, str], float] = {}
 
-    @functools.wraps(function)
     def call(prompts: list[str], responses: list[str]) -> list[float]:
         pairs = list(zip(prompts, responses, strict=True))
-        new = list(dict.fromkeys(pair for pair in pairs if pair not in known))
+        keys = [(prompt, response, repr(getattr(prompt, "columns", None))) for prompt, response in pairs]
+        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
         if new:
-            rewards = call_function(function, [prompt for prompt, _ in new], [response for _, response in new])
+            asked, answers = zip(*new.values(), strict=True)
+            rewards = call_function(function, list(asked), list(answers))
             known.update(zip(new, rewards, strict=True))
-        return [known[pair] for pair in pairs]
+        return [known[key] for key in keys]
 
+    call.__name__ = getattr(function, "__name__", repr(function))
     return call
+
+
+def further_arguments(function: RewardFunction, prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the columns of the prompts' rows that a function takes beside prompts and responses.
+
+    Args:
+        function: its parameters after the second name columns; `**anything` takes all.
+        prompts: those of `vgf_llm.dialogue.PromptText` bring columns; others have none.
+
+    Returns:
+        One list per column, a value per prompt, None where a row has no such column.
+
+    Raises:
+        ConfigError: a parameter without a default is no column of any row.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a built-in without a signature
+        return {}
+    rows = [getattr(prompt, "columns", {}) for prompt in prompts]
+    there = dict.fromkeys(name for row in rows for name in row)
+    named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        positional = []  # all of them may be taken by place
+    wanted = [one for one in named if one not in positional[:2]]
+    for one in wanted:
+        if one.name not in there and one.default is one.empty:
+            raise ConfigError(
+                f"reward function {getattr(function, '__name__', repr(function))} takes {one.name!r}, and the prompts' "
+                f"rows have no such column; columns: {', '.join(there) or 'none'}"
+            )
+    names = {one.name for one in wanted}
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        names |= {name for name in there if name not in {one.name for one in positional[:2]}}
+    return {name: [row.get(name) for row in rows] for name in there if name in names}
 
 
 def call_function(function: RewardFunction, prompts: list[str], responses: list[str]) -> list[float]:
     """Call a reward function and check what it returns.
 
+    Columns of the prompts' rows that it takes are passed as well (`further_arguments`).
+
     Raises:
+        ConfigError: it takes a column that the rows do not have.
         ModelError: it raises, the number of rewards differs from that of the responses, or one is not a finite number.
     """
     name = getattr(function, "__name__", repr(function))
     try:
-        rewards = list(function(prompts, responses))
+        rewards = list(function(prompts, responses, **further_arguments(function, prompts)))
     except VGFError:
         raise
     except Exception as error:  # the user's code may raise anything

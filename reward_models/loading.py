@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.body import linear_names
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
 from reward_models.modelling import RewardModel, RewardModelConfig
-from vgf_llm.adapters import tell_left_out
 from vgf_llm.errors import ModelError
+from vgf_llm.lora import linear_names, tell_left_out
 from vgf_llm.models import fingerprint, load_tokenizer
+from vgf_llm.provenance import tell_if_changed
 from vgf_llm.screen import say
 from vgf_llm.whole import loaded_whole
 
@@ -66,7 +66,8 @@ def add_lora(
         modules_to_save=["head"] if model.skip_head is None else ["head", "skip_head"],
     )
     adapted = get_peft_model(model, config)
-    tell_left_out(adapted)
+    if not target_modules:
+        tell_left_out(model.body)
     return adapted
 
 
@@ -207,7 +208,10 @@ def load_adapter(
         input_skip=config.input_skip,
         share=dtype is None,
     )
-    model.config.base_name = config.base_name
+    tell_if_changed(
+        config.base_weights, model.config.base_weights, f"the LoRA '{folder}'", config.base_name or "the base model"
+    )
+    model.config.base_name, model.config.base_weights = config.base_name, config.base_weights
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, SafetensorError) as error:

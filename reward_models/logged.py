@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reward_models.functions import call_function, load_function
-from vgf_llm.data import encode_prompt, encode_response, load_preferences, read_cell, read_number, read_prompt
-from vgf_llm.dialogue import Prompt
+from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number
+from vgf_llm.dialogue import Prompt, PromptText
+from vgf_llm.encoding import encode_prompt
 from vgf_llm.errors import DataError
 from vgf_llm.rows import Row, read_rows
 
@@ -50,11 +51,12 @@ def load_logged(
     reward_column: str = "reward",
     reward_function: str | None = None,
     max_dropped_share: float = 0.2,
+    system_column: str = "system",
 ) -> list[LoggedResponse]:
     """Read logged responses.
 
     Args:
-        source: a .jsonl, .json, .csv or .parquet file, or a hub data set, as `vgf_llm.data.load_prompts` takes.
+        source: as for `vgf_llm.rows.read_rows`.
         split: split of a hub data set whose name does not state one.
         limit: only the first so many rows (count, > 0).
         prompt_column: text or messages.
@@ -63,6 +65,7 @@ def load_logged(
         reward_column: a number, higher is better.
         reward_function: fills rewards that are missing, as `reward_models.functions.load_function` takes it.
         max_dropped_share: of preference pairs, as in `vgf_llm.data.load_preferences`.
+        system_column: a system turn, where rows have it.
 
     Returns:
         The responses in file order, at least one.
@@ -75,16 +78,19 @@ def load_logged(
     rows = read_rows(source, split, limit)
     pairs = not any(response_column in row for _, row in rows) and any("chosen" in row for _, row in rows)
     if pairs:
-        preferences = load_preferences(source, split, limit, prompt_column, max_dropped_share=max_dropped_share)
-        seen = [(pair.prompt, text) for pair in preferences.pairs for text in (pair.chosen, pair.rejected)]
-        texts = list({(repr(prompt), text): (prompt, text) for prompt, text in seen}.values())
+        preferences = load_preferences(
+            source, split, limit, prompt_column, max_dropped_share=max_dropped_share, system_column=system_column
+        )
+        seen = [(PromptText(pair.prompt), text) for pair in preferences.pairs for text in (pair.chosen, pair.rejected)]
+        texts = list({(repr(prompt.prompt), text): (prompt, text) for prompt, text in seen}.values())
         rewards: list[float | None] = [None] * len(texts)
         missing = f"{source}: preference pairs have no rewards"
     else:
         texts, rewards, missing = [], [], ""
         for number, row in rows:
-            prompt = read_prompt(read_cell(row, prompt_column, source, number), source, number, prompt_column)
-            texts.append((prompt, _response(row, response_column, source, number)))
+            prompt = prompt_of(row, source, number, prompt_column, system_column)
+            others = {name: value for name, value in row.items() if name not in (prompt_column, response_column)}
+            texts.append((PromptText(prompt, others), _response(row, response_column, source, number)))
             rewards.append(read_number(row.get(reward_column), source, number, reward_column))
             if rewards[-1] is None and not missing:
                 missing = f"{source}, row {number}: no reward in column '{reward_column}'"
@@ -92,18 +98,18 @@ def load_logged(
         raise DataError(f"{missing}; name a reward_function, or a file whose rows have a reward")
     blanks = [index for index, reward in enumerate(rewards) if reward is None]
     if blanks and reward_function is not None:
-        function = load_function(reward_function)
-        from vgf_llm.pipeline import prompt_text
-
-        prompts = [prompt_text(texts[index][0]) for index in blanks]
-        filled = call_function(function, prompts, [texts[index][1] for index in blanks])
+        prompts, responses = zip(*(texts[index] for index in blanks), strict=True)
+        filled = call_function(load_function(reward_function), list(prompts), list(responses))
         for index, reward in zip(blanks, filled, strict=True):
             rewards[index] = reward
-    return [LoggedResponse(*text, float(reward or 0.0)) for text, reward in zip(texts, rewards, strict=True)]
+    return [
+        LoggedResponse(prompt.prompt, text, float(reward or 0.0))
+        for (prompt, text), reward in zip(texts, rewards, strict=True)
+    ]
 
 
 def _response(row: Row, column: str, source: str, number: int) -> str:
-    value = read_cell(row, column, source, number, empty_ok=True)
+    value = read_cell(row, column, source, number, empty_ok=True, option="response_column")
     if isinstance(value, str):
         return value
     if not value or value[-1]["role"] != "assistant":
@@ -122,7 +128,7 @@ def encode_logged(
     truncate: bool = False,
     max_dropped_share: float = 1.0,
 ) -> tuple[list[EncodedResponse], dict[str, int]]:
-    """Encode responses; one ends in EOS unless it fills its room, as a sampled one does.
+    """Encode responses; each is closed as the template closes a turn unless it fills its room, as when sampled.
 
     Args:
         tokenizer: with an EOS token.
@@ -138,15 +144,17 @@ def encode_logged(
     Raises:
         DataError: nothing is left, or more is dropped than allowed.
     """
+    from reward_models.pairs import encode_closed
+
     encoded, dropped, cut = [], 0, 0
     for row in rows:
-        prompt, text = encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.response, eos=False)
+        prompt, (text, response) = encode_prompt(tokenizer, row.prompt), encode_closed(tokenizer, row.response)
         room = min(max_length - len(prompt), max_response_length or max_length)
         if room < 1 or (len(text) > room and not truncate):
             dropped += 1
             continue
         cut += len(text) > room
-        encoded.append(EncodedResponse(prompt, [*text, tokenizer.eos_token_id][:room], row.reward))
+        encoded.append(EncodedResponse(prompt, response[:room], row.reward))
     if not encoded or dropped > max_dropped_share * len(rows):
         raise DataError(
             f"{dropped} of {len(rows)} responses would be dropped at max_length {max_length} and max_response_length "

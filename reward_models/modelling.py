@@ -35,6 +35,7 @@ from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end
 from vgf_llm.architecture import check_config, check_decoder, decoder_class, num_layers, text_config
 from vgf_llm.attention import caps_scores, settle_attention
 from vgf_llm.errors import ModelError
+from vgf_llm.provenance import model_mark
 from vgf_llm.text.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
 from vgf_llm.whole import loaded_whole
 
@@ -53,6 +54,7 @@ class RewardModelConfig(PreTrainedConfig):
         pad_token_id: any valid id; padding is never attended to.
         embedding_width: of the input table, where the body's own configuration has another hidden size.
         output_width: of what the body returns, where it is not the body's hidden size.
+        base_weights: mark of the base's weights that the body was cut from (`vgf_llm.provenance`).
     """
 
     model_type = "vgf_reward"
@@ -67,6 +69,7 @@ class RewardModelConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         embedding_width: int | None = None,
         output_width: int | None = None,
+        base_weights: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the fields; raises ValueError on an unknown pooling."""
@@ -79,6 +82,7 @@ class RewardModelConfig(PreTrainedConfig):
         self.input_skip = input_skip
         self.embedding_width = embedding_width
         self.output_width = output_width
+        self.base_weights = base_weights
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
     def build_body_config(self) -> PreTrainedConfig:
@@ -192,6 +196,7 @@ class RewardModel(PreTrainedModel):
         settle_attention(model.to(base.device).body)
         check_cut(model.body, base, base_name)
         check_decoder(model.body, base_name)
+        model.config.base_weights = model_mark(model.body)
         width = model.head.in_features
         noise_D = torch.randn(width, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():

@@ -7,16 +7,18 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from vgf_llm.architecture import max_positions
-from vgf_llm.data import PreferencePair, encode_prompt, encode_response
+from vgf_llm.data import PreferencePair
+from vgf_llm.encoding import encode_prompt, encode_response
+from vgf_llm.endings import check_ids, closed
 from vgf_llm.errors import ConfigError, DataError
+from vgf_llm.sources import local_files
 
 Row = TypeVar("Row")
 
@@ -39,7 +41,7 @@ def encode_pairs(
     truncate: bool = False,
     max_dropped_share: float = 1.0,
 ) -> tuple[list[EncodedPair], dict[str, int]]:
-    """Encode pairs; a response ends in EOS unless it fills its room, as a sampled one does.
+    """Encode pairs; a response is closed as the template closes a turn unless it fills its room, as when sampled.
 
     Args:
         tokenizer: with an EOS token.
@@ -59,13 +61,14 @@ def encode_pairs(
     for pair in pairs:
         prompt = encode_prompt(tokenizer, pair.prompt)
         room = min(max_length - len(prompt), max_response_length or max_length)
-        responses = [encode_response(tokenizer, text, eos=False) for text in (pair.chosen, pair.rejected)]
-        too_long = any(len(ids) > room for ids in responses)
+        texts = (pair.chosen, pair.rejected)
+        open_ids, responses = zip(*(encode_closed(tokenizer, text) for text in texts), strict=True)
+        too_long = any(len(ids) > room for ids in open_ids)
         if room < 1 or (too_long and not truncate):
             counts["over length, dropped"] += 1
             continue
         counts["over length, cut"] += too_long
-        chosen, rejected = ([*ids, tokenizer.eos_token_id][:room] for ids in responses)
+        chosen, rejected = (ids[:room] for ids in responses)
         if chosen == rejected:
             counts["equal once encoded"] += 1
             continue
@@ -83,6 +86,24 @@ def encode_pairs(
             "max_dropped_share"
         )
     return encoded, counts
+
+
+def encode_closed(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Encode a response; returns the ids of its text, and the same ids closed as a sampled response is."""
+    ids = encode_response(tokenizer, text, eos=False)
+    whole = closed(tokenizer, ids)
+    return whole[:-1], whole
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], most_rows: int) -> None:
+    """Refuse encoded pairs or responses that hold an id the base model has no embedding for.
+
+    Raises:
+        DataError: naming the token.
+    """
+    for number, row in enumerate(rows):
+        for name in ("prompt", "chosen", "rejected", "response"):
+            check_ids(tokenizer, getattr(row, name, ()), most_rows, f"the {name} of encoded row {number}")
 
 
 def check_max_length(max_length: int, model_config: PreTrainedConfig) -> None:
@@ -151,7 +172,12 @@ def stack_rows(rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -
     }
 
 
-def file_digest(source: str) -> str:
-    """Return the SHA-256 of a local file, or "hub" for what is not one."""
-    path = Path(source)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "hub"
+def file_digest(source: str, split: str = "train") -> str:
+    """Return the SHA-256 of a source's local files, one after the other, or "hub" where it has none."""
+    files = local_files(source, split)
+    if files is None:
+        return "hub"
+    digest = hashlib.sha256()
+    for path in files.paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -16,11 +16,13 @@ class SecantScript:
     reward_model: str
     """Folder of the trained reward model (or adapter) whose changes are fitted."""
     prompts: str
-    """Prompts that responses are sampled to for the fit: .jsonl, .json, .csv, .parquet, .txt, or a hub data set."""
+    """Prompts that responses are sampled to for the fit: a file, glob or folder, or a hub data set."""
     validation_prompts: str
     """Other prompts, on which fidelity is measured before and after; they are never fitted to."""
     prompt_column: str = "prompt"
-    """Column of both prompt files."""
+    """Column of both prompt files, text or messages."""
+    system_column: str = "system"
+    """Column of a system turn that goes before the prompt, where rows have it."""
     num_prompts: int | None = None
     """Prompts fitted to, from the first; null takes all."""
     num_validation_prompts: int | None = 30

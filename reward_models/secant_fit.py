@@ -77,7 +77,8 @@ def sample_reference(
     from reward_models.fidelity import reference_shortlist
 
     sampler = ReferenceSampler(reference)
-    k = min(shortlist, reference.model.get_output_embeddings().weight.shape[0])
+    rows = reference.model.get_output_embeddings().weight.shape[0]
+    k = min(shortlist, reference.vocabulary or rows)
     parts = []
     for start in track(
         range(0, len(prompts), _PROMPTS_A_BATCH),
@@ -88,7 +89,9 @@ def sample_reference(
     ):
         group = list(prompts[start : start + _PROMPTS_A_BATCH])
         responses = sampler.sample(group, row_seeds(seed, list(range(start, start + len(group))), a_prompt))
-        found = reference_shortlist(reference.model, group, responses.tokens_BNT, k, reference.pad_id)
+        found = reference_shortlist(
+            reference.model, group, responses.tokens_BNT, k, reference.pad_id, reference.vocabulary
+        )
         parts.append((responses, found))
     longest = max(responses.tokens_BNT.shape[-1] for responses, _ in parts)
 

@@ -25,6 +25,8 @@ from vgf_llm.progress import load_libraries, stage, stages, working
 from vgf_llm.screen import emit, library_output, say, show
 from vgf_llm.trainer_names import check_trainer_settings
 
+_LAYERS = 6  # as in the recipe on human preferences; docs/fidelity.md has its gradient
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -66,8 +68,10 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     import torch
     from transformers import set_seed
 
-    from reward_models.pairs import PairCollator, check_max_length
+    from reward_models.pairs import PairCollator, check_max_length, check_rows
     from reward_models.trainer import RewardTrainer, checkpoint_to_resume
+    from vgf_llm.architecture import vocabulary_rows
+    from vgf_llm.endings import padding_id
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
     from vgf_llm.precision import for_training
@@ -85,13 +89,14 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     with working(f"loading the base model {settings.model_name_or_path}"):
         lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
+    check_rows(tokenizer, [*train_pairs, *held_out], vocabulary_rows(lm.config))
     trainer = RewardTrainer(
         model=untrained_model(lm, settings, training.seed),
         args=arguments,
         settings=training,
         train_dataset=train_pairs,
         eval_dataset=held_out,
-        data_collator=PairCollator(tokenizer.pad_token_id),
+        data_collator=PairCollator(padding_id(tokenizer, vocabulary_rows(lm.config))),
         processing_class=tokenizer,
     )
     train_sec = fit(trainer, training, output_dir, checkpoint)
@@ -115,7 +120,7 @@ def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bo
 
     return build_value_model(
         lm,
-        num_layers=settings.num_layers,
+        num_layers=_layers_kept(settings.num_layers, lm),
         pooling=settings.pooling,
         input_skip=settings.input_skip,
         lora_r=settings.lora_r,
@@ -127,6 +132,15 @@ def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bo
         lora_dropout=settings.lora_dropout,
         share=share,
     )
+
+
+def _layers_kept(stated: int | str | None, lm: Any) -> int | None:
+    """Return the decoder layers to keep, None for all: what is stated, or what docs/fidelity.md measured to do well."""
+    from vgf_llm.architecture import num_layers
+
+    if stated != "auto":
+        return stated  # type: ignore[return-value]
+    return min(_LAYERS, num_layers(lm.config))
 
 
 def load_pairs(
@@ -197,6 +211,8 @@ def _preferences(script: RewardScript, source: str, split: str, limit: int | Non
         rejected_column=script.rejected_column,
         margin_column=script.margin_column,
         max_dropped_share=script.max_dropped_share,
+        system_column=script.system_column,
+        preference_column=script.preference_column,
     )
     say(preferences.report())
     return preferences
@@ -266,7 +282,8 @@ def data_files(script: TrainingData) -> dict[str, str]:
     """Return the SHA-256 of each data file that a training read."""
     from reward_models.pairs import file_digest
 
-    return {source: file_digest(source) for source in (script.train_dataset, script.eval_dataset) if source}
+    read = ((script.train_dataset, script.train_split), (script.eval_dataset, script.eval_split))
+    return {source: file_digest(source, split) for source, split in read if source}
 
 
 def report(
@@ -300,8 +317,7 @@ def report(
                 model,
                 lm,
                 groups,
-                tokenizer.eos_token_id,
-                tokenizer.pad_token_id,
+                tokenizer,
                 responses=script.fidelity_responses,
                 substitutions=script.fidelity_substitutions,
                 shortlist=script.fidelity_shortlist,

@@ -73,7 +73,9 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     if training.base == "skip" and value.skip_head is None:
         raise ModelError(f"base is 'skip', but '{script.reward_model}' has no input skip; set base to gradient or none")
     start = time.monotonic()
-    fitted_on, unseen = _sample(script, sampling, tokenizer, [fit_prompts, unseen_prompts])
+    fitted_on, unseen = _sample(
+        script, sampling, tokenizer, [fit_prompts, unseen_prompts], len(value.embedding_table_VD)
+    )
     sampled_sec, start = time.monotonic() - start, time.monotonic()
     changes = score_substitutions(value, fitted_on, training.substitutions, script.seed, "scoring substitutions")
     scored_sec, start = time.monotonic() - start, time.monotonic()
@@ -109,8 +111,9 @@ def _prompts(script: SecantScript) -> tuple[list[Any], list[Any]]:
     """Read both prompt files and refuse a prompt that is in both."""
     from vgf_llm.data import load_prompts
 
-    fitted = load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)
-    unseen = load_prompts(script.validation_prompts, script.prompt_column, limit=script.num_validation_prompts)
+    column, system = script.prompt_column, script.system_column
+    fitted = load_prompts(script.prompts, column, limit=script.num_prompts, system_column=system)
+    unseen = load_prompts(script.validation_prompts, column, limit=script.num_validation_prompts, system_column=system)
     known = {json.dumps(prompt) for prompt in fitted}
     for row, prompt in enumerate(unseen):
         if json.dumps(prompt) in known:
@@ -122,11 +125,11 @@ def _prompts(script: SecantScript) -> tuple[list[Any], list[Any]]:
 
 
 def _sample(
-    script: SecantScript, sampling: SamplingSettings, tokenizer: Any, prompts: list[list[Any]]
+    script: SecantScript, sampling: SamplingSettings, tokenizer: Any, prompts: list[list[Any]], most_rows: int
 ) -> list[Sampled]:
-    """Sample the base model on each list of prompts."""
+    """Sample the base model on each list of prompts; ids stay below the rows of the value's table."""
     from reward_models.secant_fit import sample_reference
-    from vgf_llm.data import encode_prompt
+    from vgf_llm.endings import padding_id
     from vgf_llm.models import eos_token_ids, load_causal_lm
     from vgf_llm.text.reference import Reference
 
@@ -137,17 +140,28 @@ def _sample(
             device=resolve_device(script.device),
             trust_remote_code=script.trust_remote_code,
         )
-    reference = Reference(lm, sampling, eos_token_ids(lm, tokenizer), tokenizer.pad_token_id)
+    rows = min(lm.get_input_embeddings().weight.shape[0], most_rows)
+    eos_ids, pad_id = eos_token_ids(lm, tokenizer), padding_id(tokenizer, rows)
+    reference = Reference(lm, sampling, eos_ids, pad_id, min(len(tokenizer), rows))
     return [
         sample_reference(
             reference,
-            [encode_prompt(tokenizer, prompt) for prompt in group],
+            [_encoded(tokenizer, prompt, rows, number) for number, prompt in enumerate(group)],
             script.responses,
             script.shortlist,
             script.seed + index,
         )
         for index, group in enumerate(prompts)
     ]
+
+
+def _encoded(tokenizer: Any, prompt: Any, rows: int, number: int) -> list[int]:
+    from vgf_llm.encoding import encode_prompt
+    from vgf_llm.endings import check_ids
+
+    ids = encode_prompt(tokenizer, prompt)
+    check_ids(tokenizer, ids, rows, f"prompt {number}")
+    return ids
 
 
 def _print_table(script: SecantScript, before: Fidelity, after: Fidelity) -> None:

@@ -64,9 +64,11 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from transformers import set_seed
 
     from reward_models.logged import LoggedCollator
-    from reward_models.pairs import check_max_length
+    from reward_models.pairs import check_max_length, check_rows
     from reward_models.trainer import checkpoint_to_resume
     from reward_models.value_trainer import ValueTrainer
+    from vgf_llm.architecture import vocabulary_rows
+    from vgf_llm.endings import padding_id
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import load_causal_lm, load_tokenizer
     from vgf_llm.precision import for_training, is_sharded
@@ -84,13 +86,14 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     with working(f"loading the base model {settings.model_name_or_path}"):
         lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
+    check_rows(tokenizer, [*train_rows, *held_out], vocabulary_rows(lm.config))
     trainer = ValueTrainer(
         model=untrained_model(lm, settings, training.seed, share=not is_sharded(training)),
         args=arguments,
         settings=training,
         train_dataset=train_rows,
         eval_dataset=held_out,
-        data_collator=LoggedCollator(tokenizer.pad_token_id),
+        data_collator=LoggedCollator(padding_id(tokenizer, vocabulary_rows(lm.config))),
         processing_class=tokenizer,
     )
     train_sec = fit(trainer, training, output_dir, checkpoint)
@@ -157,6 +160,7 @@ def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> 
         script.reward_column,
         script.reward_function,
         script.max_dropped_share,
+        script.system_column,
     )
     say(f"{source}: {len(rows)} responses")
     return rows
@@ -175,12 +179,13 @@ def finish(
     from reward_models.loading import load_reward_model
     from reward_models.logged import response_pairs
     from reward_models.value_trainer import value_figures
+    from vgf_llm.endings import padding_id
 
     stage("measuring it on held-out responses")
     with working("reading the saved value back and scoring the held-out responses"):
         base = lm if settings.lora_r else None
         model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device)
-        values_R, rewards_R = score_responses(model, held_out, tokenizer.pad_token_id)
+        values_R, rewards_R = score_responses(model, held_out, padding_id(tokenizer, len(model.embedding_table_VD)))
     figures = {
         name: None if math.isnan(figure) else figure for name, figure in value_figures(values_R, rewards_R).items()
     }

@@ -17,29 +17,35 @@ from transformers import PreTrainedModel
 
 from vgf_llm.architecture import difference, tolerance
 from vgf_llm.errors import ModelError
-from vgf_llm.screen import say
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _NOT_GENERATING = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")
 _SCORING_HEADS = {"head", "skip_head", "score", "classifier", "v_head"}
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return what adapter_config.json says.
+def adapter_base(folder: Path) -> str:
+    """Return the name of the base model that adapter_config.json gives.
 
     Raises:
         ModelError: It cannot be read, or names no base.
     """
+    name = _read_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ModelError(
+            f"'{folder / CONFIG_NAME}' does not say which base model the adapter belongs to: "
+            f"base_model_name_or_path is {name!r}; write the base's name there, or name a merged model"
+        )
+    return name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found["base_model_name_or_path"], str):
-            raise ValueError("base_model_name_or_path is empty")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"'{path}' does not say which base model the adapter belongs to ({error!r}); save the adapter again, or "
-            "name a merged model"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{path}' cannot be read ({error}); save the adapter again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"'{path}' holds a {type(found).__name__} where an object is expected; save the adapter again")
     return found
 
 
@@ -49,14 +55,14 @@ def refuse_scoring_adapter(folder: Path) -> None:
     Raises:
         ModelError: The adapter is of a reward model or a classifier.
     """
-    config = read_adapter_config(folder)
+    config = _read_config(folder)
     heads = sorted(_SCORING_HEADS & set(config.get("modules_to_save") or ()))
     task = config.get("task_type")
     if task in _NOT_GENERATING or heads:
         what = f"task_type {task!r}" if task in _NOT_GENERATING else f"a trained {', '.join(heads)}"
         raise ModelError(
             f"'{folder}' holds the adapter of a reward model or classifier ({what}), not of a language model; name its "
-            f"base model, {config['base_model_name_or_path']!r}, or an adapter that was trained to write"
+            f"base model ({config.get('base_model_name_or_path')!r}), or an adapter that was trained to write"
         )
 
 
@@ -74,23 +80,27 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft.utils import set_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
+    tables = _table_names(base)
     try:
         _resize(base, folder)
         adapted = PeftModel.from_pretrained(base, str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
-        strange = set_peft_model_state_dict(adapted, dict(weights)).unexpected_keys
+        unexpected = set_peft_model_state_dict(adapted, dict(weights)).unexpected_keys
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"the adapter '{folder}' does not fit its base model: {first_line}. Name the base that it was trained on, "
             "or merge it where it was trained and name the merged model"
         ) from error
+    # PEFT saves whole tables that it trains two or three times over where their rows changed, and reads one of them.
+    strange = [key for key in unexpected if not any(f".{name}." in key for name in tables)]
     if strange:
         raise ModelError(
             f"the adapter '{folder}' has weights that its base model has no place for, {strange[0]!r} first; is it of "
             "another kind of model?"
         )
     expected = _logits(adapted)
+    _untie(base)
     merged = adapted.merge_and_unload(safe_merge=True)
     _settle_ties(merged)
     found = _logits(merged)
@@ -111,37 +121,66 @@ def _logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def _resize(base: PreTrainedModel, folder: Path) -> None:
-    """Give the base as many rows as the adapter's whole tables have, where it holds any."""
-    rows = _table_rows(base, folder)
+    """Give the base as many rows as the adapter's tables have, where it holds any.
+
+    Raises:
+        ModelError: The tables' rows differ, or there are more rows than in the base and a table is not in the adapter.
+    """
+    rows, whole = _table_rows(base, folder)
     if len(rows) > 1:
         raise ModelError(
             f"the adapter '{folder}' holds tables of {' and '.join(map(str, sorted(rows)))} rows; input and output "
-            "tables must have as many rows as each other"
+            "tables must have the same number of rows"
         )
-    if rows and rows != {base.get_input_embeddings().weight.shape[0]}:
-        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    own = base.get_input_embeddings().weight.shape[0]
+    if not rows or rows == {own}:
+        return
+    wanted, tied = rows.pop(), base.config.get_text_config(decoder=True).tie_word_embeddings
+    lost = [name for name in _table_names(base) if name not in whole]
+    if wanted > own and lost and not (tied and whole):
+        raise ModelError(
+            f"the adapter '{folder}' was trained with {wanted} rows, its base model has {own}, and the new rows of "
+            f"{lost[0]} are not in the adapter, so they are lost; add it to modules_to_save, or merge before saving"
+        )
+    base.resize_token_embeddings(wanted, mean_resizing=False)
 
 
-def _table_rows(base: PreTrainedModel, folder: Path) -> set[int]:
-    """Return the rows of every input and output table in an adapter's weights."""
-    path = folder / WEIGHTS_NAME
+def _table_rows(base: PreTrainedModel, folder: Path) -> tuple[set[int], set[str]]:
+    """Return the rows of the tables in an adapter's weights, and the names of the tables that it holds whole."""
+    path, names = folder / WEIGHTS_NAME, _table_names(base)
+    rows: set[int] = set()
+    whole: set[str] = set()
     if not path.is_file():
-        return set()
-    tables = (base.get_input_embeddings(), base.get_output_embeddings())
-    names = [name for name, module in base.named_modules() if any(module is table for table in tables)]
-    rows = set()
+        return rows, whole
     with safe_open(path, "pt") as weights:
         for key in weights.keys():  # noqa: SIM118 - not a dict
-            short = (
-                key.replace(".base_layer", "").replace(".modules_to_save.default", "").replace(".original_module", "")
-            )
+            short = key
+            for wrapper in (".token_adapter", ".base_layer", ".modules_to_save.default", ".original_module"):
+                short = short.replace(wrapper, "")
             for name in names:
                 shape = weights.get_slice(key).get_shape()
-                if short.endswith((f".{name}.weight", f".{name}.lora_B.weight")):
+                if short.endswith(f".{name}.weight"):
+                    rows.add(shape[0])
+                    whole.add(name)
+                elif short.endswith(f".{name}.lora_B.weight"):
                     rows.add(shape[0])
                 elif short.endswith(f".{name}.lora_embedding_A"):
                     rows.add(shape[1])
-    return rows
+    return rows, whole
+
+
+def _table_names(base: PreTrainedModel) -> list[str]:
+    tables = (base.get_input_embeddings(), base.get_output_embeddings())
+    return [name for name, module in base.named_modules() if any(module is table for table in tables)]
+
+
+def _untie(base: PreTrainedModel) -> None:
+    """Give tied tables of their own data, so that an adapter on one of them is not merged into both."""
+    tables = [
+        getattr(module, "base_layer", module) for module in (base.get_input_embeddings(), base.get_output_embeddings())
+    ]
+    if all(hasattr(table, "weight") for table in tables) and tables[0].weight is tables[1].weight:
+        tables[1].weight = torch.nn.Parameter(tables[1].weight.detach().clone(), requires_grad=False)
 
 
 def _settle_ties(model: PreTrainedModel) -> None:
@@ -156,40 +195,3 @@ def _settle_ties(model: PreTrainedModel) -> None:
         model.tie_weights()
     else:
         config.tie_word_embeddings = model.config.tie_word_embeddings = False
-
-
-def left_out(adapted: torch.nn.Module) -> dict[str, float]:
-    """Return which weights of the layers a LoRA leaves as they are, as shares of all of them, largest first.
-
-    Embedding tables, output layers and vectors (norms, biases) are not counted. Weights are named by the end of their
-    path, layer numbers left out.
-    """
-    adapters, tables = set(), set()
-    for module in adapted.modules():
-        if hasattr(module, "base_layer"):
-            adapters |= {id(parameter) for parameter in module.base_layer.parameters()}
-        if isinstance(module, torch.nn.Embedding):
-            tables |= {id(parameter) for parameter in module.parameters()}
-    output = adapted.get_output_embeddings() if hasattr(adapted, "get_output_embeddings") else None
-    if output is not None:
-        tables |= {id(parameter) for parameter in output.parameters()}
-    total, found = 0, {}
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name or "modules_to_save" in name or parameter.dim() < 2 or id(parameter) in tables:
-            continue
-        size = int(getattr(parameter, "ds_numel", parameter.numel()))
-        total += size
-        if id(parameter) not in adapters:
-            short = ".".join(part for part in name.split(".") if not part.isdigit()).split("layers.")[-1]
-            found[short] = found.get(short, 0) + size
-    return {name: size / total for name, size in sorted(found.items(), key=lambda entry: -entry[1])}
-
-
-def tell_left_out(adapted: torch.nn.Module, above: float = 0.05) -> None:
-    """Say on standard error which weights a LoRA leaves out where they are more than a share of all."""
-    shares = left_out(adapted)
-    if sum(shares.values()) > above:
-        largest = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:4])
-        say(
-            f"warning: the LoRA leaves {sum(shares.values()):.0%} of the layers' weights as they are ({largest})",
-        )

@@ -59,7 +59,9 @@ class AnswerSettings(ImplicitPolicySettings):
     prompts: str | None = None
     """Prompt file (.jsonl, .json, .csv, .parquet, .txt) or hub dataset."""
     prompt_column: str = "prompt"
-    """Column of the prompt file."""
+    """Column of the prompt file, text or messages."""
+    system_column: str = "system"
+    """Column of a system turn that goes before the prompt, where rows have it."""
     num_prompts: int | None = None
     """Prompts used, from the first; all when unset."""
     seed: int = 0

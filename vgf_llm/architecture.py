@@ -168,6 +168,19 @@ def is_whole(module: nn.Module) -> bool:
     )
 
 
+def check_structure(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model by its configuration and modules; weights are not looked at and may be on the meta device.
+
+    Raises:
+        ModelError: As :func:`check_config`, or the model has no decoder that stands alone.
+    """
+    check_config(model.config, name)
+    wanted = decoder_class(model.config)
+    if wanted is not None and not any(type(module) is wanted for module in model.modules()):
+        reason = f"a {type(model).__name__} holds no {wanted.__name__}, so there is no decoder that stands alone"
+        raise _refusal(text_config(model.config), name, reason)
+
+
 @torch.no_grad()
 def check_decoder(model: PreTrainedModel, name: str) -> None:
     """Refuse a loaded model whose hidden states do not mean what flow and decoders need.
@@ -184,7 +197,7 @@ def check_decoder(model: PreTrainedModel, name: str) -> None:
     """
     from vgf_llm.text.prefix import compute_prefix, forward_with_prefix, positions_from_mask
 
-    check_config(model.config, name)
+    check_structure(model, name)
     if not is_whole(model):
         return
     decoder, text = decoder_of(model), text_config(model.config)

@@ -172,6 +172,10 @@ def _drops_something(decoder: PreTrainedModel) -> bool:
         decoder(input_ids=torch.tensor([[1, 1]], device=next(decoder.parameters()).device), use_cache=False)
     except _Unapplied:
         return True
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        return False  # it does not run at all, which `check_decoder` reports
     finally:
         decoder.set_attn_implementation(before)
         decoder.train(was_training)

@@ -1,22 +1,54 @@
-"""Prompts and preference pairs: files or hub names in, checked Python objects out, and their encoding to tokens.
+"""Prompts and preference pairs: files or hub names in, checked Python objects out.
 
-Three shapes of preference data are read as they are: explicit prompt/chosen/rejected strings, conversational message
-lists (with the prompt apart or inside both), and whole dialogues with an implicit prompt (Anthropic HH: what both
-dialogues share up to the last "Assistant:"). Every fault names the file, the row (a line of the file where rows are
-lines, from 1) and the column.
+Preference data is read in the shapes it has: a prompt with chosen and rejected as text or messages, whole conversations
+that share their prompt (messages, or Anthropic HH's Human/Assistant text), and plain texts that share their first
+words. docs/data.md lists every shape. Every fault names the file, the row (a line of the file where rows are lines,
+from 1) and the column; what is odd in single rows is counted, and an error only where too many rows are.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vgf_llm.dialogue import ASSISTANT, HUMAN, Message, Prompt, as_messages, as_text, split_pair
-from vgf_llm.errors import DataError, ModelError
+from vgf_llm.cells import missing_column, read_cell, read_number, refuse_columns
+from vgf_llm.dialogue import (
+    ASSISTANT,
+    DIVERGE,
+    EMPTY,
+    EMPTY_PROMPT,
+    NO_PROMPT,
+    SAME,
+    OddRowError,
+    Prompt,
+    PromptText,
+    as_messages,
+    open_dialogue,
+    split_pair,
+    turns_of,
+)
+from vgf_llm.encoding import check_prompt_fits, encode_prompt, encode_response, encode_text
+from vgf_llm.errors import DataError
 from vgf_llm.io import shorten
-from vgf_llm.rows import Row, read_rows
+from vgf_llm.rows import Place, Row, read_rows
+
+__all__ = [
+    "PreferencePair",
+    "Preferences",
+    "check_prompt_fits",
+    "encode_prompt",
+    "encode_response",
+    "encode_text",
+    "load_preferences",
+    "load_prompt_texts",
+    "load_prompts",
+    "read_cell",
+    "read_number",
+    "read_prompt",
+]
+
+_REPEATS = 0.9  # share of rows whose responses start with their prompt from which they repeat it
 
 
 @dataclass(frozen=True)
@@ -37,28 +69,36 @@ class Preferences:
     source: str
     rows: int
     dropped: dict[str, int] = field(default_factory=dict)
+    repeated: int = 0
 
     def report(self) -> str:
         """One line for the log: rows read, pairs kept, rows dropped by reason."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items() if count)
-        return f"{self.source}: {self.rows} rows, {len(self.pairs)} pairs kept, dropped: {reasons or 'none'}"
+        line = f"{self.source}: {self.rows} rows, {len(self.pairs)} pairs kept, dropped: {reasons or 'none'}"
+        return line + (f"; {self.repeated} pairs repeated their prompt, which was cut off" if self.repeated else "")
 
 
-# Prompts and pairs -------------------------------------------------------------------------------------------------
+# Prompts -----------------------------------------------------------------------------------------------------------
 
 
-def load_prompts(source: str, column: str = "prompt", split: str = "train", limit: int | None = None) -> list[Prompt]:
-    """Read prompts from a local file or a hub dataset.
+def load_prompts(
+    source: str,
+    column: str = "prompt",
+    split: str = "train",
+    limit: int | None = None,
+    system_column: str = "system",
+) -> list[Prompt]:
+    """Read prompts from local files or a hub dataset.
 
     A whole dialogue in the column (its last turn is the assistant's) is cut before that turn, so that ``chosen`` of a
     preference set can serve as a column of prompts.
 
     Args:
-        source: a .jsonl, .json, .csv, .parquet (each also with .gz, but parquet) or .txt file (one prompt a line), or
-            a hub dataset as ``owner/name`` or ``owner/name/data_dir``, either with ``:split`` at its end.
-        column: column that holds a string or a list of ``{"role", "content"}`` messages.
-        split: split of a hub dataset whose name does not state one; a file has none.
+        source: as for ``vgf_llm.rows.read_rows``.
+        column: column that holds a string or a list of messages.
+        split: split of a hub dataset or folder whose name does not state one; a file has none.
         limit: only the first so many rows (count, > 0).
+        system_column: column of a system turn, where rows have it.
 
     Returns:
         Prompts in file order.
@@ -67,7 +107,89 @@ def load_prompts(source: str, column: str = "prompt", split: str = "train", limi
         DataError: limit is below 1, the source cannot be read, or a row has no such column or an empty one.
     """
     rows = read_rows(source, split, limit)
-    return [read_prompt(read_cell(row, column, source, number), source, number, column) for number, row in rows]
+    return [prompt_of(row, source, number, column, system_column) for number, row in rows]
+
+
+def load_prompt_texts(
+    source: str,
+    column: str = "prompt",
+    split: str = "train",
+    limit: int | None = None,
+    system_column: str = "system",
+) -> list[PromptText]:
+    """As :func:`load_prompts`, with the other columns of each row, which reward functions may ask for."""
+    texts = []
+    for number, row in read_rows(source, split, limit):
+        others = {name: value for name, value in row.items() if name not in (column, system_column)}
+        texts.append(PromptText(prompt_of(row, source, number, column, system_column), others))
+    return texts
+
+
+def prompt_of(row: Row, source: str, number: Place, column: str, system_column: str = "system") -> Prompt:
+    """Return a row's prompt, up to where the assistant's answer begins, with its system turn.
+
+    Raises:
+        DataError: naming file, row and column.
+    """
+    refuse_columns(row, source, number, (column, system_column))
+    cell = read_cell(row, column, source, number, option="prompt_column")
+    return with_system(read_prompt(cell, source, number, column), row, system_column, source, number)
+
+
+def with_system(prompt: Prompt, row: Row, column: str, source: str, number: Place) -> Prompt:
+    """Put a row's system turn before its prompt; a prompt that starts with one must have the same.
+
+    Raises:
+        DataError: the column holds no text, or another system turn than the prompt.
+    """
+    system = row.get(column)
+    if system is None or system == "" or column == "prompt":
+        return prompt
+    if not isinstance(system, str):
+        raise DataError(
+            f"{source}, row {number}, column '{column}': expected the text of a system turn, got "
+            f"{shorten(repr(system))}; rename the column, or name another with --system_column"
+        )
+    messages = as_messages(prompt)
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages] if system.strip() else prompt
+    if messages[0]["content"].strip() != system.strip():
+        raise DataError(
+            f"{source}, row {number}: the prompt starts with the system turn {shorten(repr(messages[0]['content']))}, "
+            f"and column '{column}' holds {shorten(repr(system))}; keep one of them"
+        )
+    return prompt
+
+
+def read_prompt(value: Prompt, source: str, number: Place, column: str) -> Prompt:
+    """Return a prompt that the assistant is to answer: a dialogue is cut before the assistant's last turn.
+
+    A Human/Assistant text that ends in the human's turn keeps it and gets the assistant's marker.
+    """
+    if isinstance(value, str):
+        turns = turns_of(value)
+        if turns and turns[-1].role == "assistant":
+            return value[: turns[-1].start]
+        return open_dialogue(value)
+    messages = value[:-1] if value[-1]["role"] == "assistant" else value
+    if not messages or not any(message["content"].strip() for message in messages):
+        raise DataError(f"{source}, row {number}, column '{column}': empty; no message before the assistant's")
+    return messages
+
+
+# Pairs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Names of a preference set's columns."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: str
+    system: str
+    preference: str
 
 
 def load_preferences(
@@ -79,19 +201,24 @@ def load_preferences(
     rejected_column: str = "rejected",
     margin_column: str = "margin",
     max_dropped_share: float = 0.2,
+    system_column: str = "system",
+    preference_column: str = "overall_preference",
 ) -> Preferences:
-    """Read preference pairs from a local file or a hub dataset.
+    """Read preference pairs from local files or a hub dataset.
 
     Args:
-        source: as for ``load_prompts``.
-        split: split of a hub dataset whose name does not state one; a file has none.
+        source: as for ``vgf_llm.rows.read_rows``.
+        split: split of a hub dataset or folder whose name does not state one; a file has none.
         limit: only the first so many rows (count, > 0).
         prompt_column: column of prompts; where no row has it, the prompt is what chosen and rejected share; where
             one has it, all must.
         chosen_column: column of the better response, a string or messages.
         rejected_column: column of the worse response, a string or messages.
-        margin_column: column of how much better, a number; optional.
+        margin_column: column of how much better, a number; or two columns as ``score_chosen-score_rejected``. Optional.
         max_dropped_share: largest share of rows that may be unusable (identical, empty or diverging early), in [0, 1].
+        system_column: column of a system turn, where rows have it.
+        preference_column: where rows have it, a number that says which response is better: below 0 the one in
+            chosen_column, above 0 the other, 0 neither (HelpSteer3).
 
     Returns:
         The pairs with the count of dropped rows by reason.
@@ -100,181 +227,104 @@ def load_preferences(
         DataError: the source cannot be read, a column is missing or malformed, or too many rows are unusable.
     """
     rows = read_rows(source, split, limit)
+    columns = _Columns(prompt_column, chosen_column, rejected_column, margin_column, system_column, preference_column)
     explicit = any(prompt_column in row for _, row in rows)
-    dropped = {"with chosen == rejected": 0, "with an empty response": 0, "that diverge before the last turn": 0}
-    first_dropped: dict[str, int] = {}
-    pairs = []
-    for number, row in rows:
-        better = read_cell(row, chosen_column, source, number, empty_ok=True)
-        worse = read_cell(row, rejected_column, source, number, empty_ok=True)
-        given = read_cell(row, prompt_column, source, number) if explicit else None
-        prompt, chosen, rejected = split_pair(given, better, worse, f"{source}, row {number}")
-        reason = _unusable(chosen, rejected)
-        if reason is not None:
-            dropped[reason] += 1
-            first_dropped.setdefault(reason, number)
+    cells = [_cells(row, source, number, columns, explicit) for number, row in rows]
+    repeated = _repeated(cells, source)
+    dropped = dict.fromkeys((SAME, EMPTY, DIVERGE), 0)
+    first: dict[str, str] = {}
+    pairs: list[PreferencePair] = []
+    for (number, row), (given, better, worse), cut in zip(rows, cells, repeated, strict=True):
+        if cut:
+            better, worse = better[len(given) :], worse[len(given) :]
+        try:
+            if explicit and not given:
+                raise OddRowError(EMPTY_PROMPT)
+            prompt, chosen, rejected = split_pair(given if explicit else None, better, worse, f"{source}, row {number}")
+            margin, swap = _margin(row, source, number, columns)
+        except OddRowError as odd:
+            dropped[odd.reason] = dropped.get(odd.reason, 0) + 1
+            first.setdefault(odd.reason, f"row {number}" + (f": {odd.detail}" if odd.detail else ""))
             continue
-        margin = read_number(row.get(margin_column), source, number, margin_column)
-        pairs.append(PreferencePair(prompt, str(chosen), str(rejected), margin))
+        prompt = with_system(prompt, row, system_column, source, number)
+        chosen, rejected = (rejected, chosen) if swap else (chosen, rejected)
+        pairs.append(PreferencePair(prompt, chosen, rejected, margin))
     unusable = len(rows) - len(pairs)
     if unusable > max_dropped_share * len(rows) or not pairs:
-        reasons = ", ".join(f"{dropped[reason]} {reason} (first: row {row})" for reason, row in first_dropped.items())
+        reasons = ", ".join(f"{dropped[reason]} {reason} (first: {seen})" for reason, seen in first.items())
+        advice = "" if explicit or NO_PROMPT not in first else f"; {_no_prompt_column(rows[0][1], columns)}"
         raise DataError(
             f"{source}: {unusable} of {len(rows)} rows are unusable, more than the allowed share of "
-            f"{max_dropped_share:g}: {reasons}; mend the file or raise max_dropped_share"
+            f"{max_dropped_share:g}: {reasons}{advice}; mend the file or raise max_dropped_share"
         )
-    return Preferences(pairs, source, len(rows), dropped)
+    return Preferences(pairs, source, len(rows), dropped, sum(repeated))
 
 
-# Shapes of rows -----------------------------------------------------------------------------------------
+def _no_prompt_column(row: Row, columns: _Columns) -> str:
+    there = ", ".join(map(str, row))
+    return f"no column '{columns.prompt}'; columns: {there}; name another with --prompt_column"
 
 
-def read_cell(row: Row, column: str, source: str, number: int, empty_ok: bool = False) -> Any:
-    """Return a row's text or checked messages; a column that is missing, malformed or empty is a DataError."""
-    where = f"{source}, row {number}"
-    if column not in row:
-        raise DataError(f"{where}: no column '{column}'; columns: {', '.join(map(str, row))}")
-    value = row[column]
-    if value is None or not isinstance(value, str | Sequence):
-        raise DataError(f"{where}, column '{column}': expected text or messages, got {shorten(repr(value))}")
-    if not empty_ok and (not value or isinstance(value, str) and not value.strip()):
-        raise DataError(f"{where}, column '{column}': empty; remove the row or fill it")
-    return value if isinstance(value, str) else _messages(value, f"{where}, column '{column}'")
+def _cells(row: Row, source: str, number: Place, columns: _Columns, explicit: bool) -> tuple[Any, Any, Any]:
+    """Return a row's prompt (None where there is no such column), chosen and rejected."""
+    refuse_columns(row, source, number, (columns.prompt, columns.chosen, columns.rejected, columns.system))
+    better = read_cell(row, columns.chosen, source, number, empty_ok=True, option="chosen_column")
+    worse = read_cell(row, columns.rejected, source, number, empty_ok=True, option="rejected_column")
+    if not explicit:
+        if isinstance(better, str) and not better.startswith("\n\nHuman:") and _may_be_prompt(row, columns):
+            raise missing_column(row, columns.prompt, source, number, "prompt_column")
+        return None, better, worse
+    given = read_cell(row, columns.prompt, source, number, empty_ok=True, option="prompt_column")
+    blank = isinstance(given, str) and not given.strip()
+    return (None if blank else given), better, worse
 
 
-def _messages(value: Sequence[Any], where: str) -> list[Message]:
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise DataError(
-                f"{where}, message {index}: expected an object with 'role' and 'content', got {shorten(repr(message))}"
-            )
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
+def _may_be_prompt(row: Row, columns: _Columns) -> bool:
+    """Whether another column of the row holds sentences or messages: its prompt, by another name."""
+    others = [value for name, value in row.items() if name not in (columns.chosen, columns.rejected)]
+    return any((isinstance(one, str) and " " in one.strip()) or isinstance(one, list) for one in others)
 
 
-def read_prompt(value: Prompt, source: str, number: int, column: str) -> Prompt:
-    """Cut a whole dialogue before the assistant's last turn; leave anything else as it is."""
-    if isinstance(value, str):
-        if value.startswith(HUMAN) and ASSISTANT in value:
-            return value[: value.rfind(ASSISTANT) + len(ASSISTANT)]
-        return value
-    messages = value[:-1] if value[-1]["role"] == "assistant" else value
-    if not messages or not any(message["content"].strip() for message in messages):
-        raise DataError(f"{source}, row {number}, column '{column}': empty; no message before the assistant's")
-    return messages
-
-
-def _unusable(chosen: str | None, rejected: str | None) -> str | None:
-    if chosen is None or rejected is None:
-        return "that diverge before the last turn"
-    if not chosen.strip() or not rejected.strip():
-        return "with an empty response"
-    return "with chosen == rejected" if chosen.strip() == rejected.strip() else None
-
-
-def read_number(value: Any, source: str, number: int, column: str) -> float | None:
-    """Return a cell as a finite number, None where it is empty; anything else is a DataError."""
-    if value is None or value == "":
-        return None
-    try:
-        parsed = float(value)
-    except (TypeError, ValueError):
-        parsed = math.nan
-    if not math.isfinite(parsed):
-        raise DataError(f"{source}, row {number}, column '{column}': expected a number, got {shorten(repr(value))}")
-    return parsed
-
-
-# Encoding ----------------------------------------------------------------------------------------------------------
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Encode a prompt up to where the model's response begins.
-
-    With a chat template: a string is one user message, a Human/Assistant dialogue its turns, and the generation prompt
-    is added. Without one: text as it is with the tokenizer's own BOS, messages as a Human/Assistant dialogue.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        prompt: text or messages.
-
-    Returns:
-        Token ids, at least one.
+def _repeated(cells: Sequence[tuple[Any, Any, Any]], source: str) -> list[bool]:
+    """Return which rows' responses start with their prompt, where that is how the file is written.
 
     Raises:
-        DataError: the template refuses the messages, or nothing is left to encode.
+        DataError: more than half of the rows repeat it, but too many do not to tell.
     """
-    if getattr(tokenizer, "chat_template", None):
-        messages = as_messages(prompt)
-        try:
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        except Exception as error:  # jinja2 and its sandbox raise several types; all mean a refused conversation
-            raise DataError(
-                f"the chat template refuses the messages {shorten(repr(messages), 200)}: {error}"
-            ) from error
-    else:
-        ids = encode_text(tokenizer, as_text(prompt))
-    if not ids:
-        raise DataError(f"the prompt {shorten(repr(prompt))} has no tokens")
-    return list(ids)
-
-
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Encode a text that is to be gone on with, as it stands, with the tokenizer's own BOS and no chat template."""
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id:
-        return ids[:-1]  # some tokenizers close every text; a prompt goes on
-    return ids
-
-
-def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
-    """Encode a response as it follows an encoded prompt.
-
-    Under a chat template leading white space is dropped (the template has placed it already).
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        text: the response.
-        eos: close it with the tokenizer's EOS.
-
-    Returns:
-        Token ids without BOS.
-
-    Raises:
-        ModelError: ``eos`` is asked for and the tokenizer has no EOS token.
-    """
-    if getattr(tokenizer, "chat_template", None):
-        text = text.lstrip()
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not eos:
-        return ids
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no EOS token, so a response cannot be closed; set tokenizer.eos_token")
-    return [*ids, tokenizer.eos_token_id]
-
-
-def check_prompt_fits(
-    ids: Sequence[int], max_positions: int | None, new_tokens: int, index: int, reserved: int = 0
-) -> None:
-    """Refuse a prompt that leaves no room for the response.
-
-    Args:
-        ids: encoded prompt.
-        max_positions: positions of the model (tokens); None where it has no limit.
-        new_tokens: longest response (tokens).
-        index: position of the prompt in its list, for the message.
-        reserved: positions that neither may take; an engine needs one to read what was written.
-
-    Raises:
-        DataError: prompt and response together exceed the model's positions.
-    """
-    if max_positions is not None and len(ids) + new_tokens + reserved > max_positions:
-        kept = f" less the {reserved} that an engine needs to read" if reserved else ""
+    found = [
+        all(isinstance(one, str) for one in cell) and all(_repeats(one, cell[0]) for one in cell[1:]) for cell in cells
+    ]
+    share = sum(found) / len(found)
+    if share >= _REPEATS:
+        return found
+    if share > 0.5:
         raise DataError(
-            f"prompt {index}: {len(ids)} tokens and up to {new_tokens} new ones exceed the model's {max_positions} "
-            f"positions{kept}; shorten it to {max(max_positions - reserved - new_tokens, 0)} tokens or lower "
-            "max_new_tokens"
+            f"{source}: chosen and rejected start with the prompt in {sum(found)} of {len(found)} rows (first: row "
+            f"{found.index(True) + 1}); take it away there, or the model would read it twice"
         )
+    return [False] * len(found)
+
+
+def _repeats(response: str, prompt: str) -> bool:
+    rest = response[len(prompt) :]
+    return response.startswith(prompt) and (not rest or rest[0].isspace() or prompt.endswith((ASSISTANT, "\n", " ")))
+
+
+def _margin(row: Row, source: str, number: Place, columns: _Columns) -> tuple[float | None, bool]:
+    """Return by how much chosen is better, and whether the row says that rejected is the better one.
+
+    Raises:
+        OddRowError: neither is better.
+        DataError: a number is malformed.
+    """
+    preference = read_number(row.get(columns.preference), source, number, columns.preference)
+    if preference is not None:
+        if preference == 0:
+            raise OddRowError("in which neither response is better")
+        return abs(preference), preference > 0
+    name = columns.margin
+    left, minus, right = (part.strip() for part in name.partition("-"))
+    if name not in row and minus and left in row and right in row:
+        better, worse = (read_number(row[column], source, number, column) for column in (left, right))
+        return (None if better is None or worse is None else better - worse), False
+    return read_number(row.get(name), source, number, name), False

@@ -1,19 +1,155 @@
-"""Shapes of a conversation: message lists, Human/Assistant texts, and pairs of whole dialogues cut into parts."""
+r"""Shapes of a conversation: message lists, Human/Assistant texts, and pairs of whole dialogues cut into parts.
+
+A Human/Assistant text (Anthropic HH) is read turn by turn. A marker that a quotation mark or punctuation follows is
+part of a turn's text, so that a turn may quote ``'\n\nAssistant:'``.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
-from typing import TypeAlias
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from vgf_llm.errors import DataError
 from vgf_llm.io import shorten
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[Message]
-Parts: TypeAlias = tuple[Prompt, str | None, str | None]
+Parts: TypeAlias = tuple[Prompt, str, str]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_MARKER = re.compile(r"\n\n(Human|Assistant):(?![\"'`\u2019\u201d,.;:?!)\]])")
+
+
+class OddRowError(DataError):
+    """A row that cannot be used and need not end the run.
+
+    Args:
+        reason: completes "3 rows ..."; rows of one reason are counted together.
+        detail: what was seen in this one.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+EMPTY = "with an empty response"
+EMPTY_PROMPT = "with an empty prompt"
+SAME = "with chosen == rejected"
+DIVERGE = "that diverge before the last turn"
+NO_PROMPT = "that share no prompt"
+NOT_THE_ASSISTANTS = "whose last turn is not the assistant's"
+PROMPT_CONTRADICTED = "whose prompt is not part of the turns that chosen and rejected share"
+PROMPT_ENDS_ANSWERED = "whose prompt ends in the assistant's turn"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a Human/Assistant text.
+
+    Attributes:
+        role: "user" or "assistant".
+        start: where its text starts, after the marker.
+        text: as it stands, blanks included.
+    """
+
+    role: str
+    start: int
+    text: str
+
+
+def turns_of(text: str) -> list[Turn]:
+    """Return the turns of a Human/Assistant text; none where the text does not start with a human's turn."""
+    if not text.startswith(HUMAN):
+        return []
+    marks = list(_MARKER.finditer(text))
+    if not marks or marks[0].start():
+        return []
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Turn(roles[mark[1]], mark.end(), text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """Return a prompt as messages: a Human/Assistant text as its turns, any other text as one user message."""
+    if not isinstance(prompt, str):
+        return prompt
+    turns = turns_of(prompt)
+    if not turns:
+        return [{"role": "user", "content": prompt}]
+    messages = [{"role": turn.role, "content": turn.text.strip()} for turn in turns]
+    return [message for message in messages if message["content"] or message["role"] == "user"]
+
+
+def as_text(prompt: Prompt) -> str:
+    """Return a prompt as text: messages as a Human/Assistant dialogue that the assistant is to continue.
+
+    Raises:
+        DataError: a message is neither the system's, the user's nor the assistant's.
+    """
+    if isinstance(prompt, str):
+        return open_dialogue(prompt)
+    for place, turn in enumerate(prompt):
+        if turn["role"] not in _NAMES:
+            raise DataError(
+                f"message {place} has the role {turn['role']!r}, which has no place in a Human/Assistant text; give "
+                "the tokenizer a chat template"
+            )
+    return _written(prompt) + ASSISTANT
+
+
+_NAMES = {"user": HUMAN, "assistant": ASSISTANT, "system": "", "developer": ""}
+
+
+def _written(messages: list[Message]) -> str:
+    """Return messages as a Human/Assistant text; a system turn has no marker, other roles have their own name."""
+    parts = []
+    for place, turn in enumerate(messages):
+        name = _NAMES.get(turn["role"], f"\n\n{turn['role'].capitalize()}:")
+        parts.append(f"{name} {turn['content']}" if name else "\n\n" * (place > 0) + turn["content"])
+    return "".join(parts)
+
+
+def open_dialogue(text: str) -> str:
+    """Return a text that the assistant is to continue: a dialogue that ends in the human's turn gets the marker."""
+    turns = turns_of(text)
+    return text.rstrip() + ASSISTANT if turns and turns[-1].role == "user" else text
+
+
+def conversation_text(prompt: Prompt) -> str:
+    """Return a prompt as one text that holds all of it, for reports and reward functions.
+
+    A text, and a single user message, is itself; longer conversations are a Human/Assistant text with every turn.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    return _written(prompt) + (ASSISTANT if prompt[-1]["role"] != "assistant" else "")
+
+
+class PromptText(str):
+    """A prompt as one text, as reports and reward functions read it.
+
+    Attributes:
+        prompt: What the text was made of; reward models of another tokenizer read it under their own chat template.
+        columns: The other columns of the prompt's row, by name.
+    """
+
+    prompt: Prompt
+    columns: Mapping[str, Any]
+
+    def __new__(cls, prompt: Prompt, columns: Mapping[str, Any] | None = None) -> PromptText:
+        """Write a prompt down; one that is such a text already stays as it is."""
+        if isinstance(prompt, PromptText):
+            return prompt
+        text = super().__new__(cls, conversation_text(prompt))
+        text.prompt, text.columns = prompt, columns or {}
+        return text
 
 
 def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: str) -> Parts:
@@ -26,32 +162,56 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
         where: file and row, for messages.
 
     Returns:
-        (prompt, chosen, rejected); a response of several turns comes back as None.
+        (prompt, chosen, rejected), neither response empty.
 
     Raises:
-        DataError: there is no prompt to be found, or the stated one does not fit the turns that both share.
+        OddRowError: this row is unusable: no prompt, a response that is empty, not the assistant's or several turns.
+        DataError: one response is text and the other a message list.
     """
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return (given, chosen, rejected) if given is not None else _split_text(chosen, rejected, where)
-    if isinstance(chosen, str) or isinstance(rejected, str):
+    if not chosen or not rejected:  # null and "" in files whose other cells hold text or messages
+        raise OddRowError(EMPTY)
+    if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError(f"{where}: one of chosen and rejected is text and the other a message list")
-    same = (left == right for left, right in zip(chosen, rejected, strict=False))
-    shared = sum(1 for _ in itertools.takewhile(bool, same))
-    inside = min(shared, len(chosen) - 1, len(rejected) - 1) if chosen and rejected else 0
-    better, worse = (_only_turn(messages[inside:]) for messages in (chosen, rejected))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        prompt, better, worse = (given, chosen, rejected) if given is not None else _split_text(chosen, rejected)
+    else:
+        assert not isinstance(chosen, str) and not isinstance(rejected, str)
+        prompt, better, worse = _split_messages(given, chosen, rejected)
+    if not better.strip() or not worse.strip():
+        raise OddRowError(EMPTY)
+    if better.strip() == worse.strip():
+        raise OddRowError(SAME)
+    last = as_messages(prompt)[-1]
+    if last["role"] == "assistant" and last["content"].strip():
+        raise OddRowError(PROMPT_ENDS_ANSWERED, shorten(repr(last["content"])))
+    return open_dialogue(prompt) if isinstance(prompt, str) else prompt, better, worse
+
+
+def _split_messages(given: Prompt | None, chosen: list[Message], rejected: list[Message]) -> Parts:
+    inside = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if given is None and not inside:
-        raise DataError(f"{where}: no column 'prompt', and chosen and rejected share no first message")
-    if given is None or better is None or worse is None:
-        return given or chosen[:inside], better, worse
-    return _joined(given, chosen[:inside], where), better, worse
+        raise OddRowError(NO_PROMPT, f"chosen starts {shorten(repr(chosen[0]))}, rejected {shorten(repr(rejected[0]))}")
+    better, worse = (_only_turn(messages[inside:]) for messages in (chosen, rejected))
+    return chosen[:inside] if given is None else _joined(given, chosen[:inside]), better, worse
 
 
-def _only_turn(messages: list[Message]) -> str | None:
-    return "" if not messages else messages[0]["content"] if len(messages) == 1 else None
+def _shared(one: list[Message], other: list[Message]) -> int:
+    """Return how many first messages are the same but for blanks around them."""
+    same = (_equal([left], [right]) for left, right in zip(one, other, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, same))
 
 
-def _joined(given: Prompt, shared: list[Message], where: str) -> Prompt:
-    """Join a stated prompt and the turns that chosen and rejected share, which may repeat it or go on from it."""
+def _only_turn(messages: list[Message]) -> str:
+    """Return the assistant's answer that is left after the prompt."""
+    if messages[-1]["role"] != "assistant":
+        raise OddRowError(NOT_THE_ASSISTANTS, f"it is {messages[-1]['role']!r}")
+    if len(messages) > 1:
+        raise OddRowError(DIVERGE)
+    return messages[0]["content"]
+
+
+def _joined(given: Prompt, shared: list[Message]) -> Prompt:
+    """Join a stated prompt and the turns that chosen and rejected share, which may repeat it or continue it."""
     stated = as_messages(given)
     if not shared or _equal(shared, stated):
         return given
@@ -59,9 +219,10 @@ def _joined(given: Prompt, shared: list[Message], where: str) -> Prompt:
         return shared
     if shared[0]["role"] == "assistant":
         return [*stated, *shared]
-    raise DataError(
-        f"{where}: the prompt {shorten(repr(given))} is no part of the {len(shared)} turns that chosen and rejected "
-        f"share, which start {shorten(repr(shared[0]))}; state the whole conversation as the prompt, or leave it out"
+    raise OddRowError(
+        PROMPT_CONTRADICTED,
+        f"the prompt {shorten(repr(given))} is no part of the {len(shared)} turns that chosen and rejected share, "
+        f"which start {shorten(repr(shared[0]))}; state the whole conversation as the prompt, or leave it out",
     )
 
 
@@ -71,37 +232,27 @@ def _equal(one: list[Message], other: list[Message]) -> bool:
     ]
 
 
-def _split_text(chosen: str, rejected: str, where: str) -> Parts:
+def _split_text(chosen: str, rejected: str) -> Parts:
+    better, worse = turns_of(chosen), turns_of(rejected)
+    if not better or not worse:
+        return _split_plain(chosen, rejected)
+    for turns in (better, worse):
+        if turns[-1].role != "assistant":
+            raise OddRowError(NOT_THE_ASSISTANTS, f"a dialogue ends {shorten(repr(turns[-1].text))}")
+    before = [[{"role": turn.role, "content": turn.text} for turn in turns[:-1]] for turns in (better, worse)]
+    if not _equal(*before):
+        raise OddRowError(DIVERGE if _shared(*before) else NO_PROMPT)
+    return chosen[: better[-1].start], better[-1].text, worse[-1].text
+
+
+def _split_plain(chosen: str, rejected: str) -> Parts:
+    """Cut two plain texts after the words that they share, as TRL does for an implicit prompt, but never in a word."""
     shared = os.path.commonprefix([chosen, rejected])
-    end = shared.rfind(ASSISTANT)
-    if end < 0:
-        raise DataError(
-            f"{where}: no column 'prompt', and chosen and rejected share no text up to an "
-            f"{ASSISTANT!r}; chosen starts {shorten(repr(chosen))}"
-        )
-    end += len(ASSISTANT)
-    responses = [None if HUMAN in text[end:] or ASSISTANT in text[end:] else text[end:] for text in (chosen, rejected)]
-    return chosen[:end], responses[0], responses[1]
-
-
-def as_messages(prompt: Prompt) -> list[Message]:
-    """Return a prompt as messages: a Human/Assistant text as its turns, any other text as one user message."""
-    if not isinstance(prompt, str):
-        return prompt
-    if not (prompt.startswith(HUMAN) and prompt.rstrip().endswith(ASSISTANT.strip())):
-        return [{"role": "user", "content": prompt}]
-    messages = []
-    for turn in prompt.split(HUMAN)[1:]:
-        question, *answers = turn.split(ASSISTANT)
-        messages.append({"role": "user", "content": question.strip()})
-        messages.extend({"role": "assistant", "content": answer.strip()} for answer in answers if answer.strip())
-    return messages
-
-
-def as_text(prompt: Prompt) -> str:
-    """Return a prompt as text: messages as a Human/Assistant dialogue that the assistant is to go on with."""
-    if isinstance(prompt, str):
-        return prompt
-    names = {"user": HUMAN, "assistant": ASSISTANT}
-    turns = [f"{names.get(turn['role'], '')} {turn['content']}".lstrip(" ") for turn in prompt]
-    return "".join(turns) + ASSISTANT
+    whole_words = len(shared) in (len(chosen), len(rejected)) or (
+        chosen[len(shared)].isspace() and rejected[len(shared)].isspace()
+    )
+    prompt = shared if whole_words else re.sub(r"\S*$", "", shared)
+    prompt = prompt.rstrip()
+    if not prompt:
+        raise OddRowError(NO_PROMPT, f"chosen starts {shorten(repr(chosen))}, rejected {shorten(repr(rejected))}")
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]

@@ -19,7 +19,7 @@ from typing import Any
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.inputs import check_decoder_options, check_engine, check_models
+from vgf_llm.inputs import check_decoder_options, check_engine, check_models, check_rewards
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.precision import with_dtype
 from vgf_llm.progress import load_libraries
@@ -92,15 +92,18 @@ def look_at_inputs(settings: EvaluateSettings, models: ModelSettings) -> list[An
     Raises:
         VGFError: Something is unusable.
     """
-    from reward_models.functions import load_function
-    from vgf_llm.data import load_prompts
+    from vgf_llm.data import load_prompt_texts
 
-    load_function(settings.gold)
+    check_rewards([], settings.gold)
     check_models(models)
     for arm in settings.all_arms():
         check_decoder_options(arm.decoder, arm.decoder_options)
     check_engine(settings.backend, settings.engine.url)
-    return load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
+    prompts = load_prompt_texts(
+        settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
+    )
+    check_rewards([], settings.gold, prompts)
+    return prompts
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +119,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def _claim(rows_path: Path, *instances: Any) -> None:
     """Refuse to mix the rows of two runs; more prompts and further arms only add rows."""
     settings, models = instances[0], instances[1]
-    config = {**dump(*instances), "contents": contents(settings.prompts, models.reward_model)}
+    config = {
+        **dump(*instances),
+        "contents": contents(settings.prompts, models.reward_model, models.model_name_or_path),
+    }
     # What the arms are made from is compared in the arms themselves.
     free = ("num_prompts", "arms", "baselines", "num_particles", "draws", "best_of", "budgets")
     claim(rows_path, config, resume=settings.resume, free=free, changes=_arm_changes)

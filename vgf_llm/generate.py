@@ -83,14 +83,19 @@ def _prompts(settings: GenerateSettings) -> list[Any]:
     elif settings.prompts:
         from vgf_llm.data import load_prompts
 
-        return load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
+        return load_prompts(
+            settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
+        )
     else:
         if sys.stdin.isatty():
             say("reading prompts from standard input, one a line (end with Ctrl-D)")
         found = [line.strip() for line in sys.stdin if line.strip()]
     if not found:
         raise ConfigError("no prompt given; use --prompt, --prompts or standard input")
-    return found[: settings.num_prompts]
+    from vgf_llm.data import read_prompt
+
+    asked = enumerate(found[: settings.num_prompts], 1)
+    return [read_prompt(prompt, "--prompt", number, "prompt") for number, prompt in asked]
 
 
 def _checked_output(output: str | None) -> Path | None:

@@ -85,14 +85,24 @@ def _check_holds_model(folder: Path, key: str) -> None:
             raise ModelError(f"{key}: '{config}' cannot be read ({error})") from error
 
 
-def check_rewards(names: Sequence[str], gold: str | None = None) -> None:
+def check_rewards(names: Sequence[str], gold: str | None = None, prompts: Sequence[Any] = ()) -> None:
     """Refuse rewards that are neither folders of models nor functions; the functions are imported.
 
+    Args:
+        names: Folders and functions.
+        gold: One more function.
+        prompts: What functions will be called with; none are looked at when empty.
+
     Raises:
-        ConfigError: A function or folder does not exist.
+        ConfigError: A function or folder does not exist, or a function takes a column that the prompts do not have.
         ModelError: A folder holds no model.
     """
-    from reward_models.functions import load_function
+    from reward_models.functions import further_arguments, load_function
+
+    def check_function(name: str) -> None:
+        function = load_function(name)
+        if prompts:
+            further_arguments(function, prompts)
 
     for name in names:
         if Path(name).is_dir():
@@ -102,9 +112,9 @@ def check_rewards(names: Sequence[str], gold: str | None = None) -> None:
                 f"rewards: {name!r} is not a folder; train a reward model with `vgf-llm reward`, or name a function"
             )
         else:
-            load_function(name)
+            check_function(name)
     if gold is not None:
-        load_function(gold)
+        check_function(gold)
 
 
 def check_decoder_options(name: str, options: Iterable[str]) -> None:

@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vgf_llm.adapters import read_adapter_config, refuse_scoring_adapter, with_adapter
-from vgf_llm.architecture import check_config, check_decoder
+from vgf_llm.adapters import adapter_base, refuse_scoring_adapter, with_adapter
+from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
 from vgf_llm.embedded import (
     DEFAULT_HUB_NAME,
@@ -37,8 +37,10 @@ from vgf_llm.embedded import (
     EMBEDDED_PACKAGE,
     cache_folder,
 )
+from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
 from vgf_llm.progress import working
+from vgf_llm.provenance import model_mark, read_base, tell_if_changed
 from vgf_llm.whole import loaded_whole
 
 ADAPTER_NAME = "adapter_config.json"
@@ -128,7 +130,11 @@ def _check_complete(report: dict[str, Any], name: str) -> None:
 def _merged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """Load an adapter's base, in whatever cache folder the embedded one lies here, and merge the adapter in float32."""
     refuse_scoring_adapter(folder)
-    base = load_causal_lm(base_model_name(str(folder)), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    name = base_model_name(str(folder))
+    base = load_causal_lm(name, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    made_from = read_base(folder)
+    if made_from is not None:
+        tell_if_changed(made_from, model_mark(base), f"the adapter '{folder}'", name)
     merged = with_adapter(base, folder)
     for parameter in merged.parameters():  # buffers (rotary frequencies) stay in float32
         parameter.data = parameter.data.to(dtype)
@@ -158,6 +164,7 @@ def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False)
             model.generation_config = GenerationConfig.from_pretrained(resolved)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
+    check_structure(model, name)
     return model.eval().requires_grad_(False)
 
 
@@ -169,7 +176,7 @@ def base_model_name(name: str) -> str:
     """
     if name == DEFAULT_MODEL or not (Path(name) / ADAPTER_NAME).is_file():
         return name
-    found = read_adapter_config(Path(name))["base_model_name_or_path"]
+    found = adapter_base(Path(name))
     return DEFAULT_MODEL if Path(found).name == EMBEDDED_FOLDER else found
 
 
@@ -202,7 +209,19 @@ def load_tokenizer(
             raise ModelError(f"pad_token {pad_token!r} is not in the vocabulary of {name!r}; name an existing token")
         tokenizer.pad_token = pad_token
     check_tokenizer(tokenizer, name)
+    stated = _stated_eos_ids(name)
+    if stated is not None:
+        remember_eos_ids(tokenizer, stated)
     return tokenizer
+
+
+def _stated_eos_ids(name: str) -> list[int] | None:
+    """Return the EOS ids of a model's generation config, None where it has none (a reward model's folder)."""
+    try:
+        ids = GenerationConfig.from_pretrained(_resolve(base_model_name(name))).eos_token_id
+    except (OSError, ValueError, ModelError):
+        return None
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -231,11 +250,14 @@ def _pad_hint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return every id that ends a response: the tokenizer's EOS and those of the generation config, sorted."""
+    """Return every id that ends a response: the tokenizer's EOS and those of the generation config, sorted.
+
+    One of them may be the padding id: padding is told by masks.
+    """
     configured = getattr(model, "generation_config", None)
     ids = getattr(configured, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return tuple(sorted({int(tokenizer.eos_token_id), *ids} - {tokenizer.pad_token_id}))
+    return tuple(sorted({*eos_ids_of(tokenizer), *(int(one) for one in ids)}))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> Fingerprint:

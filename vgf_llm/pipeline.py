@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.architecture import decoder_layers, max_positions
+from vgf_llm.dialogue import Prompt, PromptText
+from vgf_llm.endings import check_ids, padding_id
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.models import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer
 from vgf_llm.precision import with_dtype
 from vgf_llm.sampling.backend import engine_reference
 from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.screen import say
 from vgf_llm.settings import DecoderName, EngineSettings, ModelSettings, SamplingSettings, resolve_device
 from vgf_llm.text.decoders import (
     BlockDecoder,
@@ -85,17 +88,50 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
     else:
         base = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
     table_V, own_V = len(value.embedding_table_VD), base.get_input_embeddings().weight.shape[0]
-    if table_V < len(tokenizer):
-        raise ModelError(
-            f"the reward model's table has {table_V} tokens, the tokenizer {len(tokenizer)} (base model: {own_V}); "
-            "train the reward model on this base model"
-        )
+    vocabulary = check_table(value, tokenizer, own_V)
+    tell_other_table(value, base, models.reward_model)
     gradient = load_gradient(models.reward_model, value)  # what can fail comes before an engine is started
     if engine is None:
-        reference = Reference(base, sampling, eos_token_ids(base, tokenizer), tokenizer.pad_token_id)
+        eos_ids, pad_id = eos_token_ids(base, tokenizer), padding_id(tokenizer, min(own_V, table_V))
+        reference = Reference(base, sampling, eos_ids, pad_id, vocabulary)
     else:
         reference = engine_reference(models, sampling, engine, tokenizer, value.embedding_table_VD, device)
     return Pipeline(reference, value, tokenizer, gradient)
+
+
+def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int) -> int:
+    """Return the tokens that base and value share: a tokenizer may hold tokens without a row, and a table padding.
+
+    Raises:
+        ModelError: If the value's table is shorter than both the tokenizer and the base model's table.
+    """
+    vocabulary, own = min(len(tokenizer), base_rows), len(value.embedding_table_VD)
+    if own < vocabulary:
+        raise ModelError(
+            f"the reward model's table has {own} tokens, the tokenizer {len(tokenizer)} (base model: {base_rows}); "
+            "train the reward model on this base model"
+        )
+    return vocabulary
+
+
+def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> None:
+    """Say on standard error that the value's input embeddings are not the base's: particles mean something else to it.
+
+    Args:
+        value: The reward model.
+        base: The base model; one without weights is not compared.
+        folder: Of the reward model, for the message.
+    """
+    own_VD, base_VD = value.get_input_embeddings().weight, base.get_input_embeddings().weight
+    if base_VD.is_meta or value.config.train_embeddings:
+        return
+    rows = min(len(own_VD), len(base_VD))
+    if own_VD.shape[1] == base_VD.shape[1] and torch.equal(own_VD[:rows], base_VD[:rows]):
+        return
+    say(
+        f"WARNING: '{folder}' was made from another base model than this one: their input embeddings differ, so what "
+        "moves a response for one means something else to the other; train the reward model on this base",
+    )
 
 
 def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
@@ -129,7 +165,9 @@ def make_decoder(
         "pivot": PivotDecoder,
     }
     if name == "nearest":
-        maker = partial(NearestDecoder, value.embedding_table_VD, (*reference.eos_ids, reference.pad_id))
+        maker = partial(
+            NearestDecoder, value.embedding_table_VD, (*reference.eos_ids, reference.pad_id), reference.vocabulary
+        )
     else:
         maker = partial(makers[name], reference, value.embedding_table_VD)
     known = [key for key, one in signature(maker).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
@@ -150,20 +188,24 @@ def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:
     Raises:
         DataError: Naming the prompt that is empty or too long.
     """
-    from vgf_llm.data import check_prompt_fits, encode_prompt
+    from vgf_llm.encoding import check_prompt_fits, encode_prompt
 
     reference = pipeline.reference
     limit = max_positions(reference.model.config)
+    rows = len(pipeline.value.embedding_table_VD)
+    if reference.vocabulary is not None:
+        rows = min(rows, reference.vocabulary)
     encoded = []
     for index, prompt in enumerate(prompts):
         ids = encode_prompt(pipeline.tokenizer, prompt)
         if not ids:
             raise DataError(f"prompt {index} is empty; remove it or write something")
+        check_ids(pipeline.tokenizer, ids, rows, f"prompt {index}")
         check_prompt_fits(ids, limit, reference.sampling.max_new_tokens, index, reference.reserved_positions)
         encoded.append(ids)
     return encoded
 
 
-def prompt_text(prompt: object) -> str:
-    """Return a prompt as plain text, for reports and reward functions: a string itself, or the last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+def prompt_text(prompt: Prompt) -> PromptText:
+    """Return a prompt as plain text, for reports and reward functions: all of it, as a dialogue where it has turns."""
+    return PromptText(prompt)

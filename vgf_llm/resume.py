@@ -10,6 +10,7 @@ from typing import Any
 
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.io import write_json_atomic
+from vgf_llm.sources import local_files
 
 Config = dict[str, Any]
 _HOW = ("resume", "record", "batch_prompts", "output_dir", "engine")  # how a run is made, not what it makes
@@ -67,9 +68,14 @@ def claim(
     write_json_atomic(config_path, config)
 
 
-def contents(prompts: str, reward_model: str | None) -> dict[str, str]:
-    """Return the SHA-256 of the local files that decide every number: prompts and reward model."""
-    files = [Path(prompts)]
+def contents(prompts: str, reward_model: str | None, base_model: str | None = None) -> dict[str, str]:
+    """Return the SHA-256 of the local files that decide every number: prompts, reward model and base model."""
+    from vgf_llm.provenance import folder_mark
+
+    read = local_files(prompts, "train")
+    files = [] if read is None else list(read.paths)
     if reward_model is not None:
         files += sorted(Path(reward_model).glob("*.safetensors"))
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    found = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    base = None if base_model is None else folder_mark(base_model)
+    return found if base is None else found | {str(base_model): base}

@@ -1,4 +1,4 @@
-"""Rows of a data file or hub dataset as dictionaries; a malformed row is an error that names it."""
+"""Rows of data files or hub datasets as dictionaries; a malformed row is an error that names it."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from vgf_llm.errors import DataError
 from vgf_llm.io import shorten
+from vgf_llm.sources import SUFFIXES, file_kind, local_files
 
 Row: TypeAlias = Mapping[str, Any]
+Place: TypeAlias = int | str
+"""A row's number, from 1; "3 of part-2.jsonl" where a source has several files."""
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_LONGEST_CELL = 2**30  # characters; Python's default of 131,072 is less than a long conversation
 
 
-def read_rows(source: str, split: str = "train", limit: int | None = None) -> list[tuple[int, Row]]:
-    """Read the rows of a local file or a hub dataset as dictionaries, each with its number.
+def read_rows(source: str, split: str = "train", limit: int | None = None) -> list[tuple[Place, Row]]:
+    """Read the rows of local files or a hub dataset as dictionaries, each with its number.
 
     Args:
-        source: a .jsonl, .json, .csv or .txt file (one prompt a line), each also as .gz, a .parquet file, or a hub
-            dataset as ``owner/name`` or ``owner/name/data_dir``, either with ``:split`` at its end.
-        split: split of a hub dataset whose name does not state one; a file has none.
+        source: a .jsonl, .ndjson, .json, .csv, .tsv or .txt file (one prompt a line), each also as .gz, a .parquet or
+            .arrow file; a glob of such files; a folder of them, or one that ``save_to_disk`` wrote; or a hub dataset as
+            ``owner/name`` or ``owner/name/data_dir``. Folders and hub datasets take ``:split`` at their end.
+        split: split of a hub dataset or folder whose name does not state one; a file has none.
         limit: only the first so many rows (count, > 0).
 
     Returns:
@@ -36,39 +40,56 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
     """
     if limit is not None and limit <= 0:
         raise DataError(f"'{source}': limit must be > 0, got {limit}; num_prompts of a command is such a limit")
-    path = Path(source)
-    kind = Path(source.removesuffix(".gz")).suffix.lower()
-    if path.is_file():
-        if kind not in _SUFFIXES:
-            raise DataError(f"'{source}': unknown file type '{kind}'; expected one of {', '.join(_SUFFIXES)}")
-        rows = _read_file(path, kind)
-    elif kind in _SUFFIXES or source.startswith((".", "/", "~")) or path.exists():
-        what = "is a folder, name a file in it" if path.is_dir() else "does not exist"
-        raise DataError(f"'{source}' {what} (current folder: {Path.cwd()})")
-    else:
+    files = local_files(source, split)
+    rows: list[tuple[Place, Row]] = []
+    if files is None:
         rows = list(enumerate(_read_hub(source, split, limit), 1))
+    else:
+        for path in files.paths:
+            found = _read_file(path)
+            rows += [(f"{number} of {path.name}", row) for number, row in found] if files.many else found
+            if limit is not None and len(rows) >= limit:
+                break
     if not rows:
         raise DataError(f"'{source}' holds no rows")
     return rows[:limit]
 
 
-def _read_file(path: Path, kind: str) -> list[tuple[int, Row]]:
+def _read_file(path: Path) -> list[tuple[int, Row]]:
+    kind = file_kind(path.name)
+    if kind not in SUFFIXES:
+        raise DataError(f"'{path}': unknown file type '{kind}'; expected one of {', '.join(SUFFIXES)}")
     readers: dict[str, Callable[[Any, Path], list[tuple[int, Row]]]] = {
         ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
         ".json": _json,
         ".csv": _csv,
+        ".tsv": _tsv,
         ".txt": _txt,
     }
     try:
-        if kind == ".parquet":
-            import pyarrow.parquet
-
-            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
+        if kind in (".parquet", ".arrow"):
+            return list(enumerate(_table(path, kind), 1))
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as handle:
             return readers[kind](handle, path)
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
         raise DataError(f"'{path}' cannot be read ({error})") from error
+
+
+def _table(path: Path, kind: str) -> list[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"'{path}' needs the package 'pyarrow': install vgf-llm[train]") from error
+    if kind == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    with path.open("rb") as handle:  # datasets writes streams, pyarrow and pandas files
+        is_file = handle.read(6) == b"ARROW1"
+    with pyarrow.memory_map(str(path)) as source:
+        opened = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        return opened.read_all().to_pylist()
 
 
 def _jsonl(handle: Any, path: Path) -> list[tuple[int, Row]]:
@@ -87,17 +108,47 @@ def _object(line: str, where: str) -> Row:
 
 
 def _json(handle: Any, path: Path) -> list[tuple[int, Row]]:
+    """Read a list of objects, an object that holds one such list, or (as often on the hub) one object a line."""
+    text = handle.read()
     try:
-        rows = json.load(handle)
+        found = json.loads(text)
     except ValueError as error:
+        if text.lstrip().startswith("{") and "\n" in text.strip() and "Extra data" in str(error):
+            return _jsonl(text.split("\n"), path)
         raise DataError(f"{path}: not JSON ({error}); a file of one object a line is named .jsonl") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: expected a list of objects, got {type(rows).__name__}")
-    return list(enumerate(rows, 1))
+    if isinstance(found, dict):
+        lists = {key: value for key, value in found.items() if _is_rows(value)}
+        if len(lists) == 1:
+            return list(enumerate(next(iter(lists.values())), 1))
+        if lists:
+            raise DataError(f"{path}: holds several lists of rows ({', '.join(lists)}); save the one to be read alone")
+        raise DataError(
+            f"{path}: expected a list of objects, got dict with the keys {', '.join(map(str, list(found)[:8]))}; save "
+            "rows as a list or one a line (pandas: to_json(orient='records'))"
+        )
+    if found != [] and not _is_rows(found):
+        raise DataError(f"{path}: expected a list of objects, got {type(found).__name__}")
+    return list(enumerate(found, 1))
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether it is a list of rows; a list of messages is one cell of a row."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        return False
+    return not any({"role", "from"} & set(one) for one in value)
 
 
 def _csv(handle: Any, path: Path) -> list[tuple[int, Row]]:
-    return list(enumerate(csv.DictReader(handle), 1))
+    return _separated(handle, ",")
+
+
+def _tsv(handle: Any, path: Path) -> list[tuple[int, Row]]:
+    return _separated(handle, "\t")
+
+
+def _separated(handle: Iterable[str], delimiter: str) -> list[tuple[int, Row]]:
+    csv.field_size_limit(_LONGEST_CELL)
+    return list(enumerate(csv.DictReader(handle, delimiter=delimiter), 1))
 
 
 def _txt(handle: Any, path: Path) -> list[tuple[int, Row]]:

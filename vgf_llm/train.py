@@ -130,9 +130,12 @@ def build_trainer(
     import torch
     from transformers import set_seed
 
+    from reward_models.modelling import RewardModel
     from reward_models.value_model import build_value_model
+    from vgf_llm.architecture import vocabulary_rows
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
+    from vgf_llm.pipeline import check_table
     from vgf_llm.sampling.engine_reference import EngineReference
     from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
     from vgf_llm.training.learned_value import LearnedValue
@@ -165,6 +168,9 @@ def build_trainer(
                 dtype=dtype,
                 device=arguments.device,
             )
+        for member in rewards.members:
+            if isinstance(member.scorer, RewardModel):
+                check_table(member.scorer, tokenizer, vocabulary_rows(base.config))
         set_seed(optim.seed)
         eos_ids, learned = eos_token_ids(base, tokenizer), None
         if method.value == "learned":
@@ -209,7 +215,7 @@ def look_at_inputs(
     Raises:
         VGFError: Something is unusable.
     """
-    from vgf_llm.data import load_prompts
+    from vgf_llm.data import load_prompt_texts
 
     check_base_model(policy.model_name_or_path)
     refuse_adapter_on_adapter(policy)
@@ -218,7 +224,11 @@ def look_at_inputs(
     check_decoder_options(method.decoder, method.decoder_options)
     check_engine(method.backend, method.engine.url)
     check_rewards(script.rewards, script.gold)
-    return load_prompts(script.prompts, script.prompt_column, limit=script.num_prompts)
+    texts = load_prompt_texts(
+        script.prompts, script.prompt_column, limit=script.num_prompts, system_column=script.system_column
+    )
+    check_rewards(script.rewards, script.gold, texts)
+    return texts
 
 
 def refuse_adapter_on_adapter(policy: PolicySettings) -> None:
@@ -244,19 +254,22 @@ def encode_rows(
         DataError: A prompt is empty or leaves no room for a response.
         ConfigError: There are no prompts.
     """
-    from vgf_llm.architecture import max_positions
-    from vgf_llm.data import check_prompt_fits, encode_prompt
+    from vgf_llm.architecture import max_positions, vocabulary_rows
+    from vgf_llm.encoding import check_prompt_fits, encode_prompt
+    from vgf_llm.endings import check_ids
     from vgf_llm.pipeline import prompt_text
     from vgf_llm.training.rollout import PromptRow
 
-    rows = []
+    rows, rows_of_table = [], vocabulary_rows(config)
     limit = max_positions(config)
     for index, prompt in enumerate(prompts):
-        ids = encode_prompt(tokenizer, prompt)
+        text = prompt_text(prompt)
+        ids = encode_prompt(tokenizer, text.prompt)
         if not ids:
             raise DataError(f"prompt {index} of '{source}' is empty; remove it or write something")
+        check_ids(tokenizer, ids, rows_of_table, f"prompt {index} of '{source}'")
         check_prompt_fits(ids, limit, max_new_tokens, index, reserved)
-        rows.append(PromptRow(index, ids, prompt_text(prompt)))
+        rows.append(PromptRow(index, ids, text))
     if not rows:
         raise ConfigError(f"prompts: '{source}' holds none")
     return rows

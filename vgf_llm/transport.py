@@ -73,7 +73,9 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
         raise ModelError("Parquet files need the package pyarrow; run `pip install vgf-llm[train]`")
     from vgf_llm.data import load_prompts
 
-    prompts = load_prompts(settings.prompts, settings.prompt_column, limit=settings.num_prompts)
+    prompts = load_prompts(
+        settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
+    )
     output_dir = check_writable(settings.output_dir)
     rows_path = output_dir / "rows.jsonl"
     _refuse_datasets(output_dir, settings.resume)
@@ -81,7 +83,10 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
     look_at_inputs(settings, models)
     load_libraries("vgf_llm.pipeline", "vgf_llm.text")
     models = with_dtype(models)
-    config = {**dump(settings, models, sampling), "contents": contents(settings.prompts, models.reward_model)}
+    config = {
+        **dump(settings, models, sampling),
+        "contents": contents(settings.prompts, models.reward_model, models.model_name_or_path),
+    }
     claim(rows_path, config, resume=settings.resume, free=("num_prompts",))
     done = {row["index"] for row in _read(rows_path)}
     remaining = [index for index in range(len(prompts)) if index not in done]

@@ -7,8 +7,8 @@ from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.evaluation.bootstrap import bootstrap_mean
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.evaluation.measures import non_ascii, repetition
-from vgf_llm.evaluation.summary import differences, summarise
-from vgf_llm.evaluation.table import difference_table, markdown_table, print_table
+from vgf_llm.evaluation.summary import at_equal_cost, differences, summarise
+from vgf_llm.evaluation.table import difference_table, equal_cost_lines, markdown_table, print_table
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.text.responses import Responses, changed_tokens
 
@@ -120,3 +120,34 @@ def test_budget_arms_have_unique_names():
     ]
     with pytest.raises(ValueError, match="num_particles must be at least 1, got 0"):
         Arm(num_particles=0)
+
+
+def test_an_arm_is_compared_with_the_cheapest_best_of_n_that_costs_as_much():
+    """The arm costs 1.0; best-of-8 costs half of it, best-of-16 1.2 times, best-of-64 four times: 16 is equal cost.
+
+    Gold of the arm minus best-of-16 is 0.5 - 0.3 at both prompts.
+    """
+    costs = {"2 nats": 1.0, "best-of-8": 0.5, "best-of-16": 1.2, "best-of-64": 4.0}
+    golds = {"2 nats": 0.5, "best-of-8": 0.1, "best-of-16": 0.3, "best-of-64": 0.9}
+    rows = [row(arm, 0, p, golds[arm], tflops=cost) for arm, cost in costs.items() for p in (0, 1)]
+    found = at_equal_cost(rows, ["best-of-8", "best-of-16", "best-of-64"], ["2 nats"])["2 nats"]
+    assert found["than"] == "best-of-16" and found["tflops"] == pytest.approx(1.2)
+    assert found["selected_gold"]["mean"] == pytest.approx(0.2)
+    (line,) = equal_cost_lines({"2 nats": found})
+    assert line.startswith("2 nats - best-of-16 (of 1.20 times its FLOPs): gold +0.200 [+0.200, +0.200]")
+    assert line.endswith("better")
+
+
+def test_where_no_best_of_n_is_dear_enough_the_dearest_stands_and_says_so():
+    rows = [row("2 nats", 0, 0, 0.5, tflops=10.0)] + [row(f"best-of-{n}", 0, 0, 0.5, tflops=n) for n in (2, 5)]
+    found = at_equal_cost(rows, ["best-of-2", "best-of-5"], ["2 nats", "absent"])
+    assert set(found) == {"2 nats"} and found["2 nats"]["than"] == "best-of-5"
+    assert found["2 nats"]["tflops"] == pytest.approx(0.5)
+    assert equal_cost_lines(found)[0].endswith("no difference shown")
+
+
+def test_the_table_of_a_terminal_has_intervals_on_what_is_compared(capsys):
+    rows = [row("base", 0, p, 0.1 * p) for p in range(5)]
+    print_table(summarise(rows, ["base"]), "one arm")
+    shown = "".join(capsys.readouterr())
+    assert shown.count("[") == 4  # value and gold, of the cloud and of what is returned; likelihoods are all the same

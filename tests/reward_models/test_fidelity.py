@@ -81,7 +81,7 @@ def test_substitutions_are_distinct_and_never_the_token_itself_padding_or_eos():
     generator = torch.Generator().manual_seed(0)
     tokens, mask = torch.tensor([5, 2, 0]), torch.tensor([True, True, False])
     shortlist = torch.tensor([[5, 6, 2], [7, 8, 2], [9, 9, 9]])
-    t, v = sample_substitutions(tokens, mask, shortlist, 100, generator, eos_token_id=2)
+    t, v = sample_substitutions(tokens, mask, shortlist, 100, generator, eos_ids=(2,))
     assert list(zip(t.tolist(), v.tolist(), strict=True)) == [(0, 6)]
     t, v = sample_substitutions(tokens, mask, shortlist, 100, generator)
     assert sorted(zip(t.tolist(), v.tolist(), strict=True)) == [(0, 2), (0, 6), (1, 7), (1, 8)]

@@ -74,9 +74,15 @@ def test_n_steps_are_k_and_then_the_rest_bit_for_bit(tmp_path, kind, reward_fold
 def test_a_checkpoint_of_another_budget_is_refused_unless_allowed(tmp_path):
     tiny_run(tmp_path, max_steps=2, save_steps=2)
     changed = {"budget": TransportBudget(nats=3.0), "max_steps": 3, "resume_from_checkpoint": True}
-    with pytest.raises(ConfigError, match=r"budget.nats.*2.0.*3.0.*optimisation.max_steps 2 -> 3"):
+    with pytest.raises(ConfigError, match=r"budget.nats.*2.0.*3.0; set them back, .*'\[\"budget.nats\"\]'"):
         tiny_run(tmp_path, **changed)
-    assert tiny_run(tmp_path, allow_changes=["budget", "optimisation.max_steps"], **changed)["steps"] == 3
+    assert tiny_run(tmp_path, allow_changes=["budget"], **changed)["steps"] == 3
+
+
+def test_a_finished_run_takes_more_steps_without_being_allowed_to(tmp_path, capsys):
+    tiny_run(tmp_path, max_steps=2, save_steps=2)
+    assert tiny_run(tmp_path, max_steps=4, save_steps=2, resume_from_checkpoint=True)["steps"] == 4
+    assert "changed since the checkpoint: optimisation.max_steps 2 -> 4" in capsys.readouterr().err
 
 
 def refused(folder, **changed):

@@ -17,7 +17,9 @@ class EvaluateSettings:
     prompts: str = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
     """Prompt file (.jsonl, .json, .csv, .parquet) or hub dataset."""
     prompt_column: str = "prompt"
-    """Column that holds the prompt."""
+    """Column that holds the prompt, text or messages."""
+    system_column: str = "system"
+    """Column of a system turn that goes before the prompt, where rows have it."""
     num_prompts: int | None = None
     """Prompts used, from the first; all when unset."""
     output_dir: str = "outputs/evaluate"

@@ -81,6 +81,37 @@ def differences(rows: list[Row], arm_names: list[str], baseline: str) -> dict[st
     return result
 
 
+def at_equal_cost(rows: list[Row], best_of_arms: list[str], others: list[str]) -> dict[str, Any]:
+    """Compare each arm with the best-of-N of equal cost: ``{arm: {than, tflops, <measure>: {mean, low, high}}}``.
+
+    The cheapest best-of-N that costs at least as many FLOPs stands for equal cost, which is never to the arm's
+    advantage; where none does, the dearest stands, and ``tflops`` below 1 says by how much it is cheaper.
+
+    Args:
+        rows: Of all arms.
+        best_of_arms: Names of the arms that move nothing and return the best of N.
+        others: Names of the arms to compare.
+
+    Returns:
+        ``than`` is the best-of-N's name, ``tflops`` its cost over the arm's, and the measures are arm minus best-of-N,
+        paired by prompt and seed.
+    """
+    result: dict[str, Any] = {}
+    for name in others:
+        costs = {}
+        for best_of in best_of_arms:
+            pairs = _paired(rows, name, best_of)
+            if pairs:
+                costs[best_of] = sum(other["tflops"] for _, other in pairs) / sum(one["tflops"] for one, _ in pairs)
+        if not costs:
+            continue
+        enough = {best_of: ratio for best_of, ratio in costs.items() if ratio >= 1}
+        than = min(enough, key=lambda key: enough[key]) if enough else max(costs, key=lambda key: costs[key])
+        measured = differences(rows, [name], than)[name]
+        result[name] = {"than": than, "tflops": costs[than], **measured}
+    return result
+
+
 def _by_prompt(rows: list[Row], function: Measure) -> dict[int, float]:
     values: dict[int, list[float]] = defaultdict(list)
     for row in rows:

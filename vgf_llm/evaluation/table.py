@@ -35,15 +35,29 @@ def _cell(estimate: dict[str, float] | None, digits: int, interval: bool) -> str
     return text
 
 
+COMPARED = ("proxy", "gold", "nll", "selected_proxy", "selected_gold", "selected_nll")
+
+
+def equal_cost_lines(equal_cost: dict[str, Any]) -> list[str]:
+    """Say for each arm what its response gains over best-of-N of at least equal FLOPs, one line each."""
+    lines = []
+    for name, entry in equal_cost.items():
+        gold, nll = entry["selected_gold"], entry["selected_nll"]
+        verdict = "better" if gold["low"] > 0 else "worse" if gold["high"] < 0 else "no difference shown"
+        lines.append(
+            f"{name} - {entry['than']} (of {entry['tflops']:.2f} times its FLOPs): gold {gold['mean']:+.3f} "
+            f"[{gold['low']:+.3f}, {gold['high']:+.3f}], NLL per token {nll['mean']:+.2f} [{nll['low']:+.2f}, "
+            f"{nll['high']:+.2f}]: {verdict}"
+        )
+    return lines
+
+
 def markdown_table(summary: dict[str, Any], interval: bool = True) -> str:
     """Return the summary as a Markdown table, intervals on the compared measures."""
     header = ["arm", "seeds", *(title for _, title, _ in COLUMNS)]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for name, entry in summary.items():
-        cells = [
-            _cell(entry[key], digits, interval and key in ("proxy", "gold", "nll", "selected_gold"))
-            for key, _, digits in COLUMNS
-        ]
+        cells = [_cell(entry[key], digits, interval and key in COMPARED) for key, _, digits in COLUMNS]
         lines.append("| " + " | ".join([name, str(entry["seeds"]), *cells]) + " |")
     return "\n".join(lines)
 
@@ -71,5 +85,7 @@ def print_table(summary: dict[str, Any], title: str) -> None:
     for _, heading, _ in COLUMNS:
         table.add_column(heading, justify="right")
     for name, entry in summary.items():
-        table.add_row(name, *(_cell(entry[key], digits, False) for key, _, digits in COLUMNS))
+        table.add_row(
+            name, *(_cell(entry[key], digits, key in COMPARED).replace(" [", "\n[") for key, _, digits in COLUMNS)
+        )
     show(table, width=130)

@@ -18,8 +18,8 @@ from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import Sizes
 from vgf_llm.evaluation.run import Experiment, Prompts
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.evaluation.summary import Row, differences, summarise
-from vgf_llm.pipeline import encode_prompts, load_pipeline, prompt_text
+from vgf_llm.evaluation.summary import Row, at_equal_cost, differences, summarise
+from vgf_llm.pipeline import encode_prompts, load_pipeline
 from vgf_llm.progress import Bar, stage, working
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -42,7 +42,7 @@ def work(
     with working(f"loading the base model {models.model_name_or_path} and the reward model {models.reward_model}"):
         pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     with closing(pipeline):
-        ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]
+        ids, texts = encode_prompts(pipeline, [prompt.prompt for prompt in prompts]), prompts
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)
         experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
         left = sum(len(indices) * len(arms) for _, indices, arms in todo)
@@ -80,12 +80,19 @@ def finish(
     return {
         "arms": summarise(rows, names),
         "differences": {baseline: differences(rows, names, baseline) for baseline in baselines},
+        "equal_cost": _at_equal_cost(settings.all_arms(), rows),
         "prompts": len({row["prompt_index"] for row in rows}),
         "fidelity": {} if models.reward_model is None else stated_fidelity(models.reward_model),
         "config": dump(settings, models, sampling),
         "hardware": hardware(),
         "version": __version__,
     }
+
+
+def _at_equal_cost(arms: list[Arm], rows: list[Row]) -> dict[str, Any]:
+    """Compare the arms that move responses with best-of-N."""
+    best_of = [arm.name for arm in arms if arm.transport.is_none and not arm.is_plain_base]
+    return at_equal_cost(rows, best_of, [arm.name for arm in arms if not arm.transport.is_none])
 
 
 def hardware() -> dict[str, Any]:

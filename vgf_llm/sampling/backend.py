@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vgf_llm.endings import padding_id
 from vgf_llm.models import ADAPTER_NAME, base_model_name, eos_token_ids, load_skeleton, resolved_name
 from vgf_llm.sampling.deadline import Deadline
 from vgf_llm.sampling.engine import TakesWeights
-from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.sampling.engine_reference import MOST_SPARE, EngineReference
 from vgf_llm.sampling.vllm_engine import VLLMEngine
 from vgf_llm.sampling.vllm_server import VLLMServer
 from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
@@ -57,7 +58,7 @@ def start_engine(
         pushed=pushed,
         dtype=models.dtype,
         max_length=max_length,
-        most_logprobs=max(sampling.top_k, 1),
+        most_logprobs=max(sampling.top_k, 1) + MOST_SPARE,
         trust_remote_code=models.trust_remote_code,
         deadline=deadline,
     )
@@ -94,6 +95,9 @@ def engine_reference(
     eos_ids = eos_token_ids(skeleton, tokenizer)
     adapter = adapter_of(models) if settings.url is None else None  # a server has its own name for it: served_model
     # Made first, so that it refuses what it cannot do before minutes are spent on a start.
-    reference = EngineReference(None, skeleton, sampling, eos_ids, tokenizer.pad_token_id, device, adapter)
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    vocabulary = min(len(tokenizer), rows)
+    pad_id = padding_id(tokenizer, rows)
+    reference = EngineReference(None, skeleton, sampling, eos_ids, pad_id, device, adapter, vocabulary=vocabulary)
     reference.engine = start_engine(models, sampling, settings, table_VD)
     return reference

@@ -12,7 +12,7 @@ Prompts and what is kept of a response are found in the engine's prefix cache; r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from vgf_llm.text.choosing import Chooser
 from vgf_llm.text.law import Shortlist, normalised
 from vgf_llm.text.responses import Responses
 
+MOST_SPARE = 8  # rows of a table's padding that may be among the most probable of an engine's list
 _STRAYS = 0.01  # tokens picked otherwise than planned that rounding may explain: a near tie in a hundred
 
 
@@ -56,11 +57,12 @@ class EngineReference:
         model: The model's shape, without weights that anyone reads (:func:`vgf_llm.models.load_skeleton`).
         sampling: Temperature, truncation and length.
         eos_ids: Every id that ends a response.
-        pad_id: Id for padding; not one of ``eos_ids``.
+        pad_id: Id for padding, which is told by masks; it may be one of ``eos_ids``.
         device: Where responses and laws are to live: the value's device.
         adapter: LoRA that the model is to answer with, by what the engine knows it as.
         stop: Strings that end what is written; a text keeps the token that completes one. Read by what writes a
             response from its start (sampling, the decoder ``prior``), where the engine sees all of it.
+        vocabulary: As for :class:`vgf_llm.text.Reference`.
 
     Attributes:
         reserved_positions: Of the model's positions, those that no text may take: one, as an engine that reads a text
@@ -83,6 +85,7 @@ class EngineReference:
         device: torch.device | str = "cpu",
         adapter: str | None = None,
         stop: Sequence[str] = (),
+        vocabulary: int | None = None,
     ) -> None:
         if not sampling.top_k:
             raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
@@ -94,12 +97,30 @@ class EngineReference:
         self.device = torch.device(device)
         self.adapter = adapter
         self.stop = tuple(stop)
+        self.vocabulary = vocabulary
         self.on_written: Callable[[list[EngineRequest], list[EngineText]], None] | None = None
 
     @property
     def columns(self) -> int:
         """Tokens of a law."""
-        return min(self.sampling.top_k, vocabulary_rows(self.model.config))
+        return self._columns(self.sampling)
+
+    def _columns(self, sampling: SamplingSettings) -> int:
+        return min(sampling.top_k, self.vocabulary or vocabulary_rows(self.model.config))
+
+    def _asked(self, columns: int) -> int:
+        """Return how many tokens to ask the engine for, so that ``columns`` are left without the table's padding."""
+        spare = 0 if self.vocabulary is None else max(vocabulary_rows(self.model.config) - self.vocabulary, 0)
+        return columns + min(spare, MOST_SPARE)
+
+    def _known(self, ids: Tensor, logps: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Return ids and log-probabilities [..., columns] of what is a token, most probable first."""
+        if self.vocabulary is None:
+            return ids, logps
+        stray = ids >= self.vocabulary
+        order = stray.long().argsort(dim=-1, stable=True)[..., :columns]
+        logps = logps.masked_fill(stray, -torch.inf).gather(-1, order)
+        return ids.masked_fill(stray, 0).gather(-1, order), logps
 
     def prefix(self, prompts: list[list[int]]) -> EnginePrefix:
         """Return B prompts with nothing written after them."""
@@ -110,13 +131,14 @@ class EngineReference:
     ) -> Shortlist:
         """Return the law at every position, [B*N, T, K + 1]; see :meth:`vgf_llm.text.Reference.shortlists`."""
         sampling = sampling or self.sampling
-        columns, length = min(sampling.top_k, vocabulary_rows(self.model.config)), responses.tokens_BNT.shape[-1]
+        columns, length = self._columns(sampling), responses.tokens_BNT.shape[-1]
         ids, logps = [], []
         for read, (_, tokens) in zip(
-            self._read(prefix, responses, columns), self._texts(prefix, responses), strict=True
+            self._read(prefix, responses, self._asked(columns)), self._texts(prefix, responses), strict=True
         ):
-            law = normalised(read.ids_TK, read.logps_TK / sampling.temperature, sampling.top_p)
-            gap_T = (read.own_T - read.logps_TK[:, 0]) / sampling.temperature
+            ids_TK, logps_TK = self._known(read.ids_TK, read.logps_TK, columns)
+            law = normalised(ids_TK, logps_TK / sampling.temperature, sampling.top_p)
+            gap_T = (read.own_T - logps_TK[:, 0]) / sampling.temperature
             law = law.including_gap(torch.tensor(tokens), gap_T).padded(length)
             ids.append(law.ids)
             logps.append(law.logps)
@@ -208,6 +230,8 @@ class EngineReference:
         done = [False] * len(rows.prompts) if done_R is None else done_R.tolist()
         room_R = torch.full_like(start_R, most_tokens) if same_place else most_tokens - start_R
         plans = choose.plans(start_R, most_tokens)
+        if self.vocabulary is not None:
+            plans = [replace(plan, rule={**plan.rule, "vocabulary": self.vocabulary}) for plan in plans]
         requests = {
             row: EngineRequest(
                 rows.prompts[row] + rows.written[row],
@@ -215,7 +239,7 @@ class EngineReference:
                 plan=plans[row],
                 eos_ids=self.eos_ids,
                 stop=self.stop,
-                logprobs=self.columns,
+                logprobs=self._asked(self.columns),
                 adapter=self.adapter,
             )
             for row, is_done in enumerate(done)
@@ -233,12 +257,14 @@ class EngineReference:
         length = max((len(text.tokens) for text in texts.values()), default=1)
         tokens_RT = torch.full((number, length), self.pad_id)
         inside_RT = torch.zeros_like(tokens_RT, dtype=torch.bool)
-        ids_RTK = torch.zeros((number, length, self.columns), dtype=torch.int64)
-        raw_RTK = torch.zeros((number, length, self.columns))
+        asked = self._asked(self.columns)
+        ids_RTK = torch.zeros((number, length, asked), dtype=torch.int64)
+        raw_RTK = torch.zeros((number, length, asked))
         for row, text in texts.items():
             here = slice(0, len(text.tokens))
             tokens_RT[row, here], inside_RT[row, here] = torch.tensor(text.tokens), True
             ids_RTK[row, here], raw_RTK[row, here] = text.written.ids_TK, text.written.logps_TK
+        ids_RTK, raw_RTK = self._known(ids_RTK, raw_RTK, self.columns)
         law = normalised(ids_RTK, raw_RTK / self.sampling.temperature, self.sampling.top_p)
         law = Shortlist(law.ids.to(self.device), law.logps.to(self.device))
         return tokens_RT.to(self.device), inside_RT.to(self.device), law

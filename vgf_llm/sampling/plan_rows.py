@@ -38,7 +38,8 @@ _FLAGS = ("inside", "movable", "coupled", "unchanged")
 _NUMBERS = {"tilt": 4, "regrow": 1}
 _LAW, _OPTIONS = ("temperature", "top_k", "top_p"), ("multiplier", "coupling", "after_change")
 _RULES = {"draw": (*_LAW, "ends_first"), "tilt": (*_LAW, "eos_ids", *_OPTIONS), "regrow": (*_LAW, "eos_ids")}
-"""What the rule of each kind of plan holds, and nothing else: rows are told apart by it."""
+"""What the rule of each kind of plan holds, and nothing else but ``vocabulary``: rows are told apart by it."""
+_VOCABULARY = "vocabulary"  # tokens of the tokenizer, where the model's table has more rows
 
 
 @dataclass
@@ -98,7 +99,7 @@ class PlannedRow:
         width, tensors = self.plan.tensors["displacement"].shape[-1], self.plan.tensors
         if width != table_VD.shape[1]:
             raise DataError(f"displacement of a row has width {width}, the engine's table {table_VD.shape[1]}")
-        limit = min(len(table_VD), vocabulary)
+        limit = min(len(table_VD), vocabulary, self.plan.rule.get(_VOCABULARY, vocabulary))
         columns = min(self.sampling.top_k or limit, limit)
         if "law_ids" in tensors and tensors["law_ids"].shape[-1] < columns:
             raise DataError(f"law_ids of a row has {tensors['law_ids'].shape[-1]} columns, its law at least {columns}")
@@ -126,7 +127,7 @@ def check_plan(plan: RowPlan, max_tokens: int | None) -> None:
 def _checked_rule(plan: RowPlan) -> SamplingSettings:
     """Check a plan's rule and return the law in it."""
     rule, wanted = plan.rule, _RULES[plan.kind]
-    if set(rule) != set(wanted):
+    if set(rule) - {_VOCABULARY} != set(wanted):
         raise DataError(f"the rule of a {plan.kind} row holds {reprlib.repr(sorted(rule))}, it must hold {wanted}")
     for name in _LAW:
         if type(rule[name]) not in ((int,) if name == "top_k" else (int, float)):
@@ -142,6 +143,9 @@ def _checked_rule(plan: RowPlan) -> SamplingSettings:
     ids = rule["ends_first" if plan.kind == "draw" else "eos_ids"]
     if not isinstance(ids, list) or not all(type(one) is int and 0 <= one < 2**31 for one in ids):
         raise DataError(f"the EOS ids of a {plan.kind} row must be a list of token ids, got {reprlib.repr(ids)}")
+    tokens = rule.get(_VOCABULARY, 1)
+    if type(tokens) is not int or not 1 <= tokens < 2**31:
+        raise DataError(f"vocabulary in the rule of a {plan.kind} row must be at least 1, got {reprlib.repr(tokens)}")
     return sampling
 
 
@@ -186,6 +190,7 @@ def step(rows: Sequence[PlannedRow], offsets: Sequence[int], logits_RV: Tensor, 
     first, device = rows[0], logits_RV.device
     if first.plan.kind != "draw":  # a token that the table does not know has no embedding to be tilted by
         logits_RV = logits_RV[:, : len(table_VD)]
+    logits_RV = logits_RV[:, : first.plan.rule.get(_VOCABULARY)]
     law = truncate(logits_RV, first.sampling)
     position_R = torch.tensor([row.start + offset for row, offset in zip(rows, offsets, strict=True)], device=device)
     steps: dict[str, Callable[..., Tensor]] = {"draw": _draw, "tilt": _tilt, "regrow": _regrow}

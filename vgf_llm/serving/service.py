@@ -68,7 +68,8 @@ class Service:
         positions = max_positions(config)
         if positions is not None:
             positions -= reference.reserved_positions
-        self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, vocabulary_rows(config), positions)
+        rows = min(vocabulary_rows(config), len(pipeline.value.embedding_table_VD))
+        self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, rows, positions)
         self._length_unit = token_spacing(pipeline.value.embedding_table_VD)
         self._turn, self._tokenizer_turn = threading.Lock(), threading.Lock()
 
@@ -166,7 +167,15 @@ class Service:
     def _law(self, question: Question, engine: Engine) -> EngineReference:
         like = self.pipeline.reference
         return EngineReference(
-            engine, like.model, question.sampling, like.eos_ids, like.pad_id, like.device, like.adapter, question.stop
+            engine,
+            like.model,
+            question.sampling,
+            like.eos_ids,
+            like.pad_id,
+            like.device,
+            like.adapter,
+            question.stop,
+            like.vocabulary,
         )
 
 

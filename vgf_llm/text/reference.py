@@ -57,7 +57,9 @@ class Reference:
         model: Causal language model; only read.
         sampling: Temperature, truncation and length.
         eos_ids: Every id that ends a response.
-        pad_id: Id for padding; not one of ``eos_ids``.
+        pad_id: Id for padding, which is told by masks; it may be one of ``eos_ids``.
+        vocabulary: Tokens of the tokenizer; rows of the model's table from there on are padding of the table and have
+            probability 0. None: every row is a token.
 
     Attributes:
         reserved_positions: Of the model's positions, those that no text may take.
@@ -65,11 +67,19 @@ class Reference:
 
     reserved_positions = 0
 
-    def __init__(self, model: PreTrainedModel, sampling: SamplingSettings, eos_ids: Sequence[int], pad_id: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampling: SamplingSettings,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        vocabulary: int | None = None,
+    ) -> None:
         self.model = model
         self.sampling = sampling
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
+        self.vocabulary = vocabulary
         self._last_prefix: ReferencePrefix | None = None
 
     @property
@@ -101,6 +111,7 @@ class Reference:
         sampling = sampling or self.sampling
         ids, logps = [], []
         for logits_RTV, tokens_RT, mask_RT in self._forwards(prefix, responses):
+            logits_RTV = logits_RTV[..., : self.vocabulary]
             own_RT = tokens_RT.masked_fill(~mask_RT, -1)
             shortlist = truncate(logits_RTV, sampling).including(own_RT, logits_RTV, sampling.temperature)
             ids.append(shortlist.ids)
@@ -185,7 +196,7 @@ class Reference:
                 position_ids=(lengths_R + len(written)).unsqueeze(1),
                 past_key_values=cache,
                 use_cache=True,
-            ).logits[:, -1]
+            ).logits[:, -1, : self.vocabulary]
             token_R = choose(logits_RV, position).masked_fill(done_R, self.pad_id)
             written.append(token_R)
             done_R = done_R | is_any_of(token_R, self.eos_ids)
@@ -230,6 +241,7 @@ class Reference:
             logits_to_keep=torch.arange(int(keep_R.min()), kept + 1, device=keep_R.device),
         ).logits
         logits_RV = logits_RTV[torch.arange(len(keep_R), device=keep_R.device), keep_R - keep_R.min()]
+        logits_RV = logits_RV[:, : self.vocabulary]
         result_RT = torch.nn.functional.pad(tokens_RT[:, :kept], (0, longest - kept), value=self.pad_id)
         result_RT = result_RT.masked_fill(
             torch.arange(longest, device=keep_R.device) >= keep_R.unsqueeze(1), self.pad_id
@@ -253,7 +265,7 @@ class Reference:
                 position_ids=(rows.lengths_B + position_R).unsqueeze(1),
                 past_key_values=cache,
                 use_cache=True,
-            ).logits[:, -1]
+            ).logits[:, -1, : self.vocabulary]
         mask_RT = mask_after_eos(result_RT, self.eos_ids)
         shape = (-1, n, longest)
         result_RT = result_RT.masked_fill(~mask_RT, self.pad_id)

@@ -15,11 +15,13 @@ class TrainScript:
     """Prompts, rewards and output."""
 
     prompts: str
-    """Training prompts: a .jsonl/.json/.csv/.parquet/.txt file, or a data set of the hub."""
+    """Training prompts: a file, glob or folder (docs/data.md), or a data set of the hub."""
     output_dir: str
     """Folder for the trained model or adapter, metrics.jsonl, completions and checkpoints."""
     prompt_column: str = "prompt"
-    """Column of the prompts."""
+    """Column of the prompts, text or messages."""
+    system_column: str = "system"
+    """Column of a system turn that goes before the prompt, where rows have it."""
     num_prompts: int | None = None
     """Prompts used, from the first; all when unset."""
     rewards: list[str] = field(default_factory=list)

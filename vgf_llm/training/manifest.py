@@ -88,13 +88,16 @@ def verify(folder: str | Path) -> Manifest:
     return manifest
 
 
-def check_identity(manifest: Manifest, identity: dict[str, Any], allow: Collection[str] = ()) -> list[str]:
+def check_identity(
+    manifest: Manifest, identity: dict[str, Any], allow: Collection[str] = (), free: Collection[str] = ()
+) -> list[str]:
     """Refuse to resume a run whose identity changed, unless each change is allowed by name.
 
     Args:
         manifest: of the checkpoint to resume from.
         identity: of the run that resumes, same form as given to ``publish``.
         allow: names that may change: a leaf's dotted key (``budget.nats``) or any parent of it (``budget``).
+        free: dotted keys that need no permission.
 
     Returns:
         One line for each change that was allowed (``budget.nats 2.0 -> 4.0``), to be logged.
@@ -115,7 +118,7 @@ def check_identity(manifest: Manifest, identity: dict[str, Any], allow: Collecti
         if before == after:
             continue
         change = f"{key} {before} -> {after}"
-        if any(key == name or key.startswith(f"{name}.") for name in allow):
+        if key in free or any(key == name or key.startswith(f"{name}.") for name in allow):
             allowed.append(change)
         else:
             refused[key] = change

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reward_models.body import linear_names
-from vgf_llm.adapters import tell_left_out
+from vgf_llm.architecture import decoder_of
 from vgf_llm.errors import ModelError
+from vgf_llm.lora import linear_names, not_in_the_decoder, tell_left_out
+from vgf_llm.provenance import model_mark
 from vgf_llm.text.prefix import positions_from_mask
 from vgf_llm.training.config import PolicySettings
 
@@ -111,12 +112,16 @@ class PolicyModels:
         base: The frozen base model; it becomes the policy (under LoRA: its body).
         settings: LoRA or full.
 
+    Attributes:
+        base_weights: Mark of the base's weights (`vgf_llm.provenance`), which the result carries.
+
     Raises:
         ModelError: A LoRA target is no linear layer of the model.
     """
 
     def __init__(self, base: PreTrainedModel, settings: PolicySettings) -> None:
         self.policy_lm = base
+        self.base_weights = model_mark(base)
         self._full_reference: PreTrainedModel | None = None
         if settings.lora_r:
             self.policy: nn.Module = add_policy_lora(base, settings)
@@ -152,11 +157,14 @@ def add_policy_lora(base: PreTrainedModel, settings: PolicySettings) -> nn.Modul
     """
     from peft import LoraConfig, get_peft_model
 
+    output = base.get_output_embeddings()
+    unsuitable = [name for name in not_in_the_decoder(base, decoder_of(base)) if base.get_submodule(name) is not output]
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_target_modules or "all-linear",
+        exclude_modules=None if settings.lora_target_modules else unsuitable or None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -167,5 +175,6 @@ def add_policy_lora(base: PreTrainedModel, settings: PolicySettings) -> nn.Modul
             f"lora_target_modules {settings.lora_target_modules}: {error}; the model's linear layers are "
             f"{', '.join(linear)}"
         ) from error
-    tell_left_out(adapted)
+    if not settings.lora_target_modules:
+        tell_left_out(decoder_of(base))
     return adapted

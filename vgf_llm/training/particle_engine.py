@@ -70,9 +70,10 @@ class ParticleEngine:
             trainer.models.policy_lm,
             trainer.sampling,
             trainer.eos_ids,
-            trainer.tokenizer.pad_token_id,
+            trainer.pad_id,
             trainer.args.device,
             adapter,
+            vocabulary=trainer.vocabulary,
         )
         self.law.on_written = self._prove
         with _own_gpu(trainer):

@@ -39,6 +39,7 @@ _OPTIM = (
     "max_grad_norm",
     "seed",
 )
+_LENGTH = ("optimisation.max_steps", "optimisation.num_train_epochs")  # may change: a run may be made longer or shorter
 _HOW = ("engine", "sync_check")  # of the method: how a run is made, not what it makes
 _SAMPLED = 1024  # values of a parameter that go into its digest one by one
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
@@ -162,11 +163,11 @@ def _check(folder: Path, trainer: VGFTrainer, optim: OptimSettings) -> int:
         manifest = verify(folder)
     except CheckpointError as error:
         raise CheckpointError(f"resume_from_checkpoint: {error}") from error
-    allowed = check_identity(manifest, trainer.whole_identity, optim.allow_changes)
+    allowed = check_identity(manifest, trainer.whole_identity, optim.allow_changes, _LENGTH)
     require_state(folder, engine_name(trainer.accelerator))
     if trainer.is_world_process_zero():
         for change in allowed:
-            say(f"allowed: {change}")
+            say(f"changed since the checkpoint: {change}")
     return manifest.step
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reward_models.foreign import foreign_reward
-from reward_models.functions import RewardFunction, call_function, load_function
+from reward_models.functions import RewardFunction, call_function, further_arguments, load_function
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.weighted import WeightedRewards
@@ -149,15 +149,21 @@ def load_rewards(
     return Rewards(members, tokenizer, None if gold is None else load_function(gold))
 
 
-def check_rewards(names: Sequence[str]) -> None:
-    """Check names before anything heavy is loaded.
+def check_rewards(names: Sequence[str], prompts: Sequence[str] = ()) -> None:
+    """Check names, and the columns that functions take, before anything heavy is loaded.
+
+    Args:
+        names: Folders and functions.
+        prompts: What functions will be called with; none are looked at when empty.
 
     Raises:
-        ConfigError: One is neither a folder nor a function that exists.
+        ConfigError: One is neither a folder nor a function that exists, or takes a column that the prompts do not have.
     """
     for name in names:
         if not Path(name).is_dir():
-            _function(name)
+            function = _function(name)
+            if prompts:
+                further_arguments(function, prompts)
 
 
 def _refuse_non_finite(member: NamedReward, scores_BN: Tensor, prompts: list[str]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from reward_models.value_model import save_value_model
 from vgf_llm.errors import CheckpointError, ConfigError
+from vgf_llm.provenance import write_base
 from vgf_llm.training.checkpoint import publish, rotate, saving, staging_folder, writing
 from vgf_llm.training.engine_state import copy_whole, save_engine_state, without_frozen
 from vgf_llm.training.fsdp import require_sharding
@@ -92,6 +93,8 @@ class SavesWhole:
             folder.mkdir(parents=True, exist_ok=True)
             self.models.policy.save_pretrained(folder, state_dict=under(tensors, "policy."))
             self.tokenizer.save_pretrained(folder)
+            if self.models.is_lora:
+                write_base(folder, self.models.policy_lm.name_or_path, self.models.base_weights)
             if self.learned is not None:
                 save_value_model(self.learned.model, folder / VALUE_FOLDER, self.tokenizer, value)
                 self.learned.save_secant(folder / VALUE_FOLDER, under(tensors, "secant."))

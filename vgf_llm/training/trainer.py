@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from vgf_llm.architecture import vocabulary_rows
+from vgf_llm.endings import padding_id
 from vgf_llm.errors import DivergedError
 from vgf_llm.pipeline import make_decoder
 from vgf_llm.precision import require_float32
@@ -99,6 +101,8 @@ class VGFTrainer(SamplesInEngine, SavesWhole, Observes, Trainer):
         self.models, self.learned, self.rewards, self.method = models, learned, rewards, method
         self.sampling, self.tokenizer, self.eos_ids, self.identity = sampling, tokenizer, eos_ids, identity
         self.make_engine = make_engine
+        rows = vocabulary_rows(models.policy_lm.config)
+        self.vocabulary, self.pad_id = min(len(tokenizer), rows), padding_id(tokenizer, rows)
         self.model_accepts_loss_kwargs = True  # losses are divided by global counts, never by accumulation steps
         models.to(self.args.device)
         self._reward_value = rewards.value() if learned is None else None
@@ -181,7 +185,7 @@ class VGFTrainer(SamplesInEngine, SavesWhole, Observes, Trainer):
 
     def law_of(self, model: nn.Module, sampling: SamplingSettings | None = None) -> Reference:
         """Return a model as a law; a new one each time, since it remembers prompts under the weights of the moment."""
-        return Reference(model, sampling or self.sampling, self.eos_ids, self.tokenizer.pad_token_id)
+        return Reference(model, sampling or self.sampling, self.eos_ids, self.pad_id, self.vocabulary)
 
     def sample(self, law: Reference | EngineReference, prompts: list[PromptRow], seeds_BN: Tensor) -> Responses:
         """Draw N responses to each prompt."""

@@ -23,11 +23,13 @@ class NearestDecoder:
     Args:
         table_VD: Input embeddings that the particles live in.
         excluded_ids: Token ids that are never chosen (EOS, padding).
+        vocabulary: Tokens of the tokenizer; rows of the table from there on are never chosen. None: all are tokens.
     """
 
-    def __init__(self, table_VD: Tensor, excluded_ids: tuple[int, ...]) -> None:
+    def __init__(self, table_VD: Tensor, excluded_ids: tuple[int, ...], vocabulary: int | None = None) -> None:
         self.table_VD = table_VD
         self.excluded_ids = list(excluded_ids)
+        self.vocabulary = vocabulary
 
     def prepare(self, prompts: list[list[int]]) -> None:
         """Nothing is shared: the prompt plays no part."""
@@ -40,6 +42,8 @@ class NearestDecoder:
         u_XD = self.table_VD[tokens_BNT[moved_BNT]] + move.displacement_BNTD[moved_BNT]
         halved_norms_V = self.table_VD.float().square().sum(-1) / 2
         halved_norms_V[self.excluded_ids] = torch.inf
+        if self.vocabulary is not None:
+            halved_norms_V[self.vocabulary :] = torch.inf
         nearest = [
             (chunk.float() @ self.table_VD.float().T - halved_norms_V).argmax(-1)
             for chunk in u_XD.split(_TOKENS_PER_CHUNK)

@@ -1,0 +1,187 @@
+"""Conversations are read by their turns, and nothing that scores them sees less than all of it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from reward_models.foreign import ForeignReward
+from reward_models.functions import call_function, remembered
+from reward_models.modelling import RewardModel
+from tests.byte_tokenizers import byte_tokenizer
+from tests.conftest import build_llama, build_tokenizer
+from vgf_llm.data import load_preferences, load_prompt_texts, load_prompts
+from vgf_llm.dialogue import PromptText, as_messages, as_text, conversation_text, turns_of
+from vgf_llm.encoding import encode_prompt
+from vgf_llm.errors import ConfigError, DataError
+from vgf_llm.training.rewards import check_rewards
+
+CLOSED = "\n\nHuman: Name a river.\n\nAssistant: The Danube."
+OPEN = CLOSED + "\n\nHuman: And a lake?"
+TALK = [
+    {"role": "user", "content": "Name a river."},
+    {"role": "assistant", "content": "The Danube."},
+    {"role": "user", "content": "And a lake?"},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (OPEN, OPEN + "\n\nAssistant:"),
+        (OPEN + "\n", OPEN + "\n\nAssistant:"),
+        (OPEN + "\n\nAssistant:", OPEN + "\n\nAssistant:"),
+        (OPEN + "\n\nAssistant: Lake Constance.", OPEN + "\n\nAssistant:"),
+        ("\n\nHuman: What does '\n\nAssistant:' mean?", "\n\nHuman: What does '\n\nAssistant:' mean?\n\nAssistant:"),
+        ("What does \n\nAssistant: mean?", "What does \n\nAssistant: mean?"),
+    ],
+)
+def test_an_open_dialogue_keeps_its_last_question(tmp_path, text, prompt):
+    assert load_prompts(write(tmp_path / "p.jsonl", [{"prompt": text}])) == [prompt]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_text_and_messages_of_one_conversation_encode_alike(tmp_path, chat):
+    tokenizer = build_tokenizer(chat)
+    rows = [
+        {"prompt": OPEN, "chosen": " a", "rejected": " b"},
+        {"prompt": OPEN + "\n\nAssistant:", "chosen": "a", "rejected": "b"},
+        {"prompt": TALK, "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        {"prompt": TALK, "chosen": [*TALK, assistant("a")], "rejected": [*TALK, assistant("b")]},
+    ]
+    pairs = load_preferences(write(tmp_path / "pairs.jsonl", rows)).pairs
+    (prompt,) = load_prompts(write(tmp_path / "p.jsonl", rows[:1]))
+    encoded = [encode_prompt(tokenizer, one) for one in (prompt, OPEN, TALK, *(pair.prompt for pair in pairs))]
+    assert all(one == encoded[0] for one in encoded)
+
+
+def test_turns_and_texts():
+    assert [(turn.role, turn.text) for turn in turns_of(CLOSED)] == [
+        ("user", " Name a river."),
+        ("assistant", " The Danube."),
+    ]
+    assert as_messages(OPEN) == TALK and as_text(TALK) == as_text(OPEN) == OPEN + "\n\nAssistant:"
+    assert conversation_text([user("Hi")]) == "Hi"
+    assert conversation_text([{"role": "system", "content": "Be brief."}, user("Hi")]) == (
+        "Be brief.\n\nHuman: Hi\n\nAssistant:"
+    )
+    with pytest.raises(DataError, match="message 1 has the role 'tool', which has no place in a Human/Assistant text"):
+        as_text([user("a"), {"role": "tool", "content": "1"}])
+
+
+def test_the_users_turn_is_never_a_response(tmp_path):
+    thanks = {
+        "chosen": [user("a"), assistant("b"), user("Thanks, perfect!")],
+        "rejected": [user("a"), assistant("That is wrong.")],
+    }
+    alone = {"prompt": "a", "chosen": [user("b")], "rejected": [assistant("c")]}
+    text = {"chosen": OPEN, "rejected": CLOSED.replace("Danube", "Rhine")}
+    good = {"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    reason = "whose last turn is not the assistant's"
+    found = load_preferences(write(tmp_path / "a.jsonl", [good] * 9 + [alone]))
+    assert len(found.pairs) == 9 and found.dropped[reason] == 1
+    for bad in (thanks, text):
+        with pytest.raises(DataError, match=f"1 of 1 rows are unusable.*1 {reason}"):
+            load_preferences(write(tmp_path / "b.jsonl", [bad]))
+
+
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        ({"chosen": [user("z"), assistant("b")], "rejected": [user("a"), assistant("c")]}, "that share no prompt"),
+        (
+            {
+                "chosen": [{"role": "system", "content": "s"}, user("a"), assistant("b")],
+                "rejected": [{"role": "system", "content": "t"}, user("a"), assistant("c")],
+            },
+            "that share no prompt",
+        ),
+        ({"chosen": None, "rejected": [user("a"), assistant("c")]}, "with an empty response"),
+        ({"chosen": "", "rejected": [user("a"), assistant("c")]}, "with an empty response"),
+        ({"chosen": [user("a"), assistant(None)], "rejected": [user("a"), assistant("c")]}, "with an empty response"),
+    ],
+)
+def test_one_odd_row_is_counted(tmp_path, odd, reason):
+    good = {"chosen": [user("a"), assistant("b")], "rejected": [user("a "), assistant("c")]}
+    found = load_preferences(write(tmp_path / "pairs.jsonl", [good] * 9 + [odd]))
+    assert len(found.pairs) == 9 and found.dropped[reason] == 1
+    assert found.pairs[0].prompt == [user("a")]
+    with pytest.raises(DataError, match=f"10 of 10 rows are unusable.*10 {reason} .first: row 1"):
+        load_preferences(write(tmp_path / "all.jsonl", [odd] * 10))
+
+
+def test_a_stated_prompt_that_ends_in_an_answer_is_counted(tmp_path):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    odd = {"prompt": CLOSED, "chosen": " Yes.", "rejected": " No."}
+    found = load_preferences(write(tmp_path / "pairs.jsonl", [good] * 9 + [odd]))
+    assert found.dropped["whose prompt ends in the assistant's turn"] == 1
+
+
+# What scores a conversation ----------------------------------------------------------------------------------------
+
+
+def test_a_reward_model_of_another_tokenizer_reads_the_whole_conversation():
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    base = build_llama(tied=False)
+    base.resize_token_embeddings(len(tokenizer))
+    model = RewardModel.from_base(base).eval()
+    torch.nn.init.normal_(model.head.weight)
+    reward = ForeignReward(model, tokenizer)
+    system = {"role": "system", "content": "Be brief."}
+    talk = [system, user("A"), assistant("B"), user("No, one more.")]
+    other = [user("C"), assistant("D"), user("No, one more.")]
+    scores = reward([PromptText(talk), PromptText(other), PromptText("No, one more.")], ["Yes."] * 3)
+    assert len({round(score, 4) for score in scores}) == 3
+    ids = encode_prompt(tokenizer, talk)
+    answer = tokenizer("Yes.<|im_end|>", add_special_tokens=False)["input_ids"]
+    alone = model.score(model.prefix([ids]), torch.tensor([[answer]]), torch.ones(1, 1, len(answer)).bool())
+    assert scores[0] == pytest.approx(float(alone), abs=1e-5)
+    dialogue = "\n\nHuman: C\n\nAssistant: D\n\nHuman: No, one more.\n\nAssistant:"
+    assert reward([dialogue], ["Yes."])[0] == pytest.approx(scores[1], abs=1e-5)
+    with pytest.raises(DataError, match="has .* tokens in its own tokenizer and chat template, and the model 128 pos"):
+        call_function(reward, ["word " * 200], ["Yes."])
+
+
+def answer_matches(prompts, responses, answer):
+    return [float(response == right) for response, right in zip(responses, answer, strict=True)]
+
+
+def everything(prompts, responses, **columns):
+    return [float(len(columns)) for _ in responses]
+
+
+def test_functions_read_the_conversation_and_the_columns_that_they_take(tmp_path):
+    rows = [{"prompt": TALK, "answer": "4", "level": 2}, {"prompt": "2 + 2?", "answer": "5", "level": 1}]
+    prompts = load_prompt_texts(write(tmp_path / "p.jsonl", rows))
+    assert prompts == [OPEN + "\n\nAssistant:", "2 + 2?"] and prompts[0].prompt == TALK
+    assert dict(prompts[1].columns) == {"answer": "5", "level": 1}
+    kept = pickle.loads(pickle.dumps(prompts))
+    assert kept == prompts and kept[0].prompt == TALK and kept[1].columns == prompts[1].columns
+    assert call_function(answer_matches, prompts, ["4", "4"]) == [1.0, 0.0]
+    assert call_function(everything, prompts, ["4", "4"]) == [2.0, 2.0]
+    assert call_function(lambda p, r: [len(one) for one in p], prompts, ["", ""]) == [len(prompts[0]), 6.0]
+    twice = [prompts[1], PromptText("2 + 2?", {"answer": "4"})]
+    assert remembered(answer_matches)(twice, ["4", "4"]) == [0.0, 1.0]  # one text, two right answers
+    with pytest.raises(ConfigError, match="answer_matches takes 'answer', and .* no such column; columns: none"):
+        call_function(answer_matches, ["2 + 2?"], ["4"])
+    name = f"{__name__}:answer_matches"
+    check_rewards([name], prompts)
+    with pytest.raises(ConfigError, match="columns: level"):
+        check_rewards([name], [PromptText("a", {"level": 1})])

@@ -1,0 +1,123 @@
+"""Texts and conversations to token ids, as training, sampling, scoring and serving all do it.
+
+Chat templates, the beginning and the end of a text are handled here and in :mod:`vgf_llm.endings`; reading files is
+:mod:`vgf_llm.data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vgf_llm.dialogue import Prompt, as_messages, as_text
+from vgf_llm.endings import closed, opened
+from vgf_llm.errors import DataError
+from vgf_llm.io import shorten
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Encode a prompt up to where the model's response begins.
+
+    With a chat template: a string is one user message, a Human/Assistant dialogue its turns, and the generation prompt
+    is added. A string that ends in the template's generation prompt has been through the template already and is
+    encoded as it stands. Without a template: text as it is with the tokenizer's own BOS, messages as a Human/Assistant
+    dialogue.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: text or messages.
+
+    Returns:
+        Token ids, at least one.
+
+    Raises:
+        DataError: the template refuses the messages, or nothing is left to encode.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        ids = _rendered(tokenizer, prompt) if isinstance(prompt, str) else None
+        ids = _templated(tokenizer, prompt) if ids is None else ids
+    else:
+        ids = encode_text(tokenizer, as_text(prompt))
+    if not ids:
+        raise DataError(f"the prompt {shorten(repr(prompt))} has no tokens")
+    return list(ids)
+
+
+def _templated(tokenizer: Any, prompt: Prompt) -> list[int]:
+    messages = as_messages(prompt)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # jinja2 and its sandbox raise several types; all mean a refused conversation
+        raise DataError(f"the chat template refuses the messages {shorten(repr(messages), 200)}: {error}") from error
+
+
+def _rendered(tokenizer: Any, text: str) -> list[int] | None:
+    """Encode a text that the template has written already, generation prompt included; None for any other text."""
+    special = [token for token in tokenizer.get_added_vocab() if token and token in text]
+    if not special:  # most prompts: nothing of a template's marks
+        return None
+    probe = [{"role": "user", "content": "Hello."}]
+    try:
+        whole = str(tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False))
+        turns = str(tokenizer.apply_chat_template(probe, add_generation_prompt=False, tokenize=False))
+    except Exception:  # as above; the template will say so itself when it gets the real messages
+        return None
+    generation = whole[len(turns) :] if whole.startswith(turns) else ""
+    marked = any(token in generation for token in special)
+    if not marked or not text.rstrip().endswith(generation.rstrip()):
+        return None
+    kept = text if text.endswith(generation) else text.rstrip() + generation[len(generation.rstrip()) :]
+    bos = tokenizer.bos_token or ""
+    lost_bos = bos and whole.startswith(bos) and not kept.startswith(bos)
+    return list(tokenizer(bos + kept if lost_bos else kept, add_special_tokens=False)["input_ids"])
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Encode a text that is to be continued, as it stands: one BOS of the tokenizer's, no added EOS, no template."""
+    return opened(tokenizer, text)
+
+
+def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
+    """Encode a response as it follows an encoded prompt.
+
+    Under a chat template leading white space is dropped (the template has placed it already).
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the response.
+        eos: close it as the chat template closes the assistant's turn (:func:`vgf_llm.endings.closed`).
+
+    Returns:
+        Token ids without BOS.
+
+    Raises:
+        ModelError: ``eos`` is asked for and the tokenizer has no EOS token.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        text = text.lstrip()
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return closed(tokenizer, ids) if eos else ids
+
+
+def check_prompt_fits(
+    ids: Sequence[int], max_positions: int | None, new_tokens: int, index: int, reserved: int = 0
+) -> None:
+    """Refuse a prompt that leaves no room for the response.
+
+    Args:
+        ids: encoded prompt.
+        max_positions: positions of the model (tokens); None where it has no limit.
+        new_tokens: longest response (tokens).
+        index: position of the prompt in its list, for the message.
+        reserved: positions that neither may take; an engine needs one to read what was written.
+
+    Raises:
+        DataError: prompt and response together exceed the model's positions.
+    """
+    if max_positions is not None and len(ids) + new_tokens + reserved > max_positions:
+        kept = f" less the {reserved} that an engine needs to read" if reserved else ""
+        raise DataError(
+            f"prompt {index}: {len(ids)} tokens and up to {new_tokens} new ones exceed the model's {max_positions} "
+            f"positions{kept}; shorten it to {max(max_positions - reserved - new_tokens, 0)} tokens or lower "
+            "max_new_tokens"
+        )
