@@ -79,7 +79,7 @@ def run(
     policy, optim = for_training(policy, optim)
     from vgf_llm.trainer_screen import shown
     from vgf_llm.training.finished import finished, take_result
-    from vgf_llm.training.observing import bar_figures, say_line
+    from vgf_llm.training.observing import bar_figures, says_lines
     from vgf_llm.training.resume import checkpoint_to_resume
 
     trainer = build_trainer(script, policy, method, optim, sampling, callbacks, prompts)
@@ -90,7 +90,7 @@ def run(
         state = take_result(trainer, checkpoint)
     else:
         stage(f"training {trainer.method.loss} on {len(trainer.train_dataset)} prompts")
-        with shown(trainer, "training", bar_figures, say_line):
+        with shown(trainer, "training", bar_figures, says_lines(trainer.args)):
             trainer.train(resume_from_checkpoint=checkpoint)
         with working("saving the model"):
             trainer.save_model()

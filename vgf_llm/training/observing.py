@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -89,16 +90,30 @@ def bar_figures(logs: Mapping[str, float]) -> dict[str, float | str]:
     return {"loss": f"{float(logs['loss']):.3f}"} if "loss" in logs else {}
 
 
-def say_line(step: int, logs: Mapping[str, float], bar: Bar) -> None:
-    """Print the six numbers of a log line that matter; all of them are in metrics.jsonl."""
-    if "loss" not in logs:
-        return
-    rewards = [f"{logs[name]:+.3f} {kind}" for kind in _KINDS if (name := f"reward/{kind}") in logs]
-    parts = [f"step {step}/{bar.total}"]
-    if rewards:
-        parts.append(f"reward {', '.join(rewards)}")
-    if "policy/kl" in logs:
-        parts.append(f"KL {logs['policy/kl']:.3f} nats")
-    if (left := bar.left_sec) is not None:
-        parts.append(f"{duration(left)} left")
-    say("  ".join(parts))
+def says_lines(args: Any) -> Callable[[int, Mapping[str, float], Bar], None]:
+    """Return what prints the numbers of a log line that matter; all of them are in metrics.jsonl.
+
+    Args:
+        args: The Trainer's. Below the first line stands what measuring it took, which `logging_steps` makes rarer.
+    """
+    told = False
+
+    def say_line(step: int, logs: Mapping[str, float], bar: Bar) -> None:
+        nonlocal told
+        if "loss" not in logs:
+            return
+        rewards = [f"{logs[name]:+.3f} {kind}" for kind in _KINDS if (name := f"reward/{kind}") in logs]
+        parts = [f"step {step}/{bar.total}"]
+        if rewards:
+            parts.append(f"reward {', '.join(rewards)}")
+        if "policy/kl" in logs:
+            parts.append(f"KL {logs['policy/kl']:.3f} nats")
+        if (left := bar.left_sec) is not None:
+            parts.append(f"{duration(left)} left")
+        say("  ".join(parts))
+        if not told and "seconds/observe" in logs:
+            told = True
+            seconds = logs["seconds/observe"] * args.gradient_accumulation_steps
+            say(f"measuring the policy for this line took {seconds:.1f} s; logging_steps is {args.logging_steps}")
+
+    return say_line
