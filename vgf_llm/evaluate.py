@@ -63,7 +63,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     models = with_dtype(models)
     _claim(rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report
-    from vgf_llm.evaluation.table import print_table
+    from vgf_llm.evaluation.table import equal_cost_lines, print_table
     from vgf_llm.evaluation.work import finish, work
 
     done = {(row["arm"], row["seed"], row["prompt_index"]) for row in _read(rows_path)}
@@ -77,6 +77,8 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
         write_text_atomic(_RECORDS / f"{settings.record}.md", markdown_report(summary, rows))
         say(f"recorded in {_RECORDS / settings.record}.json and .md")
     print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
+    for line in equal_cost_lines(summary["equal_cost"]):
+        say(line)
     for direction, figures in summary["fidelity"].items():
         share = figures["top8_gain"] / figures["best8_gain"] if figures["best8_gain"] > 0 else float("nan")
         say(
