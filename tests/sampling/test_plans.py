@@ -14,7 +14,7 @@ from tests.conftest import build_llama
 from tests.text.moves import make_move
 from vgf_llm.errors import DataError
 from vgf_llm.sampling import ReferenceSampler
-from vgf_llm.sampling.engine import EngineText, TopLogps
+from vgf_llm.sampling.engine import EngineRequest, EngineText, TopLogps
 from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.sampling.plan_rows import PlannedRow, step
 from vgf_llm.settings import SamplingSettings
@@ -249,7 +249,10 @@ def test_an_engines_lists_are_cleared_of_the_tables_padding():
     model.resize_token_embeddings(28)
     engine = ListingEngine()
     reference = EngineReference(engine, model, SamplingSettings(top_k=6, max_new_tokens=1), (2,), 0, vocabulary=20)
-    assert reference.columns == 6
+    assert reference.columns == 6 and reference.barred == range(20, 28)
+    plain = EngineRequest([7], 3, barred=reference.barred)
+    assert plain.logit_bias == dict.fromkeys(range(20, 28), -100.0)
+    assert EngineRequest([7], 3).logit_bias is None
     prefix = reference.prefix([[7, 8]])
     draws = Draws(reference.sampling, torch.tensor([5]))
     written = reference.write(prefix, 1, draws)

@@ -293,6 +293,7 @@ def _parameters(request: EngineRequest) -> Any:
         stop_token_ids=list(request.eos_ids),
         stop=list(request.stop),
         ignore_eos=True,
+        logit_bias=request.logit_bias,
         logprobs=request.logprobs or None,
         prompt_logprobs=request.prompt_logprobs,
         flat_logprobs=True,
