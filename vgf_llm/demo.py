@@ -24,12 +24,15 @@ from vgf_llm.evaluate import headline
 from vgf_llm.evaluate import run as run_evaluation
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.io import check_writable, read_jsonl
+from vgf_llm.precision import choose_dtype
 from vgf_llm.progress import load_libraries, stage, stages
 from vgf_llm.screen import emit, library_output, say, show
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.speed import expected_sec
 
-_TFLOP = {"reward": 15.0, "secant": 15.0, "prompt": 1.0}  # of the stages; the last for each prompt of the evaluation
+# TFLOP of 7 million parameters (two layers) on a pair, of a response whose gradient is measured, of the secant head's
+# samples and substitutions, and of a prompt under all arms: what the titles' expected times are made of.
+_TFLOP = {"pair": 0.0057, "response": 0.066, "secant": 8.0, "prompt": 0.4}
 _SECANT_PROMPTS = "60"  # of the recipe's 230: a minute instead of four, and nearly the same fidelity
 
 
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with library_output(output_dir), stages(len(plan.stages)):
         load_libraries("reward_models.trainer", "vgf_llm.hf_arguments", "vgf_llm.evaluation.work")
         for title, tflop, run in plan.stages:
-            stage(title, expected_sec(tflop * 1e12))
+            stage(title, expected_sec(tflop * 1e12, choose_dtype("auto")))
             with stages(0):
                 summary = run()
         _show_texts(plan.evaluation_dir, summary, settings.shown)
@@ -106,7 +109,7 @@ def _read(settings: DemoSettings, recipe: Path, output_dir: Path) -> _Plan:
     if (reward_model / CARD_NAME).exists():
         say(f"using the reward model in {reward_model}")
     else:
-        found.append(("reward model", _TFLOP["reward"], _train(recipe, reward_model)))
+        found.append(("reward model", *_train(recipe, reward_model)))
     if not (reward_model / "secant.json").exists() and (recipe / "secant.yaml").is_file():
         found.append(("secant head", _TFLOP["secant"], _fit_secant_head(recipe, reward_model)))
     evaluation, models, sampling = parse(
@@ -118,18 +121,20 @@ def _read(settings: DemoSettings, recipe: Path, output_dir: Path) -> _Plan:
     return _Plan(found, reward_model, evaluation_dir)
 
 
-def _train(recipe: Path, folder: Path) -> Callable[[], Any]:
-    """Return the training of the recipe's reward model."""
+def _train(recipe: Path, folder: Path) -> tuple[float, Callable[[], Any]]:
+    """Return the training of the recipe's reward model, after its TFLOP."""
     from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
     from reward_models.train import run as train
 
-    parsed = parse(
+    script, model, training = parse(
         RewardScript,
         RewardModelSettings,
         RewardTraining,
         argv=["--config", str(recipe / "reward.yaml"), "--output_dir", str(folder)],
     )
-    return partial(train, *parsed)
+    pairs = max(training.max_steps, 0) * training.per_device_train_batch_size
+    tflop = pairs * _TFLOP["pair"] + script.fidelity_responses * _TFLOP["response"]
+    return tflop, partial(train, script, model, training)
 
 
 def _fit_secant_head(recipe: Path, folder: Path) -> Callable[[], Any]:
