@@ -132,18 +132,15 @@ def library_output(folder: str | Path | None, alive: bool = True) -> Iterator[No
         return
     from vgf_llm import progress
 
-    path = _open_log(folder)
+    path, is_new = _open_log(folder)
     saved = _lead_into(path)
     if folder is not None:
         say(f"output in '{folder}'; what other libraries print is in its {LOG_NAME}")
     size = path.stat().st_size
-    failed = interrupted = False
+    failed = False
     try:
         with progress.alive() if alive else contextlib.nullcontext():
             yield
-    except KeyboardInterrupt:
-        interrupted = True
-        raise
     except Exception:
         failed = True
         raise
@@ -152,7 +149,7 @@ def library_output(folder: str | Path | None, alive: bool = True) -> Iterator[No
         wrote = path.stat().st_size > size
         if failed and wrote:
             say(f"the output of other libraries is in '{path}'")
-        elif folder is None or (not wrote and not size and not interrupted):
+        elif folder is None or (is_new and not wrote and "RANK" not in os.environ):  # others may write into it still
             path.unlink(missing_ok=True)
 
 
@@ -167,18 +164,24 @@ def _are_own_streams() -> bool:
         return False
 
 
-def _open_log(folder: str | Path | None) -> Path:
+def _open_log(folder: str | Path | None) -> tuple[Path, bool]:
+    """Return the log, begun with a line on this run, and whether it was not there before."""
     try:
         if folder is None:
             handle, name = tempfile.mkstemp(prefix="vgf-llm-", suffix=".log")
             os.close(handle)
-            return Path(name)
+            return Path(name), True
         path = Path(folder) / LOG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        is_new = not path.exists()
+        with path.open("a", encoding="utf-8", errors="replace") as log:
+            if is_first():
+                log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
     except OSError as error:
-        raise OutputError(f"the log '{folder}' cannot be written ({error.strerror or error})") from error
-    return path
+        raise OutputError(
+            f"'{LOG_NAME}' in '{folder}' cannot be written ({error.strerror or error}); name another output folder"
+        ) from error
+    return path, is_new
 
 
 def _lead_into(path: Path) -> tuple[TextIO, TextIO]:
