@@ -95,7 +95,6 @@ def tell_left_out(decoder: nn.Module, above: float = 0.05) -> None:
     if sum(shares.values()) > above:
         largest = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:3])
         print(
-            f"warning: the LoRA leaves {sum(shares.values()):.0%} of the layers' weights as they are ({largest}); the "
-            "experts of a mixture are not linear layers",
+            f"warning: the LoRA leaves {sum(shares.values()):.0%} of the layers' weights as they are ({largest})",
             file=sys.stderr,
         )
