@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from reward_models.assess import pad_responses
-from vgf_llm.data import encode_prompt, encode_response
+from vgf_llm.dialogue import PromptText
+from vgf_llm.encoding import encode_prompt, encode_response
 from vgf_llm.errors import ModelError
 from vgf_llm.precision import choose_dtype
 from vgf_llm.settings import resolve_device
@@ -58,7 +59,7 @@ def score(
         rows_of.setdefault(prompt, []).append(row)
     rewards = [0.0] * len(responses)
     for prompt, rows in rows_of.items():
-        prefix = model.prefix([encode_prompt(tokenizer, prompt)])
+        prefix = model.prefix([encode_prompt(tokenizer, PromptText(prompt).prompt)])
         for start in range(0, len(rows), _ROWS):
             chunk = rows[start : start + _ROWS]
             ids = [_encode(tokenizer, responses[row], max_new_tokens) for row in chunk]

@@ -101,7 +101,9 @@ class RewardModelSettings:
     lora_target_modules: list[str] = field(default_factory=list)
     """Leaf names of linear layers; empty takes all of the body."""
     pad_token: str | None = None
-    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
 

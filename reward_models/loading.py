@@ -8,7 +8,6 @@ the body from. `load_reward_model` reads either. PEFT is imported only when an a
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from vgf_llm.errors import ModelError
 from vgf_llm.lora import linear_names, tell_left_out
 from vgf_llm.models import fingerprint, load_tokenizer
 from vgf_llm.provenance import tell_if_changed
+from vgf_llm.screen import say
 from vgf_llm.whole import loaded_whole
 
 ADAPTER_NAME = "adapter_config.json"
@@ -147,10 +147,9 @@ def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_name
         saved = fingerprint(load_tokenizer(str(folder)))
         compare_fingerprints(saved, tokenizer, "tokenizer beside the weights", base_name)
     else:
-        print(
+        say(
             f"warning: '{folder}' has neither {CARD_NAME} nor a tokenizer, so nothing shows that the tokenizer in use "
             "is the one it was trained with",
-            file=sys.stderr,
         )
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from reward_models.functions import call_function, load_function
-from reward_models.pairs import EncodedPair, encode_closed, stack_rows
-from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number
+from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
 from vgf_llm.dialogue import Prompt, PromptText
 from vgf_llm.encoding import encode_prompt
 from vgf_llm.errors import DataError
 from vgf_llm.rows import Row, read_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from reward_models.pairs import EncodedPair
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def load_logged(
             rewards.append(read_number(row.get(reward_column), source, number, reward_column))
             if rewards[-1] is None and not missing:
                 missing = f"{source}, row {number}: no reward in column '{reward_column}'"
+        cut = repeated_prompts([(prompt.prompt, text) for prompt, text in texts], source)
+        texts = [(p, text[len(p) :] if is_cut else text) for (p, text), is_cut in zip(texts, cut, strict=True)]
     if missing and reward_function is None:
         raise DataError(f"{missing}; name a reward_function, or a file whose rows have a reward")
     blanks = [index for index, reward in enumerate(rewards) if reward is None]
@@ -108,6 +112,8 @@ def load_logged(
 
 def _response(row: Row, column: str, source: str, number: int) -> str:
     value = read_cell(row, column, source, number, empty_ok=True, option="response_column")
+    if row[column] is None:
+        raise DataError(f"{source}, row {number}, column '{column}': expected text or messages, got None")
     if isinstance(value, str):
         return value
     if not value or value[-1]["role"] != "assistant":
@@ -142,6 +148,8 @@ def encode_logged(
     Raises:
         DataError: nothing is left, or more is dropped than allowed.
     """
+    from reward_models.pairs import encode_closed
+
     encoded, dropped, cut = [], 0, 0
     for row in rows:
         prompt, (text, response) = encode_prompt(tokenizer, row.prompt), encode_closed(tokenizer, row.response)
@@ -167,6 +175,8 @@ def response_pairs(rows: Sequence[EncodedResponse]) -> list[EncodedPair]:
     Returns:
         Disjoint pairs, the better response as `chosen`, the difference of rewards as `margin`.
     """
+    from reward_models.pairs import EncodedPair
+
     groups: dict[tuple[int, ...], list[EncodedResponse]] = {}
     for row in rows:
         groups.setdefault(tuple(row.prompt), []).append(row)
@@ -189,5 +199,9 @@ class LoggedCollator:
 
     def __call__(self, rows: Sequence[EncodedResponse]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and response_mask [R, S], and reward [R]."""
+        import torch
+
+        from reward_models.pairs import stack_rows
+
         stacked = stack_rows([(row.prompt, row.response) for row in rows], self.pad_token_id)
         return stacked | {"reward": torch.tensor([row.reward for row in rows], dtype=torch.float32)}

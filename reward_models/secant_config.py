@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from vgf_llm.checks import require, require_sampling_seed, require_training_seed
 from vgf_llm.settings import DtypeName
@@ -30,7 +30,9 @@ class SecantScript:
     model_name_or_path: str = "default"
     """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
     pad_token: str | None = None
-    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
     dtype: DtypeName = "auto"

@@ -10,6 +10,7 @@ import torch
 
 from reward_models.foreign import ForeignReward
 from reward_models.functions import call_function, remembered
+from reward_models.logged import load_logged
 from reward_models.modelling import RewardModel
 from tests.byte_tokenizers import byte_tokenizer
 from tests.conftest import build_llama, build_tokenizer
@@ -185,3 +186,31 @@ def test_functions_read_the_conversation_and_the_columns_that_they_take(tmp_path
     check_rewards([name], prompts)
     with pytest.raises(ConfigError, match="columns: level"):
         check_rewards([name], [PromptText("a", {"level": 1})])
+
+
+# Prompts that are repeated -----------------------------------------------------------------------------------------
+
+
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_a_prompt_that_responses_repeat_is_cut_off_where_the_file_is_written_so(tmp_path):
+    repeats = [pair(f"What is {n}?", f"What is {n}? It is {n}.", f"What is {n}? No.") for n in range(9)]
+    plain = pair("Say hi.", "Hi.", "No.")
+    found = load_preferences(write(tmp_path / "most.jsonl", [*repeats, plain]))
+    assert [one.chosen for one in found.pairs] == [f" It is {n}." for n in range(9)] + ["Hi."]
+    assert "9 pairs repeated their prompt, which was cut off" in found.report()
+    few = load_preferences(write(tmp_path / "few.jsonl", [repeats[0], *[plain] * 9]))
+    assert few.pairs[0].chosen == "What is 0? It is 0." and few.repeated == 0
+    with pytest.raises(DataError, match="responses start with their prompt in 3 of 4 rows .first: row 1."):
+        load_preferences(write(tmp_path / "some.jsonl", [*repeats[:3], plain]))
+    echo = load_preferences(write(tmp_path / "echo.jsonl", [pair("Hi", "Hit it.", "Hint.")]))
+    assert echo.pairs[0].chosen == "Hit it."
+
+
+def test_logged_responses_that_repeat_their_prompt(tmp_path):
+    rows = [{"prompt": "2 + 2?", "response": "2 + 2? 4", "reward": 1}, {"prompt": "a", "response": "a b", "reward": 0}]
+    assert [one.response for one in load_logged(write(tmp_path / "r.jsonl", rows))] == [" 4", " b"]
+    with pytest.raises(DataError, match="row 1, column 'response': expected text or messages, got None"):
+        load_logged(write(tmp_path / "n.jsonl", [{"prompt": "a", "response": None, "reward": 0}]))

@@ -11,10 +11,10 @@ from reward_models.pairs import check_rows, encode_pairs
 from tests.byte_tokenizers import CHATML, LLAMA2, byte_tokenizer
 from tests.conftest import build_llama, build_tokenizer
 from vgf_llm.data import PreferencePair
-from vgf_llm.encoding import encode_prompt, encode_response, encode_text
+from vgf_llm.encoding import encode_prompt, encode_response, encode_text, set_in_template
 from vgf_llm.endings import check_ids, closed, closing_id, eos_ids_of, padding_id, remember_eos_ids
 from vgf_llm.errors import DataError, ModelError
-from vgf_llm.models import eos_token_ids, load_tokenizer
+from vgf_llm.models import eos_token_ids, fingerprint, load_tokenizer
 from vgf_llm.pipeline import encode_prompts, load_pipeline, make_decoder
 from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import ModelSettings, SamplingSettings
@@ -231,3 +231,68 @@ def test_a_loaded_tokenizer_knows_the_generation_configs_ends(tmp_path):
     assert last(loaded) == TURN_END
     (tmp_path / "generation_config.json").unlink()
     assert last(load_tokenizer(str(tmp_path))) == TURN_END
+
+
+@pytest.mark.parametrize("decoder", ["prior", "block", "edit", "edit_greedy", "pivot", "nearest"])
+def test_what_fills_padding_changes_nothing_not_even_an_eos(decoder):
+    """Masks tell padding: the same texts, values and moves whether filled with 0, an EOS or a word."""
+    from vgf_llm.flow.budget import TransportBudget
+    from vgf_llm.text import ImplicitPolicy
+
+    torch.manual_seed(3)
+    base = build_llama()
+    value = RewardModel.from_base(base).eval()
+    torch.nn.init.normal_(value.head.weight)
+    found = []
+    for pad_id in (2, 5) if decoder == "nearest" else (0, 2, 5, 9):  # nearest never writes the padding token
+        reference = Reference(base, SamplingSettings(max_new_tokens=10, top_k=30, temperature=2.0), (2, 5, 11), pad_id)
+        policy = ImplicitPolicy(
+            ReferenceSampler(reference),
+            value,
+            make_decoder(decoder, reference, value),
+            TransportBudget(steps=3, kernel="none", rounds=2, nats=4.0),
+            draws=2,
+        )
+        found.append(policy([[7, 8], [9, 10, 12]], row_seeds(0, [0, 1], 6)))
+    first = found[0]
+    assert first.transported.eos_BNT.any() and not first.transported.mask_BNT.all()
+    for other in found[1:]:
+        for name in ("originals", "transported", "selected"):
+            one, same = getattr(first, name), getattr(other, name)
+            assert torch.equal(one.mask_BNT, same.mask_BNT)
+            assert torch.equal(one.tokens_BNT[one.mask_BNT], same.tokens_BNT[same.mask_BNT])
+        torch.testing.assert_close(first.selected_values_B, other.selected_values_B)
+
+
+THINKING = "\n" + CHATML.replace(
+    "<|im_start|>assistant\n", "<|im_start|>assistant\n' }}{% if not (thinking is defined and thinking) %}{{ 'No.\n"
+).replace("{% endif %}", "{% endif %}{% endif %}")
+
+
+def test_variables_of_a_template_are_fixed_in_it():
+    tokenizer = byte_tokenizer(template=THINKING)
+    whole = {
+        thinking: tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False, thinking=thinking
+        )
+        for thinking in (True, False)
+    }
+    assert whole[False] == whole[True] + "No.\n"
+    for thinking, expected in whole.items():
+        tokenizer = byte_tokenizer(template=THINKING)
+        set_in_template(tokenizer, {"thinking": thinking})
+        assert tokenizer.decode(encode_prompt(tokenizer, "Hi")) == expected
+        assert closing_id(tokenizer) == TURN_END
+    plain, other = byte_tokenizer(template=THINKING), byte_tokenizer(template=THINKING)
+    set_in_template(plain, {})
+    set_in_template(other, {"thinking": None})
+    assert fingerprint(plain) == fingerprint(byte_tokenizer(template=THINKING)) != fingerprint(other)
+    for broken, said in (
+        ({"thinkng": True}, "no variable 'thinkng'"),
+        ({"messages": []}, "no variable 'messages'"),
+        ({"thinking": {1, 2}}, "thinking must be a JSON value"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            set_in_template(byte_tokenizer(template=THINKING), broken)
+    with pytest.raises(ModelError, match="no single chat template"):
+        set_in_template(byte_tokenizer(template=None), {"thinking": True})

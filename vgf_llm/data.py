@@ -46,6 +46,7 @@ __all__ = [
     "read_cell",
     "read_number",
     "read_prompt",
+    "repeated_prompts",
 ]
 
 _REPEATS = 0.9  # share of rows whose responses start with their prompt from which they repeat it
@@ -230,7 +231,7 @@ def load_preferences(
     columns = _Columns(prompt_column, chosen_column, rejected_column, margin_column, system_column, preference_column)
     explicit = any(prompt_column in row for _, row in rows)
     cells = [_cells(row, source, number, columns, explicit) for number, row in rows]
-    repeated = _repeated(cells, source)
+    repeated = repeated_prompts(cells, source)
     dropped = dict.fromkeys((SAME, EMPTY, DIVERGE), 0)
     first: dict[str, str] = {}
     pairs: list[PreferencePair] = []
@@ -285,8 +286,12 @@ def _may_be_prompt(row: Row, columns: _Columns) -> bool:
     return any((isinstance(one, str) and " " in one.strip()) or isinstance(one, list) for one in others)
 
 
-def _repeated(cells: Sequence[tuple[Any, Any, Any]], source: str) -> list[bool]:
+def repeated_prompts(cells: Sequence[tuple[Any, ...]], source: str) -> list[bool]:
     """Return which rows' responses start with their prompt, where that is how the file is written.
+
+    Args:
+        cells: (prompt, response, ...) of each row; only texts repeat.
+        source: for the message.
 
     Raises:
         DataError: more than half of the rows repeat it, but too many do not to tell.
@@ -299,7 +304,7 @@ def _repeated(cells: Sequence[tuple[Any, Any, Any]], source: str) -> list[bool]:
         return found
     if share > 0.5:
         raise DataError(
-            f"{source}: chosen and rejected start with the prompt in {sum(found)} of {len(found)} rows (first: row "
+            f"{source}: responses start with their prompt in {sum(found)} of {len(found)} rows (first: row "
             f"{found.index(True) + 1}); take it away there, or the model would read it twice"
         )
     return [False] * len(found)

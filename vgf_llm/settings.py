@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from vgf_llm.errors import ConfigError
 
 DecoderName = Literal["prior", "block", "edit", "edit_greedy", "pivot", "nearest"]
+
+DECODER_OPTIONS: dict[DecoderName, tuple[str, ...]] = {
+    "prior": ("multiplier", "coupling", "after_change"),
+    "block": ("block_tokens",),
+    "edit": (),
+    "edit_greedy": ("proposals", "checked"),
+    "pivot": ("tilted_tokens",),
+    "nearest": (),
+}
+"""Options of each decoder, in the order of its class: known before any class is imported."""
 
 BackendName = Literal["transformers", "vllm"]
 
@@ -27,7 +37,9 @@ class ModelSettings:
     device: str = "auto"
     """Torch device, or "auto": cuda where there is one, else cpu."""
     pad_token: str | None = None
-    """Padding token for tokenizers that name none; must exist in the vocabulary and differ from EOS."""
+    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
 

@@ -10,14 +10,17 @@ import torch
 from safetensors.torch import save
 
 from reward_models.modelling import RewardModel
+from tests.conftest import build_llama
 from tests.text.moves import make_move
 from vgf_llm.errors import DataError
 from vgf_llm.sampling import ReferenceSampler
+from vgf_llm.sampling.engine import EngineRequest, EngineText, TopLogps
+from vgf_llm.sampling.engine_reference import EngineReference
 from vgf_llm.sampling.plan_rows import PlannedRow, step
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
-from vgf_llm.text.choosing import Draws, RowPlan
-from vgf_llm.text.law import truncate
+from vgf_llm.text.choosing import Draws, RowPlan, drawn_token
+from vgf_llm.text.law import normalised, truncate
 from vgf_llm.text.noise import combine_seeds
 from vgf_llm.text.tilted_path import TiltedPath, TiltOptions, laws_of
 
@@ -198,6 +201,66 @@ def test_tokens_that_the_table_does_not_know_are_not_picked(parts, top_k):
     row.check_fits(table_VD[:20], len(table_VD))
     logits_V = torch.linspace(0, 9, len(table_VD))  # the unknown are the most probable
     assert int(step([row], [0], logits_V.unsqueeze(0), table_VD[:20])) < 20
+
+
+@pytest.mark.parametrize("kind", ["draw", "tilt"])
+def test_rows_that_pad_the_engines_table_are_not_picked(parts, kind):
+    table_VD = parts[1].embedding_table_VD
+    plan = good_plan(parts)
+    tokens = torch.arange(20).expand(9, -1)
+    drafted = {"law_ids": tokens, "law_logps": torch.zeros(9, 20).log_softmax(-1), "token": torch.full((9,), 7)}
+    plan = dataclasses.replace(plan, tensors={**plan.tensors, **drafted})
+    if kind == "draw":
+        (plan,) = Draws(SAMPLING, torch.tensor([1])).plans(torch.zeros(1, dtype=torch.int64), 9)
+    logits_V = torch.linspace(0, 9, len(table_VD))  # the padding is the most probable
+    for offset in range(3):
+        row = PlannedRow.of(dataclasses.replace(plan, rule={**plan.rule, "vocabulary": 20}))
+        picked = [int(step([row], [at], logits_V.unsqueeze(0), table_VD)[0]) for at in range(offset + 1)]
+        assert max(picked) < 20
+    for wrong in (0, "many", 2.0, None):
+        with pytest.raises(DataError, match="vocabulary in the rule of a .* row must be at least 1"):
+            PlannedRow.of(dataclasses.replace(plan, rule={**plan.rule, "vocabulary": wrong}))
+
+
+class ListingEngine:
+    """An engine that lists 14 tokens a place, of which every second one pads the table (ids from 20 on)."""
+
+    name = "listing engine"
+
+    def run(self, requests):
+        self.requests = list(requests)
+        texts = []
+        for request in requests:
+            columns = request.logprobs or request.prompt_logprobs
+            ids = torch.tensor([[20 + k // 2 if k % 2 == 0 else k // 2 for k in range(columns)]])
+            listed = TopLogps(torch.tensor([-0.5]), ids, -torch.arange(columns).float().unsqueeze(0))
+            token = drawn_token(normalised(*_known(ids, listed.logps_TK), 1.0), torch.tensor([5]), 0)
+            texts.append(EngineText([int(token)], listed, listed))
+        return texts
+
+
+def _known(ids, logps):
+    known = ids < 20
+    return ids[known].unsqueeze(0)[:, :6], logps[known].unsqueeze(0)[:, :6]
+
+
+def test_an_engines_lists_are_cleared_of_the_tables_padding():
+    model = build_llama()
+    model.resize_token_embeddings(28)
+    engine = ListingEngine()
+    reference = EngineReference(engine, model, SamplingSettings(top_k=6, max_new_tokens=1), (2,), 0, vocabulary=20)
+    assert reference.columns == 6 and reference.barred == range(20, 28)
+    plain = EngineRequest([7], 3, barred=reference.barred)
+    assert plain.logit_bias == dict.fromkeys(range(20, 28), -100.0)
+    assert EngineRequest([7], 3).logit_bias is None
+    prefix = reference.prefix([[7, 8]])
+    draws = Draws(reference.sampling, torch.tensor([5]))
+    written = reference.write(prefix, 1, draws)
+    assert engine.requests[0].logprobs == 6 + 8 and engine.requests[0].plan.rule["vocabulary"] == 20
+    law = draws.law()
+    assert law.ids.tolist() == [[[0, 1, 2, 3, 4, 5]]] and law.logps.exp().sum() == pytest.approx(1.0)
+    read = reference.shortlists(prefix, written)
+    assert int(read.ids.max()) < 20 and read.logps.exp().sum() == pytest.approx(1.0)
 
 
 def test_a_plan_that_cannot_be_followed_is_refused_alone(parts, capsys):

@@ -42,6 +42,7 @@ class EngineRequest:
         logprobs: Most probable tokens to report at each place that is written; 0 for none.
         prompt_logprobs: The same for each token of the prompt, beside the token itself; None for none at all.
         adapter: LoRA to answer with, by what the engine knows it as; the base model when None.
+        barred: Ids that the engine's own sampler never draws: rows that only pad its table. A plan bars its own.
     """
 
     prompt: list[int]
@@ -54,6 +55,12 @@ class EngineRequest:
     logprobs: int = 0
     prompt_logprobs: int | None = None
     adapter: str | None = None
+    barred: range = range(0)
+
+    @property
+    def logit_bias(self) -> dict[int, float] | None:
+        """The bias that keeps ``barred`` from being drawn, as OpenAI's interface takes it."""
+        return dict.fromkeys(self.barred, -100.0) if self.plan is None and self.barred else None
 
 
 @dataclass(frozen=True)

@@ -105,13 +105,18 @@ class EngineReference:
         """Tokens of a law."""
         return self._columns(self.sampling)
 
+    @property
+    def barred(self) -> range:
+        """Rows of the model's table that are no tokens."""
+        rows = vocabulary_rows(self.model.config)
+        return range(rows if self.vocabulary is None else self.vocabulary, rows)
+
     def _columns(self, sampling: SamplingSettings) -> int:
         return min(sampling.top_k, self.vocabulary or vocabulary_rows(self.model.config))
 
     def _asked(self, columns: int) -> int:
         """Return how many tokens to ask the engine for, so that ``columns`` are left without the table's padding."""
-        spare = 0 if self.vocabulary is None else max(vocabulary_rows(self.model.config) - self.vocabulary, 0)
-        return columns + min(spare, MOST_SPARE)
+        return columns + min(len(self.barred), MOST_SPARE)
 
     def _known(self, ids: Tensor, logps: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Return ids and log-probabilities [..., columns] of what is a token, most probable first."""

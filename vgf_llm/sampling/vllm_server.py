@@ -205,6 +205,7 @@ def _body(request: EngineRequest, model: str) -> dict[str, Any]:
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "prompt_logprobs": request.prompt_logprobs,
+        "logit_bias": request.logit_bias and {str(one): bias for one, bias in request.logit_bias.items()},
     }
     if request.plan is not None:
         body["vllm_xargs"] = {PLAN_ARGUMENT: request.plan.encoded()}

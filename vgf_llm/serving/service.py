@@ -202,6 +202,7 @@ class PlainSampler:
             eos_ids=like.eos_ids,
             stop=own.stop,
             adapter=like.adapter,
+            barred=like.barred,
         )
         (text,) = self.engine.run([request])
         tokens_BNT = torch.tensor([[text.tokens]], device=like.device)
