@@ -84,6 +84,7 @@ def measure_fidelity(
         shortlist_BNTK,
         substitutions=substitutions,
         seed=seed,
+        description="measuring gradient fidelity",
         eos_ids=eos_ids_of(tokenizer),
     )
 

@@ -36,31 +36,30 @@ def truncated_config(base_config: PreTrainedConfig, num_layers: int | None) -> d
     Raises:
         ModelError: num_layers is out of range, or the architecture's configuration cannot be cut.
     """
-    fields = cut_config(base_config, num_layers).to_dict()
+    fields = cut_config(base_config, num_layers)
     for derived in ("architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         fields.pop(derived, None)
     return fields
 
 
 def plain_weights(base: PreTrainedModel) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers of a causal LM's decoder by the names they have without PEFT.
+    """Return parameters and buffers of a causal LM's decoder by the names they have without PEFT.
 
-    Adapters are left out. Buffers are a part of what was trained: routing biases, layer scalars.
+    Adapters keep names that no body has. Buffers are a part of what was trained: routing biases, layer scalars.
     """
     decoder = decoder_of(base)
-    persistent = decoder.state_dict(keep_vars=True).keys()
-    weights: dict[str, Tensor] = dict(decoder.named_parameters(remove_duplicate=False))
-    weights |= {name: buffer for name, buffer in decoder.named_buffers(remove_duplicate=False) if name in persistent}
+    found: dict[str, Tensor] = dict(decoder.named_parameters(remove_duplicate=False))
+    found |= dict(decoder.named_buffers(remove_duplicate=False))
     plain = {}
-    for name, tensor in weights.items():
+    for name, tensor in found.items():
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, "")
         plain[name] = tensor
     return plain
 
 
-def copy_weights(body: nn.Module, base: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Copy the base's plain weights into the body: parameters as `dtype`, persistent buffers in their own precision.
+def copy_weights(body: PreTrainedModel, base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Copy the base's plain weights into the body: parameters as `dtype`, buffers in the base's precision.
 
     Raises:
         ModelError: a weight of the body is missing in the base, or has another shape there.
@@ -69,12 +68,12 @@ def copy_weights(body: nn.Module, base: PreTrainedModel, dtype: torch.dtype) -> 
     with torch.no_grad():
         for name, parameter in body.named_parameters(remove_duplicate=False):
             parameter.data = source[name].detach().to(dtype, copy=True)
-    for name in _persistent_buffers(body):
-        _put(body, name, source[name].detach().clone())
+        for name in _common_buffers(body, source):
+            _put(body, name, source[name].detach().clone())
 
 
-def share_weights(body: nn.Module, base: PreTrainedModel) -> None:
-    """Put the base's own parameters and persistent buffers in place of the body's.
+def share_weights(body: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Put the base's own parameters and buffers in place of the body's.
 
     Raises:
         ModelError: a weight is missing or has another shape, or a parameter of the base trains; what two models share
@@ -88,8 +87,14 @@ def share_weights(body: nn.Module, base: PreTrainedModel) -> None:
                 "give a base of its own, or set lora_r to 0"
             )
         _put(body, name, source[name])
-    for name in _persistent_buffers(body):
+    for name in _common_buffers(body, source):
         _put(body, name, source[name])
+
+
+def _common_buffers(body: nn.Module, source: dict[str, Tensor]) -> list[str]:
+    """Return the buffers that body and base both have in one shape: all persistent ones, and most of the others."""
+    buffers = body.named_buffers(remove_duplicate=False)
+    return [name for name, buffer in buffers if name in source and source[name].shape == buffer.shape]
 
 
 def _put(body: nn.Module, name: str, tensor: Tensor) -> None:
@@ -102,14 +107,22 @@ def _persistent_buffers(body: nn.Module) -> list[str]:
     return [name for name, _ in body.named_buffers(remove_duplicate=False) if name in persistent]
 
 
-def _matching(body: nn.Module, base: PreTrainedModel) -> dict[str, Tensor]:
+def _matching(body: PreTrainedModel, base: PreTrainedModel) -> dict[str, Tensor]:
     """Return the base's weights by name after a check that the body has no other names or shapes."""
     source, whose = plain_weights(base), f"the base model {base.config._name_or_path!r}"
     wanted = dict(body.named_parameters(remove_duplicate=False))
     wanted |= {name: body.get_buffer(name) for name in _persistent_buffers(body)}
+    if num_layers(body.config) == num_layers(base.config):
+        persistent = decoder_of(base).state_dict(keep_vars=True).keys()
+        extra = sorted(name for name in persistent & source.keys() if name not in wanted)
+        if extra and not any(hasattr(module, "_disable_adapters") for module in base.modules()):
+            raise ModelError(f"the weight {extra[0]!r} of {whose} has no place in a body of {type(body).__name__}")
     for name, tensor in wanted.items():
         if name not in source:
-            raise ModelError(f"{whose} has no weight {name!r}; give a causal LM")
+            advice = "give a causal LM"
+            if num_layers(body.config) < num_layers(base.config):
+                advice = "this architecture cannot be cut: leave num_layers empty"
+            raise ModelError(f"{whose} has no weight {name!r}; {advice}")
         expected, found = weight_shape(tensor), weight_shape(source[name])
         if expected != found:
             raise ModelError(
@@ -139,10 +152,18 @@ def check_cut(body: PreTrainedModel, base: PreTrainedModel, name: str) -> None:
         return
     rows, kept = body.get_input_embeddings().weight.shape[0], num_layers(body.config)
     ids_RS = torch.arange(1, 11, device=body.device).remainder(rows).view(2, 5)
-    with _as_plain_as(decoder, body), evaluating(body), evaluating(decoder):
-        pairs = [[layer_outputs(model, kept - 1, input_ids=ids_RS, use_cache=False) for model in (body, decoder)]]
-        if kept == num_layers(decoder.config):
-            pairs.append([model(input_ids=ids_RS, use_cache=False).last_hidden_state for model in (body, decoder)])
+    try:
+        with _as_plain_as(decoder, body), evaluating(body), evaluating(decoder):
+            pairs = [[layer_outputs(model, kept - 1, input_ids=ids_RS, use_cache=False) for model in (body, decoder)]]
+            if kept == num_layers(decoder.config):
+                pairs.append([model(input_ids=ids_RS, use_cache=False).last_hidden_state for model in (body, decoder)])
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        types = f"{body.dtype} cut from {decoder.dtype}"
+        raise ModelError(
+            f"the first {kept} layers of {name!r} do not run ({types}): {error}; try another dtype"
+        ) from error
     for own, expected in pairs:
         apart = difference(own, expected)
         if apart > max(tolerance(own), tolerance(expected)):

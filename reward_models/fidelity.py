@@ -71,6 +71,7 @@ def gradient_fidelity(
     seed: int = 0,
     value_gradient: ValueGradient | None = None,
     eos_ids: Sequence[int] = (),
+    description: str | None = None,
 ) -> Fidelity:
     """Compare the linear prediction with the exact change for sampled one-token substitutions.
 
@@ -84,6 +85,7 @@ def gradient_fidelity(
         seed: of that sample.
         value_gradient: particles_BNTD -> (values_BN, gradients_BNTD); None: autograd through `value.score`.
         eos_ids: ids that end a text; neither replaced nor put in.
+        description: shows progress under that name.
 
     Returns:
         The means over responses that have at least nine candidates and whose exact changes are not all equal.
@@ -102,6 +104,7 @@ def gradient_fidelity(
         substitutions=substitutions,
         seed=seed,
         eos_ids=eos_ids,
+        description=description,
     )
     return compare_changes(value, tokens_BNT, changes, value_gradient(value.embed(tokens_BNT).detach())[1])
 
@@ -150,7 +153,7 @@ def exact_changes(
     generator = torch.Generator().manual_seed(seed)
     found = []
     prompts_seen = range(tokens_BNT.shape[0])
-    for b in track(prompts_seen, description) if description else prompts_seen:
+    for b in track(prompts_seen, description, unit="prompts") if description else prompts_seen:
         one = prefix.select(torch.tensor([b], device=tokens_BNT.device))
         for n in range(tokens_BNT.shape[1]):
             tokens_T, mask_T = tokens_BNT[b, n], mask_BNT[b, n].bool()

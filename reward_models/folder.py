@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from reward_models.card import CARD_NAME
-from reward_models.modelling import RewardModelConfig
 from vgf_llm.errors import OutputError
+from vgf_llm.screen import say
 
 _WEIGHTS = ("adapter_*", "model*.safetensors", "model.safetensors.index.json")
 _BESIDE = (
@@ -26,7 +25,9 @@ _BESIDE = (
     "secant.json",
     "secant.safetensors",
 )
+_MODEL_TYPE = "vgf_reward"  # of RewardModelConfig
 _SET_ASIDE = "earlier_"
+METRICS_NAME = "metrics.jsonl"
 
 
 def check_is_ours(folder: str | Path) -> None:
@@ -39,7 +40,7 @@ def check_is_ours(folder: str | Path) -> None:
         model_type = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):  # none, or torn: nothing that could be loaded
         return
-    if model_type != RewardModelConfig.model_type:
+    if model_type != _MODEL_TYPE:
         raise OutputError(f"output_dir '{folder}' holds a model of type {model_type!r}; name another folder")
 
 
@@ -62,10 +63,12 @@ def clear_earlier_run(folder: str | Path, keep_checkpoints: bool) -> None:
         for name in names:
             for path in folder.glob(name):
                 path.unlink()
+        if not keep_checkpoints:
+            (folder / METRICS_NAME).unlink(missing_ok=True)
         for path in [] if keep_checkpoints else sorted(folder.glob("checkpoint-[0-9]*")):
             aside = path.with_name(_SET_ASIDE + path.name)
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            print(f"{path}: of an earlier run, now {aside.name}", file=sys.stderr)
+            say(f"{path}: of an earlier run, now {aside.name}")
     except OSError as error:
         raise OutputError(f"output_dir '{folder}': an earlier run cannot be cleared away ({error})") from error

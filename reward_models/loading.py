@@ -8,7 +8,6 @@ the body from. `load_reward_model` reads either. PEFT is imported only when an a
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
 from reward_models.modelling import RewardModel, RewardModelConfig
+from vgf_llm.architecture import difference, evaluating, tolerance
 from vgf_llm.errors import ModelError
 from vgf_llm.lora import linear_names, tell_left_out
 from vgf_llm.models import fingerprint, load_tokenizer
 from vgf_llm.provenance import tell_if_changed
+from vgf_llm.screen import say
 from vgf_llm.whole import loaded_whole
 
 ADAPTER_NAME = "adapter_config.json"
@@ -117,7 +118,7 @@ def load_reward_model(
         _check_tokenizer(folder, tokenizer, config.base_name)
     if is_lora(folder):
         adapted = load_adapter(folder, base, dtype=dtype)
-        model = adapted.merge_and_unload(safe_merge=True) if merge else adapted.get_base_model()
+        model = _merged(adapted, folder) if merge else adapted.get_base_model()
     else:
         model = _load_full(folder, dtype)
     model = model.to(device)
@@ -146,10 +147,9 @@ def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_name
         saved = fingerprint(load_tokenizer(str(folder)))
         compare_fingerprints(saved, tokenizer, "tokenizer beside the weights", base_name)
     else:
-        print(
+        say(
             f"warning: '{folder}' has neither {CARD_NAME} nor a tokenizer, so nothing shows that the tokenizer in use "
             "is the one it was trained with",
-            file=sys.stderr,
         )
 
 
@@ -195,6 +195,8 @@ def load_adapter(
         ModelError: the folder is not a LoRA of a reward model, or does not fit the base or tokenizer.
     """
     from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+    from peft.utils.save_and_load import load_peft_weights
 
     folder = Path(path)
     config = _read_config(folder)
@@ -214,6 +216,26 @@ def load_adapter(
     )
     model.config.base_name, model.config.base_weights = config.base_name, config.base_weights
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (OSError, ValueError, SafetensorError) as error:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        missing = sorted(set(get_peft_model_state_dict(adapted)) - set(load_peft_weights(str(folder), device="cpu")))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"'{folder}' holds no adapter that fits this base ({error}); train it again") from error
+    if missing:
+        raise ModelError(f"'{folder}' lacks the adapter's weights {', '.join(missing[:3])}; train it again")
+    return adapted
+
+
+def _merged(adapted: Any, folder: Path) -> RewardModel:
+    """Add the adapters into the weights, and check that what the head reads stays the same."""
+    ids_RS = torch.arange(1, 11, device=adapted.device).view(2, 5)
+    with torch.no_grad(), evaluating(adapted):
+        expected_RSD = adapted.get_base_model().body(input_ids=ids_RS, use_cache=False).last_hidden_state
+        model = adapted.merge_and_unload(safe_merge=True)
+        found_RSD = model.body(input_ids=ids_RS, use_cache=False).last_hidden_state
+    apart = difference(found_RSD, expected_RSD)
+    if apart > tolerance(found_RSD):
+        raise ModelError(
+            f"the adapter '{folder}' cannot be merged: hidden states differ by {apart:.2g} of their mean size "
+            "afterwards; load it with merge=False"
+        )
+    return model

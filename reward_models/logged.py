@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from reward_models.functions import call_function, load_function
-from reward_models.pairs import EncodedPair, encode_closed, stack_rows
 from vgf_llm.cells import check_named
 from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
 from vgf_llm.dialogue import Prompt, PromptText
 from vgf_llm.encoding import encode_prompt
 from vgf_llm.errors import DataError
 from vgf_llm.rows import Row, read_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from reward_models.pairs import EncodedPair
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ def encode_logged(
     Raises:
         DataError: nothing is left, or more is dropped than allowed.
     """
+    from reward_models.pairs import encode_closed
+
     encoded, dropped, cut = [], 0, 0
     for row in rows:
         prompt, (text, response) = encode_prompt(tokenizer, row.prompt), encode_closed(tokenizer, row.response)
@@ -174,6 +178,8 @@ def response_pairs(rows: Sequence[EncodedResponse]) -> list[EncodedPair]:
     Returns:
         Disjoint pairs, the better response as `chosen`, the difference of rewards as `margin`.
     """
+    from reward_models.pairs import EncodedPair
+
     groups: dict[tuple[int, ...], list[EncodedResponse]] = {}
     for row in rows:
         groups.setdefault(tuple(row.prompt), []).append(row)
@@ -196,5 +202,9 @@ class LoggedCollator:
 
     def __call__(self, rows: Sequence[EncodedResponse]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and response_mask [R, S], and reward [R]."""
+        import torch
+
+        from reward_models.pairs import stack_rows
+
         stacked = stack_rows([(row.prompt, row.response) for row in rows], self.pad_token_id)
         return stacked | {"reward": torch.tensor([row.reward for row in rows], dtype=torch.float32)}

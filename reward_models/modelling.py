@@ -15,6 +15,7 @@ computed. The body is causal, so one forward holds the score of every prefix of 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,14 +90,17 @@ class RewardModelConfig(PreTrainedConfig):
         """Return the decoder's own configuration object."""
         if not self.body_config:
             raise ModelError("the reward model's config.json has no body_config; was it written by this package?")
-        fields = dict(self.body_config)
+        fields = copy.deepcopy(self.body_config)
         model_type = fields.pop("model_type", None)
         if model_type not in CONFIG_MAPPING:
             raise ModelError(f"the body's model_type {model_type!r} is not known to this version of transformers")
         try:
-            return CONFIG_MAPPING[model_type].from_dict(fields)
+            config = CONFIG_MAPPING[model_type].from_dict(fields)
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"the configuration of {model_type!r} cannot be cut or read: {error}") from error
+        if self.body_config.get("layer_types"):  # some configurations insist on a kind of last layer
+            config.layer_types = list(self.body_config["layer_types"])
+        return config
 
     @property
     def num_layers(self) -> int:

@@ -80,7 +80,13 @@ def sample_reference(
     rows = reference.model.get_output_embeddings().weight.shape[0]
     k = min(shortlist, reference.vocabulary or rows)
     parts = []
-    for start in track(range(0, len(prompts), _PROMPTS_A_BATCH), "sampling the base, batches"):
+    for start in track(
+        range(0, len(prompts), _PROMPTS_A_BATCH),
+        "sampling the base",
+        len(prompts),
+        unit="prompts",
+        size=lambda start: min(_PROMPTS_A_BATCH, len(prompts) - start),
+    ):
         group = list(prompts[start : start + _PROMPTS_A_BATCH])
         responses = sampler.sample(group, row_seeds(seed, list(range(start, start + len(group))), a_prompt))
         found = reference_shortlist(
@@ -194,7 +200,7 @@ def fit_secant_head(targets: SecantTargets, training: SecantTraining, base: str)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     generator = torch.Generator().manual_seed(training.fit_seed)
     losses = []
-    for _ in track(range(training.steps), "fitting the secant head, steps"):
+    for _ in track(range(training.steps), "fitting the secant head", unit="steps"):
         x_X = torch.randint(len(targets.index_X), (training.batch_size,), generator=generator).to(device)
         features_XF = targets.features_PF[targets.index_X[x_X]]
         if training.dropout:

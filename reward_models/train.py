@@ -19,7 +19,11 @@ from reward_models.config import RewardModelSettings, RewardScript, RewardTraini
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
+from vgf_llm.inputs import check_base_model, check_resumes
 from vgf_llm.io import check_writable
+from vgf_llm.progress import load_libraries, stage, stages, working
+from vgf_llm.screen import emit, library_output, say, show
+from vgf_llm.trainer_names import check_trainer_settings
 
 _LAYERS = 6  # as in the recipe on human preferences; docs/fidelity.md has its gradient
 
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm reward",
         description="Train a reward model on preference pairs.",
     )
-    run(script, model, training)
+    with library_output(script.output_dir), stages(2):
+        run(script, model, training)
     return 0
 
 
@@ -56,10 +61,13 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         VGFError: data, model, configuration or output folder are unusable; checked before any training.
     """
     output_dir = check_writable(script.output_dir)
+    check_training(settings, training, output_dir)
+    with working(f"reading {script.train_dataset}"):
+        texts = read_texts(script)
+    load_libraries("reward_models.trainer", "vgf_llm.hf_arguments")
     import torch
     from transformers import set_seed
 
-    from reward_models.folder import check_is_ours
     from reward_models.pairs import PairCollator, check_max_length, check_rows
     from reward_models.trainer import RewardTrainer, checkpoint_to_resume
     from vgf_llm.architecture import vocabulary_rows
@@ -68,7 +76,6 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     from vgf_llm.models import load_causal_lm, load_tokenizer
     from vgf_llm.precision import for_training
 
-    check_is_ours(output_dir)
     settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
@@ -79,11 +86,13 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
         trust_remote_code=remote,
         chat_template_kwargs=settings.chat_template_kwargs,
     )
-    train_pairs, held_out, dropped = load_pairs(script, tokenizer, training.seed)
+    with working("encoding the pairs"):
+        train_pairs, held_out, dropped = load_pairs(script, tokenizer, training.seed, texts)
 
     set_seed(training.seed)
     dtype = getattr(torch, settings.dtype)
-    lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
+    with working(f"loading the base model {settings.model_name_or_path}"):
+        lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
     check_rows(tokenizer, [*train_pairs, *held_out], vocabulary_rows(lm.config))
     trainer = RewardTrainer(
@@ -140,15 +149,17 @@ def _layers_kept(stated: int | str | None, lm: Any) -> int | None:
 
 
 def load_pairs(
-    script: RewardScript, tokenizer: PreTrainedTokenizerBase, seed: int
+    script: RewardScript,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    texts: tuple[Preferences, Preferences | None] | None = None,
 ) -> tuple[list[EncodedPair], list[EncodedPair], dict[str, int]]:
     """Read, split and encode the pairs: training, held out, and what was dropped of the training rows, by reason."""
     from reward_models.pairs import encode_pairs, hold_out
 
-    train = _preferences(script, script.train_dataset, script.train_split, script.limit)
-    if script.eval_dataset is not None:
-        train_texts = train.pairs
-        held_texts = _preferences(script, script.eval_dataset, script.eval_split, script.eval_limit).pairs
+    train, held_out = texts or read_texts(script)
+    if held_out is not None:
+        train_texts, held_texts = train.pairs, held_out.pairs
     else:
         train_texts, held_texts = hold_out(train.pairs, script.eval_share, seed)
     limits = (
@@ -164,11 +175,33 @@ def load_pairs(
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
-        print(f"{name}: {len(encoded)} pairs encoded; over length or equal: {reasons}", file=sys.stderr)
+        say(f"{name}: {len(encoded)} pairs encoded; over length or equal: {reasons}")
         kept.append(encoded)
         counted.append(counts)
     dropped = train.dropped | counted[0]
     return kept[0], kept[1], {reason: count for reason, count in dropped.items() if count}
+
+
+def read_texts(script: RewardScript) -> tuple[Preferences, Preferences | None]:
+    """Read the pairs, and the held-out ones where they are named; imports no model library for local files."""
+    train = _preferences(script, script.train_dataset, script.train_split, script.limit)
+    if script.eval_dataset is None:
+        return train, None
+    return train, _preferences(script, script.eval_dataset, script.eval_split, script.eval_limit)
+
+
+def check_training(settings: RewardModelSettings, training: TrainerSettings, output_dir: Path) -> None:
+    """Look at everything that can be judged without a model: base model, trainer settings, output folder.
+
+    Raises:
+        VGFError: Something is unusable.
+    """
+    from reward_models.folder import check_is_ours
+
+    check_base_model(settings.model_name_or_path)
+    check_trainer_settings(training)
+    check_resumes(training.resume_from_checkpoint, output_dir)
+    check_is_ours(output_dir)
 
 
 def _preferences(script: RewardScript, source: str, split: str, limit: int | None) -> Preferences:
@@ -186,14 +219,16 @@ def _preferences(script: RewardScript, source: str, split: str, limit: int | Non
         system_column=script.system_column,
         preference_column=script.preference_column,
     )
-    print(preferences.report(), file=sys.stderr)
+    say(preferences.report())
     return preferences
 
 
 def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpoint: str | None) -> float:
     """Clear the folder of an earlier run, train, and save weights and tokenizer; returns the seconds of training."""
     from reward_models.folder import clear_earlier_run
+    from reward_models.frame import announce, keeps_lines, score_figures
     from reward_models.trainer import add_embedding_noise
+    from vgf_llm.trainer_screen import shown
 
     if trainer.is_world_process_zero():
         clear_earlier_run(output_dir, keep_checkpoints=checkpoint is not None)
@@ -201,11 +236,14 @@ def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpo
     scale = training.embedding_noise
     noise = add_embedding_noise(trainer.model, scale, training.seed) if scale else None
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    announce(trainer)
+    with shown(trainer, "training", score_figures, keeps_lines(trainer)):
+        trainer.train(resume_from_checkpoint=checkpoint)
     train_sec = time.monotonic() - start
     if noise is not None:
         noise.remove()
-    trainer.save_model()
+    with working("saving the model"):
+        trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     return train_sec
 
@@ -236,8 +274,11 @@ def finish(
     from reward_models.assess import build_card
     from reward_models.loading import load_reward_model
 
-    model = load_reward_model(script.output_dir, base=lm if settings.lora_r else None, dtype=lm.dtype, device=lm.device)
-    card = build_card(model, tokenizer, held_out, script.output_dir, data_files=data_files(script), **facts)
+    stage("measuring it on held-out pairs")
+    with working("reading the saved model back and scoring the held-out pairs"):
+        base = lm if settings.lora_r else None
+        model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device)
+        card = build_card(model, tokenizer, held_out, script.output_dir, data_files=data_files(script), **facts)
     pairs = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in held_out]
     return report(card, script, model, tokenizer, lm, pairs)
 
@@ -270,7 +311,6 @@ def report(
         groups: (prompt, responses), as many responses in each, token ids.
         further: figures for the line of JSON.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from reward_models.assess import measure_fidelity
@@ -290,13 +330,13 @@ def report(
         except (
             ValueError
         ) as error:  # a score that no token changes, after a step or two: the rest is still worth a card
-            print(f"warning: gradient fidelity is not on the card ({error})", file=sys.stderr)
+            say(f"warning: gradient fidelity is not on the card ({error})")
     write_card(card, script.output_dir)
     kind = "Reward model" if card.train_responses is None else "Value model"
     table = Table(title=f"{kind} in {script.output_dir}", show_header=False)
     for name, text in card_rows(card):
         table.add_row(name, text)
-    Console().print(table)
+    show(table)
     fidelity = card.fidelity or {}
     figures = {
         "accuracy": card.accuracy,
@@ -305,7 +345,7 @@ def report(
         "top8_share": fidelity["top8_gain"] / fidelity["best8_gain"] if fidelity.get("best8_gain") else None,
         "length_correlation": card.length_correlation,
     }
-    print(json.dumps(figures | further | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))
+    emit(json.dumps(figures | further | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))
     return card
 
 

@@ -21,8 +21,11 @@ from reward_models.secant_config import SecantScript, SecantTraining
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError, ModelError
+from vgf_llm.inputs import check_base_model, check_reward_model
 from vgf_llm.io import check_writable
 from vgf_llm.precision import with_dtype
+from vgf_llm.progress import load_libraries, working
+from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings, resolve_device
 
 if TYPE_CHECKING:
@@ -40,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm secant",
         description="Fit a secant head to a reward model: a direction that predicts what token changes do.",
     )
-    print(json.dumps(run(script, training, sampling)))
+    with library_output(script.reward_model):
+        emit(json.dumps(run(script, training, sampling)))
     return 0
 
 
@@ -50,8 +54,11 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     Raises:
         VGFError: reward model, prompts or output folder are unusable, or a prompt is in both files.
     """
+    check_reward_model(script.reward_model)
+    check_base_model(script.model_name_or_path)
     folder = check_writable(script.reward_model)
     fit_prompts, unseen_prompts = _prompts(script)
+    load_libraries("reward_models.loading", "reward_models.secant_fit")
     script = with_dtype(script)
     from reward_models.loading import load_reward_model
     from reward_models.secant import save_secant_head
@@ -64,7 +71,8 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
         trust_remote_code=script.trust_remote_code,
         chat_template_kwargs=script.chat_template_kwargs,
     )
-    value = load_reward_model(script.reward_model, tokenizer=tokenizer, device=resolve_device(script.device))
+    with working(f"loading the reward model {script.reward_model}"):
+        value = load_reward_model(script.reward_model, tokenizer=tokenizer, device=resolve_device(script.device))
     if training.base == "skip" and value.skip_head is None:
         raise ModelError(f"base is 'skip', but '{script.reward_model}' has no input skip; set base to gradient or none")
     start = time.monotonic()
@@ -128,12 +136,13 @@ def _sample(
     from vgf_llm.models import eos_token_ids, load_causal_lm
     from vgf_llm.text.reference import Reference
 
-    lm = load_causal_lm(
-        script.model_name_or_path,
-        dtype=script.dtype,
-        device=resolve_device(script.device),
-        trust_remote_code=script.trust_remote_code,
-    )
+    with working(f"loading the base model {script.model_name_or_path}"):
+        lm = load_causal_lm(
+            script.model_name_or_path,
+            dtype=script.dtype,
+            device=resolve_device(script.device),
+            trust_remote_code=script.trust_remote_code,
+        )
     rows = min(lm.get_input_embeddings().weight.shape[0], most_rows)
     eos_ids, pad_id = eos_token_ids(lm, tokenizer), padding_id(tokenizer, rows)
     reference = Reference(lm, sampling, eos_ids, pad_id, min(len(tokenizer), rows))
@@ -159,7 +168,6 @@ def _encoded(tokenizer: Any, prompt: Any, rows: int, number: int) -> list[int]:
 
 
 def _print_table(script: SecantScript, before: Fidelity, after: Fidelity) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Gradient fidelity of {script.reward_model}, {before.n} responses to unseen prompts")
@@ -173,7 +181,7 @@ def _print_table(script: SecantScript, before: Fidelity, after: Fidelity) -> Non
             f"{found.best8_gain:.2f}",
             f"{found.top8_share:.0%}",
         )
-    Console().print(table)
+    show(table)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from reward_models.config import RewardModelSettings
-from reward_models.train import data_files, fit, report, training_facts, untrained_model
+from reward_models.train import check_training, data_files, fit, report, training_facts, untrained_model
 from reward_models.value_config import ValueScript, ValueTraining
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
 from vgf_llm.io import check_writable
+from vgf_llm.progress import load_libraries, stage, stages, working
+from vgf_llm.screen import library_output, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm value",
         description="Train a token-level value from logged responses and their rewards.",
     )
-    run(script, model, training)
+    with library_output(script.output_dir), stages(2):
+        run(script, model, training)
     return 0
 
 
@@ -53,10 +56,13 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
         VGFError: data, model, configuration or output folder are unusable; checked before any training.
     """
     output_dir = check_writable(script.output_dir)
+    check_training(settings, training, output_dir)
+    with working(f"reading {script.train_dataset}"):
+        texts = read_texts(script)
+    load_libraries("reward_models.value_trainer", "vgf_llm.hf_arguments")
     import torch
     from transformers import set_seed
 
-    from reward_models.folder import check_is_ours
     from reward_models.logged import LoggedCollator
     from reward_models.pairs import check_max_length, check_rows
     from reward_models.trainer import checkpoint_to_resume
@@ -67,7 +73,6 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from vgf_llm.models import load_causal_lm, load_tokenizer
     from vgf_llm.precision import for_training, is_sharded
 
-    check_is_ours(output_dir)
     settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
     checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
@@ -78,11 +83,13 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
         trust_remote_code=remote,
         chat_template_kwargs=settings.chat_template_kwargs,
     )
-    train_rows, held_out, dropped = load_responses(script, tokenizer, training.seed)
+    with working("encoding the responses"):
+        train_rows, held_out, dropped = load_responses(script, tokenizer, training.seed, texts)
 
     set_seed(training.seed)
     dtype = getattr(torch, settings.dtype)
-    lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
+    with working(f"loading the base model {settings.model_name_or_path}"):
+        lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
     check_max_length(script.max_length, lm.config)
     check_rows(tokenizer, [*train_rows, *held_out], vocabulary_rows(lm.config))
     trainer = ValueTrainer(
@@ -111,16 +118,17 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
 
 
 def load_responses(
-    script: ValueScript, tokenizer: PreTrainedTokenizerBase, seed: int
+    script: ValueScript,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    texts: tuple[list[LoggedResponse], list[LoggedResponse] | None] | None = None,
 ) -> tuple[list[EncodedResponse], list[EncodedResponse], dict[str, int]]:
     """Read, split by prompt and encode: training, held out, and what was dropped or cut of the training rows."""
     from reward_models.logged import encode_logged
     from reward_models.pairs import hold_out
 
-    train_texts = _logged(script, script.train_dataset, script.train_split, script.limit)
-    if script.eval_dataset is not None:
-        held_texts = _logged(script, script.eval_dataset, script.eval_split, script.eval_limit)
-    else:
+    train_texts, held_texts = texts or read_texts(script)
+    if held_texts is None:
         train_texts, held_texts = hold_out(train_texts, script.eval_share, seed)
     truncate = script.over_length == "truncate"
     limits = (script.max_length, script.max_response_length, truncate, script.max_dropped_share)
@@ -131,10 +139,18 @@ def load_responses(
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
-        print(f"{name}: {len(encoded)} responses encoded; {reasons}", file=sys.stderr)
+        say(f"{name}: {len(encoded)} responses encoded; {reasons}")
         kept.append(encoded)
         counted.append(counts)
     return kept[0], kept[1], counted[0]
+
+
+def read_texts(script: ValueScript) -> tuple[list[LoggedResponse], list[LoggedResponse] | None]:
+    """Read the responses, and the held-out ones where they are named; imports no model library for local files."""
+    train = _logged(script, script.train_dataset, script.train_split, script.limit)
+    if script.eval_dataset is None:
+        return train, None
+    return train, _logged(script, script.eval_dataset, script.eval_split, script.eval_limit)
 
 
 def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> list[LoggedResponse]:
@@ -151,7 +167,7 @@ def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> 
         script.max_dropped_share,
         script.system_column,
     )
-    print(f"{source}: {len(rows)} responses", file=sys.stderr)
+    say(f"{source}: {len(rows)} responses")
     return rows
 
 
@@ -170,8 +186,11 @@ def finish(
     from reward_models.value_trainer import value_figures
     from vgf_llm.endings import padding_id
 
-    model = load_reward_model(script.output_dir, base=lm if settings.lora_r else None, dtype=lm.dtype, device=lm.device)
-    values_R, rewards_R = score_responses(model, held_out, padding_id(tokenizer, len(model.embedding_table_VD)))
+    stage("measuring it on held-out responses")
+    with working("reading the saved value back and scoring the held-out responses"):
+        base = lm if settings.lora_r else None
+        model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device)
+        values_R, rewards_R = score_responses(model, held_out, padding_id(tokenizer, len(model.embedding_table_VD)))
     figures = {
         name: None if math.isnan(figure) else figure for name, figure in value_figures(values_R, rewards_R).items()
     }

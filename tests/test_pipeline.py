@@ -11,6 +11,7 @@ from reward_models.loading import save_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import SecantHead, save_secant_head, stated_fidelity
 from vgf_llm.answering import AnswerSettings, answer
+from vgf_llm.dialogue import PromptText
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.pipeline import Pipeline, encode_prompts, load_gradient, make_decoder
@@ -90,7 +91,11 @@ def test_a_prompt_that_does_not_fit_closes_the_engine(loaded, tmp_path):
     prompts.write_text("red\n")
     settings = EvaluateSettings(prompts=str(prompts), gold="length_words")
     with pytest.raises(DataError, match="prompt 0: .* exceed the model's"):
-        list(vgf_llm.evaluation.work.work(settings, ModelSettings(), loaded.reference.sampling, set(), list))
+        list(
+            vgf_llm.evaluation.work.work(
+                settings, ModelSettings(), loaded.reference.sampling, [PromptText("red")], set()
+            )
+        )
     assert ClosedPipeline.closed == 2
 
 

@@ -50,6 +50,21 @@ def test_no_function_is_longer_than_120_lines():
     assert long == []
 
 
+def test_people_are_spoken_to_in_one_place():
+    """`vgf_llm.screen` knows where standard error and output lead; a print would end up in the log of libraries."""
+    direct = re.compile(r"(?<![\w.])print\(|file=sys\.std(err|out)|sys\.std(err|out)\.write|\bConsole\(")
+    speaking = {"screen.py", "progress.py", "cli.py", "vllm_processor.py"}  # the last runs in the engine's process
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in modules()
+        if path.is_relative_to(ROOT / "vgf_llm") or path.is_relative_to(ROOT / "reward_models")
+        if path.name not in speaking
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if direct.search(line)
+    ]
+    assert found == []
+
+
 def test_every_module_says_what_it_does():
     silent = [str(path.relative_to(ROOT)) for path in modules() if not ast.get_docstring(ast.parse(path.read_text()))]
     assert silent == []

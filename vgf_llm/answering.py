@@ -7,7 +7,6 @@ from with its value, whether the response ended by itself, and the distance betw
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Any, Literal
 from vgf_llm.checks import require_sampling_seed
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.progress import track
+from vgf_llm.inputs import check_decoder_options, check_engine, check_models
+from vgf_llm.progress import load_libraries, stage, track, working
 from vgf_llm.settings import BackendName, DecoderName, EngineSettings, ModelSettings, SamplingSettings
 
 Row = dict[str, Any]
@@ -87,6 +87,17 @@ class AnswerSettings(ImplicitPolicySettings):
             raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
 
 
+def look_at_inputs(settings: AnswerSettings, models: ModelSettings) -> None:
+    """Look at everything but the prompts that can be judged without a model.
+
+    Raises:
+        VGFError: Something is unusable.
+    """
+    check_models(models)
+    check_decoder_options(settings.decoder, settings.decoder_options)
+    check_engine(settings.backend, settings.engine.url)
+
+
 def answer(
     settings: AnswerSettings,
     models: ModelSettings,
@@ -111,11 +122,13 @@ def answer(
     Raises:
         VGFError: If prompts, models or options do not fit; NonFiniteError names the prompt.
     """
+    load_libraries("vgf_llm.pipeline", "vgf_llm.text")
     from vgf_llm.pipeline import encode_prompts, load_pipeline, make_decoder, prompt_text
     from vgf_llm.sampling import ReferenceSampler
     from vgf_llm.text import ImplicitPolicy, row_seeds
 
-    pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
+    with working(f"loading the base model {models.model_name_or_path} and the reward model {models.reward_model}"):
+        pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     with closing(pipeline):
         encoded = encode_prompts(pipeline, list(prompts))
         todo = list(range(len(encoded)) if indices is None else indices)
@@ -128,12 +141,11 @@ def answer(
             gradient=pipeline.gradient,
             draws=settings.draws,
         )
-        print(
+        stage(
             f"answering {len(todo)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
-            file=sys.stderr,
         )
         batches = [todo[at : at + settings.batch_prompts] for at in range(0, len(todo), settings.batch_prompts)]
-        for batch in track(batches, description):
+        for batch in track(batches, description, unit="prompts", size=len):
             try:
                 outcome = policy([encoded[i] for i in batch], row_seeds(settings.seed, batch, settings.num_particles))
             except NonFiniteError as error:

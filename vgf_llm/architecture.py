@@ -86,14 +86,14 @@ def decoder_layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     if not lists:
-        raise ModelError(f"{type(decoder).__name__} has no list of {count} layers, so it cannot be cut")
+        raise ModelError(f"{type(decoder).__name__} has no list of {count} layers")
     return min(lists, key=lambda entry: entry[0].count("."))
 
 
-def cut_config(config: PreTrainedConfig, kept: int | None) -> PreTrainedConfig:
-    """Return a copy of the text configuration with the first ``kept`` layers (None: all).
+def cut_config(config: PreTrainedConfig, kept: int | None) -> dict[str, Any]:
+    """Return the text configuration with the first ``kept`` layers (None: all), as a dict that JSON can hold.
 
-    Every list with one entry per layer is cut as well (``layer_types``, per-layer widths).
+    Everything with one entry per layer is cut as well: lists (``layer_types``, widths) and ``per_layer_config``.
 
     Raises:
         ModelError: ``kept`` is out of range.
@@ -107,7 +107,10 @@ def cut_config(config: PreTrainedConfig, kept: int | None) -> PreTrainedConfig:
         if isinstance(value, list) and len(value) == available and not _is_not_per_layer(name):
             setattr(text, name, value[:kept])
     text.num_hidden_layers = kept
-    return text
+    fields = text.to_dict()
+    if isinstance(fields.get("per_layer_config"), dict):
+        fields["per_layer_config"] = {key: own for key, own in fields["per_layer_config"].items() if int(key) < kept}
+    return fields
 
 
 def _is_not_per_layer(name: str) -> bool:
@@ -179,6 +182,10 @@ def check_structure(model: PreTrainedModel, name: str) -> None:
     if wanted is not None and not any(type(module) is wanted for module in model.modules()):
         reason = f"a {type(model).__name__} holds no {wanted.__name__}, so there is no decoder that stands alone"
         raise _refusal(text_config(model.config), name, reason)
+    try:
+        decoder_layers(decoder_of(model))
+    except ModelError as error:
+        raise _refusal(text_config(model.config), name, str(error)) from error
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
     vgf-llm evaluate --config recipes/smollm2_sentiment/evaluate.yaml --budgets '[{nats: 2}, {nats: 4}]'
 
 Every finished (arm, seed, prompt) is a line of ``rows.jsonl``; Ctrl-C or a kill loses at most the batch in progress,
-and ``--resume`` goes on. The summary is made from the rows alone: ``summary.json``, a table on standard output, and
-with ``--record NAME`` also ``docs/results/NAME.json`` and the tables and unfiltered texts in ``docs/results/NAME.md``.
+and ``--resume`` goes on. The summary is made from the rows alone: ``summary.json``, a table on standard error, and with
+``--record NAME`` also ``docs/results/NAME.json`` and the tables and unfiltered texts in ``docs/results/NAME.md``.
 The last line of standard output is one JSON object.
 """
 
@@ -19,10 +19,12 @@ from typing import Any
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.evaluation.settings import EvaluateSettings
+from vgf_llm.inputs import check_decoder_options, check_engine, check_models, check_rewards
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.precision import with_dtype
-from vgf_llm.progress import track
+from vgf_llm.progress import load_libraries
 from vgf_llm.resume import claim, contents, refuse_rows
+from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 _RECORDS = Path("docs/results")
@@ -38,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm evaluate",
         description="Compare transport budgets with best-of-N and controls.",
     )
-    summary = run(settings, models, sampling)
-    print(json.dumps(headline(summary)))
+    with library_output(settings.output_dir):
+        summary = run(settings, models, sampling)
+    emit(json.dumps(headline(summary)))
     return 0
 
 
@@ -55,14 +58,16 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
         check_writable(_RECORDS)
     rows_path = output_dir / "rows.jsonl"
     refuse_rows(rows_path, settings.resume)
+    prompts = look_at_inputs(settings, models)
+    load_libraries("vgf_llm.evaluation.work")
     models = with_dtype(models)
     _claim(rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report
-    from vgf_llm.evaluation.table import print_table
+    from vgf_llm.evaluation.table import equal_cost_lines, print_table
     from vgf_llm.evaluation.work import finish, work
 
     done = {(row["arm"], row["seed"], row["prompt_index"]) for row in _read(rows_path)}
-    for rows in work(settings, models, sampling, done, track):
+    for rows in work(settings, models, sampling, prompts, done):
         append_jsonl(rows_path, rows)
     rows = _read(rows_path)
     summary = finish(settings, models, sampling, rows)
@@ -70,15 +75,37 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     if settings.record:
         write_json_atomic(_RECORDS / f"{settings.record}.json", summary)
         write_text_atomic(_RECORDS / f"{settings.record}.md", markdown_report(summary, rows))
-        print(f"recorded in {_RECORDS / settings.record}.json and .md", file=sys.stderr)
+        say(f"recorded in {_RECORDS / settings.record}.json and .md")
     print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
+    for line in equal_cost_lines(summary["equal_cost"]):
+        say(line)
     for direction, figures in summary["fidelity"].items():
         share = figures["top8_gain"] / figures["best8_gain"] if figures["best8_gain"] > 0 else float("nan")
-        print(
+        say(
             f"fidelity of the {direction}: Spearman {figures['spearman']:.2f} [{figures['low']:.2f}, "
             f"{figures['high']:.2f}], its best eight substitutions gain {share:.0%} of what the true best gain"
         )
     return summary
+
+
+def look_at_inputs(settings: EvaluateSettings, models: ModelSettings) -> list[Any]:
+    """Look at everything that can be judged without a model, and return the prompts.
+
+    Raises:
+        VGFError: Something is unusable.
+    """
+    from vgf_llm.data import load_prompt_texts
+
+    check_rewards([], settings.gold)
+    check_models(models)
+    for arm in settings.all_arms():
+        check_decoder_options(arm.decoder, arm.decoder_options)
+    check_engine(settings.backend, settings.engine.url)
+    prompts = load_prompt_texts(
+        settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
+    )
+    check_rewards([], settings.gold, prompts)
+    return prompts
 
 
 def headline(summary: dict[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering import AnswerSettings, answer
+from vgf_llm.answering import AnswerSettings, answer, look_at_inputs
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.io import append_jsonl, check_writable
+from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 
@@ -46,24 +47,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Answer prompts under a transport budget.",
     )
     output = _checked_output(settings.output)
-    for rows in run(settings, models, sampling):
-        if output is not None:
-            append_jsonl(output, rows)
-            continue
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+    look_at_inputs(settings, models)
+    prompts = _prompts(settings)
+    with library_output(None):
+        for rows in run(settings, models, sampling, prompts):
+            if output is not None:
+                append_jsonl(output, rows)
+                continue
+            for row in rows:
+                emit(json.dumps(row, ensure_ascii=False))
     return 0
 
 
 def run(
-    settings: GenerateSettings, models: ModelSettings, sampling: SamplingSettings
+    settings: GenerateSettings,
+    models: ModelSettings,
+    sampling: SamplingSettings,
+    prompts: list[Any] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the answers of each batch of prompts.
+    """Yield the answers of each batch of prompts; ``prompts`` takes the place of those that the settings name.
 
     Raises:
         VGFError: If prompts, models or options do not fit; NonFiniteError names the prompt.
     """
-    for _, rows in answer(settings, models, sampling, _prompts(settings)):
+    look_at_inputs(settings, models)
+    for _, rows in answer(settings, models, sampling, _prompts(settings) if prompts is None else prompts):
         yield rows
 
 
@@ -80,7 +88,7 @@ def _prompts(settings: GenerateSettings) -> list[Any]:
         )
     else:
         if sys.stdin.isatty():
-            print("reading prompts from standard input, one a line (end with Ctrl-D)", file=sys.stderr)
+            say("reading prompts from standard input, one a line (end with Ctrl-D)")
         found = [line.strip() for line in sys.stdin if line.strip()]
     if not found:
         raise ConfigError("no prompt given; use --prompt, --prompts or standard input")

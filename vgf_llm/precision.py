@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vgf_llm.errors import ConfigError
+from vgf_llm.screen import say
 from vgf_llm.settings import resolve_device
 
 if TYPE_CHECKING:
@@ -187,11 +187,9 @@ def _warn_without_units(dtype: str, device: str, asked: str, instead: str) -> No
         return
     _warned.add((asked, device))
     factor = slowdown(dtype, resolve_device(device))
-    print(
+    say(
         f"WARNING: {asked}: this {resolve_device(device)} has no units for {dtype}; a product takes {factor:.0f} times "
         f"as long as in float32 (measured just now). Set {instead}",
-        file=sys.stderr,
-        flush=True,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vgf_llm.io import write_json_atomic
+from vgf_llm.screen import say
 
 BASE_NAME = "vgf_base.json"
 """File beside an adapter that says which weights it was trained on."""
@@ -64,11 +64,9 @@ def tell_if_changed(made_from: str | None, found: str | None, artefact: str, bas
     """
     changed = None not in (made_from, found) and made_from != found
     if changed:
-        print(
+        say(
             f"WARNING: {artefact} was made from other weights than {base!r} has now, so its numbers are those of "
             "another model; name the base it was trained on, or train it again",
-            file=sys.stderr,
-            flush=True,
         )
     return changed
 

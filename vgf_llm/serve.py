@@ -20,7 +20,10 @@ from types import FrameType
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError
+from vgf_llm.inputs import check_decoder_options, check_engine, check_models
 from vgf_llm.precision import with_dtype
+from vgf_llm.progress import load_libraries, working
+from vgf_llm.screen import library_output, say
 from vgf_llm.serving.settings import ServeSettings
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -50,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if api_key is None and not settings.is_loopback:
         raise ConfigError(f"host {settings.host} can be reached by others: set {KEY_VARIABLE}, or use host 127.0.0.1")
     signal.signal(signal.SIGTERM, _interrupt)  # while models load; afterwards the server listens for it
-    with _listening(settings) as listener:
+    with _listening(settings) as listener, library_output(None, alive=False):
+        check_models(models)
+        check_decoder_options(settings.decoder, settings.decoder_options)
+        check_engine("vllm", settings.engine.url)
         return run(settings, models, sampling, listener, api_key)
 
 
@@ -66,6 +72,7 @@ def run(
     Raises:
         VGFError: If a model cannot be loaded or the engine does not start.
     """
+    load_libraries("vgf_llm.pipeline")
     try:
         import uvicorn
 
@@ -91,9 +98,10 @@ def run(
         nonlocal died
         died, http.should_exit = True, True
 
-    print("vgf-llm serve: loading the models; an engine takes a minute or more to start", file=sys.stderr, flush=True)
+    say("vgf-llm serve: loading the models; an engine takes a minute or more to start")
     models = with_dtype(models)
-    pipeline = load_pipeline(models, sampling, settings.engine)
+    with working("loading the base and the reward model"):
+        pipeline = load_pipeline(models, sampling, settings.engine)
     metrics = Metrics()
     restarts = settings.on_engine_death == "restart"
     assert isinstance(pipeline.reference, EngineReference)  # which an engine was asked for
@@ -106,7 +114,7 @@ def run(
     )
     listener.listen()  # who reads the next line may connect at once
     host, port = listener.getsockname()[:2]
-    print(f"vgf-llm serve: {server.model!r} at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+    say(f"vgf-llm serve: {server.model!r} at http://{host}:{port}/v1")
     try:
         http.run(sockets=[listener])
     except KeyboardInterrupt:  # passed on by the server, which has ended in good order

@@ -9,6 +9,16 @@ from vgf_llm.errors import ConfigError
 
 DecoderName = Literal["prior", "block", "edit", "edit_greedy", "pivot", "nearest"]
 
+DECODER_OPTIONS: dict[DecoderName, tuple[str, ...]] = {
+    "prior": ("multiplier", "coupling", "after_change"),
+    "block": ("block_tokens",),
+    "edit": (),
+    "edit_greedy": ("proposals", "checked"),
+    "pivot": ("tilted_tokens",),
+    "nearest": (),
+}
+"""Options of each decoder, in the order of its class: known before any class is imported."""
+
 BackendName = Literal["transformers", "vllm"]
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]

@@ -19,9 +19,13 @@ from typing import TYPE_CHECKING, Any
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, DataError
+from vgf_llm.inputs import check_base_model, check_decoder_options, check_engine, check_resumes, check_rewards
 from vgf_llm.io import check_writable, write_json_atomic
 from vgf_llm.precision import for_training
+from vgf_llm.progress import load_libraries, stage, working
+from vgf_llm.screen import emit, library_output, show
 from vgf_llm.settings import SamplingSettings
+from vgf_llm.trainer_names import check_trainer_settings
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
 if TYPE_CHECKING:
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm train",
         description="Fine-tune a language model by Value Gradient Flow.",
     )
-    run(*settings)
+    with library_output(settings[0].output_dir):
+        run(*settings)
     return 0
 
 
@@ -69,25 +74,32 @@ def run(
         VGFError: Something given is unusable; found before any training.
     """
     check_writable(script.output_dir)
+    prompts = look_at_inputs(script, policy, method, optim)
+    load_libraries("vgf_llm.training.trainer")
     policy, optim = for_training(policy, optim)
+    from vgf_llm.trainer_screen import shown
     from vgf_llm.training.finished import finished, take_result
+    from vgf_llm.training.observing import bar_figures, says_lines
     from vgf_llm.training.resume import checkpoint_to_resume
 
-    trainer = build_trainer(script, policy, method, optim, sampling, callbacks)
+    trainer = build_trainer(script, policy, method, optim, sampling, callbacks, prompts)
     checkpoint = checkpoint_to_resume(trainer, optim)
     if trainer.is_world_process_zero():
         write_json_atomic(f"{script.output_dir}/{CONFIG_NAME}", dump(script, policy, method, optim, sampling))
     if checkpoint is not None and finished(checkpoint, optim):
         state = take_result(trainer, checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        stage(f"training {trainer.method.loss} on {len(trainer.train_dataset)} prompts")
+        with shown(trainer, "training", bar_figures, says_lines(trainer.args)):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        with working("saving the model"):
+            trainer.save_model()
         state = trainer.state
     lines = [row for row in state.log_history if "loss" in row]
     last = {"steps": state.global_step} | (lines[-1] if lines else {})
     if trainer.is_world_process_zero():
         print_table(last, script.output_dir)
-        print(json.dumps(last))
+        emit(json.dumps(last))
     return last
 
 
@@ -98,19 +110,29 @@ def build_trainer(
     optim: OptimSettings,
     sampling: SamplingSettings,
     callbacks: Sequence[Any] = (),
+    prompts: Sequence[Any] | None = None,
 ) -> VGFTrainer:
     """Load everything and put the trainer together.
+
+    Args:
+        script: Prompts, rewards, output.
+        policy: The model.
+        method: Budget, decoder, loss.
+        optim: Optimisation and checkpoints.
+        sampling: The distribution of responses.
+        callbacks: Further transformers TrainerCallbacks.
+        prompts: What `look_at_inputs` returned; it is called when not given.
 
     Raises:
         VGFError: Prompts, models or settings are unusable.
     """
+    texts = look_at_inputs(script, policy, method, optim) if prompts is None else prompts
     import torch
     from transformers import set_seed
 
     from reward_models.modelling import RewardModel
     from reward_models.value_model import build_value_model
     from vgf_llm.architecture import vocabulary_rows
-    from vgf_llm.data import load_prompt_texts
     from vgf_llm.hf_arguments import training_arguments
     from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
     from vgf_llm.pipeline import check_table
@@ -120,22 +142,15 @@ def build_trainer(
     from vgf_llm.training.models import PolicyModels
     from vgf_llm.training.particle_engine import engine_maker
     from vgf_llm.training.resume import identity_of
-    from vgf_llm.training.rewards import check_rewards, load_rewards
+    from vgf_llm.training.rewards import load_rewards
     from vgf_llm.training.trainer import VGFTrainer
     from vgf_llm.whole import loaded_whole
 
-    refuse_adapter_on_adapter(policy)
     policy, optim = for_training(policy, optim)
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
     shard_on_cpu()
     make_engine = engine_maker(policy, method, sampling, arguments.world_size)
     name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
-    functions = [*script.rewards, *([script.gold] if script.gold else [])]
-    check_rewards(functions)
-    texts = load_prompt_texts(
-        script.prompts, script.prompt_column, limit=script.num_prompts, system_column=script.system_column
-    )
-    check_rewards(functions, texts)
     with loaded_whole():
         tokenizer = load_tokenizer(
             name,
@@ -143,18 +158,21 @@ def build_trainer(
             trust_remote_code=remote,
             chat_template_kwargs=policy.chat_template_kwargs,
         )
-        base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
+        with working(f"loading the base model {name}"):
+            base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
         reserved = 0 if make_engine is None else EngineReference.reserved_positions
-        prompts = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens, reserved)
-        rewards = load_rewards(
-            script.rewards,
-            script.reward_weights,
-            tokenizer,
-            gold=script.gold,
-            foreign=method.value == "learned",
-            dtype=dtype,
-            device=arguments.device,
-        )
+        with working(f"encoding {len(texts)} prompts"):
+            rows = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens, reserved)
+        with working("loading the rewards"):
+            rewards = load_rewards(
+                script.rewards,
+                script.reward_weights,
+                tokenizer,
+                gold=script.gold,
+                foreign=method.value == "learned",
+                dtype=dtype,
+                device=arguments.device,
+            )
         for member in rewards.members:
             if isinstance(member.scorer, RewardModel):
                 check_table(member.scorer, tokenizer, vocabulary_rows(base.config))
@@ -186,12 +204,36 @@ def build_trainer(
         sampling,
         tokenizer,
         eos_ids,
-        identity_of(script, policy, method, optim, sampling, prompts, tokenizer, arguments.world_size),
+        identity_of(script, policy, method, optim, sampling, rows, tokenizer, arguments.world_size),
         make_engine=make_engine,
         args=arguments,
-        train_dataset=prompts,
+        train_dataset=rows,
         callbacks=list(callbacks),
     )
+
+
+def look_at_inputs(
+    script: TrainScript, policy: PolicySettings, method: VGFSettings, optim: OptimSettings
+) -> Sequence[Any]:
+    """Look at everything that can be judged without a model, and return the prompts.
+
+    Raises:
+        VGFError: Something is unusable.
+    """
+    from vgf_llm.data import load_prompt_texts
+
+    check_base_model(policy.model_name_or_path)
+    refuse_adapter_on_adapter(policy)
+    check_trainer_settings(optim, ("ddp_find_unused_parameters",))
+    check_resumes(optim.resume_from_checkpoint, script.output_dir)
+    check_decoder_options(method.decoder, method.decoder_options)
+    check_engine(method.backend, method.engine.url)
+    check_rewards(script.rewards, script.gold)
+    texts = load_prompt_texts(
+        script.prompts, script.prompt_column, limit=script.num_prompts, system_column=script.system_column
+    )
+    check_rewards(script.rewards, script.gold, texts)
+    return texts
 
 
 def refuse_adapter_on_adapter(policy: PolicySettings) -> None:
@@ -240,13 +282,12 @@ def encode_rows(
 
 def print_table(metrics: dict[str, Any], output_dir: str) -> None:
     """Print the last logged metrics as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Last log line; result in {output_dir}", show_header=False)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console(stderr=True).print(table)
+    show(table)
 
 
 if __name__ == "__main__":

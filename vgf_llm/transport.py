@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering import AnswerSettings, answer
+from vgf_llm.answering import AnswerSettings, answer, look_at_inputs
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError, OutputError
 from vgf_llm.io import append_jsonl, check_writable, read_jsonl
 from vgf_llm.precision import with_dtype
+from vgf_llm.progress import load_libraries
 from vgf_llm.resume import claim, contents, refuse_rows
+from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 SFT_NAME, DPO_NAME = "sft.parquet", "dpo.parquet"
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm transport",
         description="Write transported responses as datasets for SFT and DPO training.",
     )
-    print(json.dumps(run(settings, models, sampling)))
+    with library_output(settings.output_dir):
+        emit(json.dumps(run(settings, models, sampling)))
     return 0
 
 
@@ -77,6 +80,8 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
     rows_path = output_dir / "rows.jsonl"
     _refuse_datasets(output_dir, settings.resume)
     refuse_rows(rows_path, settings.resume)
+    look_at_inputs(settings, models)
+    load_libraries("vgf_llm.pipeline", "vgf_llm.text")
     models = with_dtype(models)
     config = {
         **dump(settings, models, sampling),
@@ -110,8 +115,8 @@ def _write(output_dir: Path, prompts: list[Any], answers: list[dict[str, Any]], 
     write_parquet(output_dir / SFT_NAME, sft, ("prompt", "completion"), conversational)
     write_parquet(output_dir / DPO_NAME, dpo, ("prompt", "chosen", "rejected"), conversational)
     if not dpo:
-        print("warning: no pair is left for DPO; give the transport a larger budget", file=sys.stderr)
-    print(f"wrote {output_dir / SFT_NAME} and {output_dir / DPO_NAME}", file=sys.stderr)
+        say("warning: no pair is left for DPO; give the transport a larger budget")
+    say(f"wrote {output_dir / SFT_NAME} and {output_dir / DPO_NAME}")
     return {
         "prompts": len(prompts),
         "sft": len(sft),

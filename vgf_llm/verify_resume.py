@@ -24,8 +24,12 @@ from typing import Any
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, OutputError
+from vgf_llm.progress import load_libraries
+from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import SamplingSettings
+from vgf_llm.train import CONFIG_NAME
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
+from vgf_llm.training.manifest import verify
 
 _SHOWN = 10
 
@@ -50,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     (settings,) = parse(
         VerifySettings, argv=argv, prog="vgf-llm verify-resume", description="Resume a checkpoint twice and compare."
     )
-    differences = run(settings)
+    with library_output(None):
+        differences = run(settings)
     for difference in differences[:_SHOWN]:
-        print(difference, file=sys.stderr)
-    print(json.dumps({"steps": settings.steps, "differences": len(differences)}))
+        say(difference)
+    emit(json.dumps({"steps": settings.steps, "differences": len(differences)}))
     return 1 if differences else 0
 
 
@@ -64,17 +69,20 @@ def run(settings: VerifySettings) -> list[str]:
         ConfigError: The run's vgf_config.json is missing.
         CheckpointError: The checkpoint is not whole.
     """
-    from accelerate import PartialState
-
-    from vgf_llm.train import CONFIG_NAME
-    from vgf_llm.training.compare import compare_checkpoints
-    from vgf_llm.training.manifest import verify
-
     checkpoint = Path(settings.checkpoint)
-    first = verify(checkpoint).step
     config = checkpoint.parent / CONFIG_NAME
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"checkpoint: '{checkpoint}' is not a folder; name a checkpoint in the output folder of its run"
+        )
     if not config.is_file():
         raise ConfigError(f"checkpoint: '{config}' is missing; name a checkpoint in the output folder of its run")
+    first = verify(checkpoint).step
+    load_libraries("vgf_llm.training.trainer")
+    from accelerate import PartialState
+
+    from vgf_llm.training.compare import compare_checkpoints
+
     folders = [checkpoint.parent / f".verify-resume-{number}" for number in (1, 2)]
     try:
         one, other = [_go_on(config, checkpoint, folder, first + settings.steps) for folder in folders]
@@ -106,7 +114,9 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     from transformers import TrainerCallback
 
     from vgf_llm.train import build_trainer
+    from vgf_llm.trainer_screen import shown
     from vgf_llm.training.finished import finished
+    from vgf_llm.training.observing import bar_figures
     from vgf_llm.training.resume import checkpoint_to_resume
 
     class StopAt(TrainerCallback):
@@ -129,7 +139,8 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     if trainer.is_world_process_zero():
         _empty(folder)
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, optim))
+    with shown(trainer, f"training to step {until}", bar_figures):
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, optim))
     trainer.accelerator.wait_for_everyone()
     step = trainer.state.global_step
     if step < until:

@@ -71,6 +71,13 @@ MAMBA = {
     "mamba_num_heads": 8,
     "mamba_head_dim": 8,
 }
+GEMMA4 = WINDOWED | {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -167,8 +174,22 @@ ZOO: dict[str, Architecture] = {
     ),
     "gemma4_text": Architecture(
         "gemma4_text",
-        WINDOWED | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 8},
-        note="without per-layer embeddings",
+        GEMMA4,
+        note="without per-layer embeddings; layer scalars in buffers",
+    ),
+    "gemma4": Architecture(
+        "gemma4",
+        GEMMA4,
+        nested=True,
+        outer={
+            "vision_config": VISION | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+            "audio_config": None,
+            "image_token_id": 90,
+            "video_token_id": 91,
+            "audio_token_id": 92,
+            "tie_word_embeddings": False,
+        },
+        note="the text part of the multimodal model",
     ),
     "gpt2": Architecture("gpt2", {"n_positions": 128}, without=("num_key_value_heads",), note="learned positions"),
     "gpt_neo": Architecture(

@@ -63,7 +63,7 @@ def test_tables_hold_every_arm_and_a_dash_where_there_is_no_law(capsys):
     assert text.count("\n") == 3 and " - |" in text.splitlines()[3]
     assert "nearest" in difference_table(differences(rows, ["base", "nearest"], "base"))
     print_table(summary, "title")
-    assert "nearest" in capsys.readouterr().out
+    assert "nearest" in capsys.readouterr().err
 
 
 def test_flops_by_hand():

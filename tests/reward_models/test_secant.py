@@ -262,9 +262,9 @@ def command(tmp_path, tiny_lm, tiny_tokenizer):
 
 def test_the_command_writes_a_head_beside_the_model(command, tmp_path, capsys, tiny_tokenizer):
     assert main(command()) == 0
-    out = capsys.readouterr().out
-    figures = json.loads(out.strip().splitlines()[-1])
-    assert "input gradient" in out and "secant head" in out and figures["pairs"] > 0
+    out, told = capsys.readouterr()
+    figures = json.loads(out)
+    assert "input gradient" in told and "secant head" in told and figures["pairs"] > 0
     facts = json.loads((tmp_path / "value" / "secant.json").read_text())
     assert facts["base"] == "skip" and set(facts["fidelity"]) == {"before", "after"}
     value = load_reward_model(tmp_path / "value", tokenizer=tiny_tokenizer)

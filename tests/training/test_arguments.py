@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from reward_models.config import RewardTraining
+from vgf_llm import trainer_names
 from vgf_llm.errors import ConfigError
 from vgf_llm.hf_arguments import training_arguments
 from vgf_llm.training.config import OptimSettings
@@ -34,10 +39,26 @@ def test_an_unknown_value_is_named(tmp_path, changes: dict[str, Any], message: s
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vgf_llm.trainer_names.is_installed", lambda name: name == "tensorboard")
     monkeypatch.setattr("vgf_llm.hf_arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ConfigError, match="report_to: 'wandb' needs its package.*choose from none, tensorboard"):
         training_arguments(OptimSettings(report_to="wandb"), tmp_path)
     assert training_arguments(OptimSettings(report_to="tensorboard"), tmp_path).report_to == ["tensorboard"]
+
+
+def test_the_names_that_are_read_from_the_source_are_those_of_the_library() -> None:
+    assert trainer_names.fields() == {field.name for field in fields(TrainingArguments) if field.init}
+    assert trainer_names.trackers() == tuple(sorted(INTEGRATION_TO_CALLBACK))
+    enumerations = {
+        "lr_scheduler_type": SchedulerType,
+        "optim": OptimizerNames,
+        "save_strategy": SaveStrategy,
+        "logging_strategy": IntervalStrategy,
+        "eval_strategy": IntervalStrategy,
+        "hub_strategy": HubStrategy,
+    }
+    for field, members in enumerations.items():
+        assert trainer_names.choices(field) == tuple(str(member.value) for member in members)
 
 
 def test_a_trainer_with_held_out_data_may_evaluate(tmp_path) -> None:

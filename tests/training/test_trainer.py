@@ -107,7 +107,7 @@ def test_every_step_logs_rewards_distances_likelihoods_and_completions(tmp_path)
         "value/explained_variance seconds/sample seconds/transport seconds/score tokens peak_memory_gib loss"
     ).split():
         assert name in line, name
-    assert line["policy/kl_samples"] == 2 * 4
+    assert line["policy/kl_samples"] == 2 * 2  # prompts, samples of each
     assert line["mmd2"] <= line["mmd2_bound"]
     table = pyarrow.parquet.read_table(tmp_path / "out" / "completions" / "step_000002.parquet").to_pylist()
     assert {row["kind"] for row in table} == {"original", "transported"}

@@ -28,6 +28,7 @@ from vgf_llm.control.oracles import Behaviour, make_behaviour
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.io import check_writable
 from vgf_llm.progress import track
+from vgf_llm.screen import emit, library_output
 
 _STATE_KEYS = {"qpos": "prev_qpos", "qvel": "prev_qvel", "button_states": "prev_button_states"}
 
@@ -97,7 +98,7 @@ def collect(settings: CollectSettings) -> dict[str, Any]:
     first = settings.seed
     for ending, count in counts.items():
         columns: dict[str, list[Any]] = defaultdict(list)
-        for episode in track(range(first, first + count), f"collect{ending}", count):
+        for episode in track(range(first, first + count), f"collecting{ending}", count, unit="episodes"):
             _episode(env, behaviour, episode, settings.episode_steps, columns)
         first += count
         paths.append(_write(folder / f"{settings.dataset}{ending}.npz", columns))
@@ -154,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"output_dir: '{settings.output_dir}' holds {settings.dataset}.npz; name another folder or remove it"
         )
-    print(json.dumps(collect(settings)))
+    with library_output(settings.output_dir):
+        emit(json.dumps(collect(settings)))
     return 0
 
 

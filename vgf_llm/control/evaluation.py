@@ -79,7 +79,7 @@ class Evaluator:
 
     def run(self, agent: ControlAgent, arms: list[Arm]) -> list[Outcome]:
         """Run all episodes of all arms."""
-        done = track(self._finished(agent, arms), "evaluate", len(arms) * self.episodes)
+        done = track(self._finished(agent, arms), "evaluating", len(arms) * self.episodes, unit="episodes")
         records: dict[tuple[str, int], _Episode] = {(e.arm.name, e.index): e for e in done}
         return [_outcome(arm, [records[arm.name, index] for index in range(self.episodes)]) for arm in arms]
 

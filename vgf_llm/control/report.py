@@ -25,10 +25,10 @@ import numpy as np
 
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
-from vgf_llm.control.settings import DataSettings
-from vgf_llm.control.trainer import EVALUATIONS_NAME
+from vgf_llm.control.settings import EVALUATIONS_NAME, DataSettings
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.io import check_writable, read_jsonl, write_json_atomic
+from vgf_llm.screen import emit, say
 
 _RESAMPLES = 10_000
 _CONFIG_NAME = "config.json"  # written by the training command
@@ -55,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not settings.runs:
         raise ConfigError("runs: give at least one folder")
     result = summarise([Path(run) for run in settings.runs])
-    print(table(result))
+    say(table(result))
     if settings.output is not None:
         check_writable(Path(settings.output).parent)
         write_json_atomic(settings.output, result)
     if settings.figure is not None:
         check_writable(Path(settings.figure).parent)
         write_figure([Path(run) for run in settings.runs], Path(settings.figure))
-    print(json.dumps(result))
+    emit(json.dumps(result))
     return 0
 
 
@@ -142,7 +142,7 @@ def write_figure(runs: Sequence[Path], path: Path | None = None) -> Path | None:
     try:
         import matplotlib
     except ImportError:
-        print("score.png is not drawn: matplotlib is not installed", file=sys.stderr)
+        say("score.png is not drawn: matplotlib is not installed")
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot

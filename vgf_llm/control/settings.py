@@ -10,6 +10,8 @@ from typing import Literal
 from vgf_llm.checks import require, require_training_seed
 from vgf_llm.flow.budget import TransportBudget
 
+EVALUATIONS_NAME = "evaluations.jsonl"
+
 
 def training_budget() -> TransportBudget:
     """The authors' budget: one adam step of 0.1 with the rbf kernel, temperature 1."""

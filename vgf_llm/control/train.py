@@ -20,9 +20,12 @@ from typing import Any
 
 from vgf_llm.cli import run_main
 from vgf_llm.config import dump, parse
+from vgf_llm.control.inputs import check_names, check_options
 from vgf_llm.control.settings import AgentSettings, DataSettings, TrainSettings
 from vgf_llm.errors import ConfigError
 from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.progress import load_libraries, working
+from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import resolve_device
 from vgf_llm.training.checkpoint import newest_whole
 from vgf_llm.training.manifest import check_identity, verify
@@ -49,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vgf_llm.control.train",
         description="Offline and offline-to-online reinforcement learning by Value Gradient Flow.",
     )
-    rows = run(settings, data, agent, only_evaluate=script.only_evaluate)
-    print(json.dumps({row["arm"]: row["score"] for row in rows}))
+    check_names(settings, data)
+    with library_output(settings.output_dir):
+        rows = run(settings, data, agent, only_evaluate=script.only_evaluate)
+    emit(json.dumps({row["arm"]: row["score"] for row in rows}))
     return 0
 
 
@@ -71,7 +76,10 @@ def run(
         raise ConfigError(f"output_dir: '{folder}' holds {checkpoint.name}; go on with --resume or name another folder")
     if checkpoint is None and only_evaluate:
         raise ConfigError(f"output_dir: '{folder}' holds no whole checkpoint to evaluate")
-    trainer = _build(settings, data, agent)
+    check_options(settings, data, agent)
+    load_libraries("vgf_llm.control.trainer")
+    with working("loading the data and building the agent"):
+        trainer = _build(settings, data, agent)
     start = 0
     if checkpoint is not None:
         from vgf_llm.control.saving import restore
@@ -81,9 +89,9 @@ def run(
         if start > settings.total_steps:
             raise ConfigError(f"output_dir: {checkpoint.name} lies beyond the {settings.total_steps} steps asked for")
         for change in check_identity(manifest, trainer.identity(manifest.step), settings.allow_changes):
-            print(f"allowed change: {change}", file=sys.stderr)
+            say(f"allowed change: {change}")
         restore(checkpoint, trainer.agent, trainer.buffer)
-        print(_what_follows(checkpoint, start == settings.total_steps, only_evaluate), file=sys.stderr)
+        say(_what_follows(checkpoint, start == settings.total_steps, only_evaluate))
     if only_evaluate:
         return trainer.evaluate(start)
     write_json_atomic(folder / CONFIG_NAME, dump(settings, data, agent))
@@ -116,23 +124,14 @@ def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSet
     from vgf_llm.control.trainer import Trainer
 
     device = resolve_device(settings.device)
-    if 0 < settings.cached_samples < agent_settings.num_particles:
-        raise ConfigError(
-            f"cached_samples must be 0 or at least num_particles ({agent_settings.num_particles}), "
-            f"got {settings.cached_samples}"
-        )
     env = bounds = None
     if data.env is not None:
         env = make_env(data.env)
         bounds = bounds_of(env, data.env)
-    elif settings.online_steps:
-        raise ConfigError("online_steps needs an environment: set env")
     transitions = load(data.data, data.env, env, bounds)
-    print(
+    say(
         f"{len(transitions)} transitions of {int(transitions.ends.sum())} episodes, environment {data.env or 'none'}, "
         f"{device}, seed {settings.seed}, writing to '{settings.output_dir}'",
-        file=sys.stderr,
-        flush=True,
     )
     digest = transitions.digest()
     transitions, scale = transitions.with_rewards(data.reward_shift, data.normalise_returns)

@@ -8,7 +8,6 @@ drawn once, between the first and the second phase, and the clone stays as it is
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +20,15 @@ from vgf_llm.control.data import Buffer
 from vgf_llm.control.evaluation import Evaluator, make_arms, score
 from vgf_llm.control.online import OnlineEpisodes
 from vgf_llm.control.saving import save, step_generator
-from vgf_llm.control.settings import DataSettings, TrainSettings
+from vgf_llm.control.settings import EVALUATIONS_NAME, DataSettings, TrainSettings
 from vgf_llm.control.trackers import Trackers
 from vgf_llm.errors import DivergedError, NonFiniteError
 from vgf_llm.io import append_jsonl, read_jsonl, write_text_atomic
-from vgf_llm.progress import track
+from vgf_llm.progress import Bar, track
+from vgf_llm.screen import say
 
 METRICS_NAME = "metrics.jsonl"
-EVALUATIONS_NAME = "evaluations.jsonl"
+_SHOWN = ("clone_loss", "critic_loss")  # on the bar
 _CACHE_ROWS = 1024  # next states a call of the clone
 
 
@@ -73,9 +73,19 @@ class Trainer:
         settings = self.settings
         for name in (METRICS_NAME, EVALUATIONS_NAME):
             _forget_after(settings.folder / name, start)
+        total = settings.total_steps
+        with Bar("training", total, "steps") as bar:
+            bar.start_at(start)
+            last = self._train(start + 1, bar)
+        self._trackers.close()
+        return last or self._evaluated(total)
+
+    def _train(self, first: int, bar: Bar) -> list[dict[str, Any]]:
+        """Take the steps from `first` to the last; returns the rows of the last evaluation."""
+        settings = self.settings
         last: list[dict[str, Any]] = []
         total = settings.total_steps
-        for step in track(range(start + 1, total + 1), "train", total - start):
+        for step in range(first, total + 1):
             metrics = self._train_step(step)
             logged, saved = (step % every == 0 for every in (settings.log_every_steps, settings.save_every_steps))
             if logged or saved or step == total:
@@ -85,8 +95,10 @@ class Trainer:
             if self.evaluator is not None and (step % settings.eval_every_steps == 0 or step == total):
                 last = self.evaluate(step)
             self._save(step)
-        self._trackers.close()
-        return last or self._evaluated(total)
+            bar.move_to(step)
+            if logged:
+                bar.move_to(step, **{name: float(metrics[name]) for name in _SHOWN if name in metrics})
+        return last
 
     def _evaluated(self, step: int) -> list[dict[str, Any]]:
         """The rows that an earlier run wrote at a step."""
@@ -118,7 +130,7 @@ class Trainer:
         shown = ", ".join(f"{row['arm']}: {row['score']:.0f}" for row in rows)
         solved = rows[0]["successes"] is not None and self.data_settings.score_max is None
         unit = "% solved" if solved else "return" if self.data_settings.score_max is None else "normalised return"
-        print(f"step {step}, {unit}: {shown}", file=sys.stderr, flush=True)
+        say(f"step {step}, {unit}: {shown}")
         return rows
 
     # Steps ---------------------------------------------------------------------------------------------------------

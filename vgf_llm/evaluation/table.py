@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vgf_llm.screen import show
+
 COLUMNS = (
     ("proxy", "proxy", 2),
     ("gold", "gold", 3),
@@ -75,8 +77,7 @@ def difference_table(differences: dict[str, Any]) -> str:
 
 
 def print_table(summary: dict[str, Any], title: str) -> None:
-    """Print the summary as a Rich table on standard output."""
-    from rich.console import Console
+    """Print the summary as a Rich table for people."""
     from rich.table import Table
 
     table = Table(title=title, caption=LEGEND)
@@ -87,5 +88,4 @@ def print_table(summary: dict[str, Any], title: str) -> None:
         table.add_row(
             name, *(_cell(entry[key], digits, key in COMPARED).replace(" [", "\n[") for key, _, digits in COLUMNS)
         )
-    console = Console()
-    Console(width=max(console.width, 130)).print(table)
+    show(table, width=130)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
 import torch
 
-from reward_models.functions import further_arguments, load_function, remembered
+from reward_models.functions import load_function, remembered
 from reward_models.secant import stated_fidelity
 from vgf_llm import __version__
 from vgf_llm.config import dump
-from vgf_llm.data import load_prompt_texts
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import Sizes
 from vgf_llm.evaluation.run import Experiment, Prompts
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.evaluation.summary import Row, at_equal_cost, differences, summarise
 from vgf_llm.pipeline import encode_prompts, load_pipeline
+from vgf_llm.progress import Bar, stage, working
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 Key = tuple[str, int, int]
@@ -32,30 +31,28 @@ def work(
     settings: EvaluateSettings,
     models: ModelSettings,
     sampling: SamplingSettings,
+    prompts: Sequence[Any],
     done: set[Key],
-    track: Callable[..., Any],
 ) -> Iterator[list[Row]]:
     """Yield the rows that are not done yet, a batch of prompts and an arm at a time."""
-    function = load_function(settings.gold)
-    gold = remembered(function)
-    prompts = load_prompt_texts(
-        settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
-    )
-    further_arguments(function, prompts)
+    gold = remembered(load_function(settings.gold))
     todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     if not todo:
         return
-    pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
+    with working(f"loading the base model {models.model_name_or_path} and the reward model {models.reward_model}"):
+        pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
     with closing(pipeline):
         ids, texts = encode_prompts(pipeline, [prompt.prompt for prompt in prompts]), prompts
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)
         experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
-        arms_left = sum(len(arms) for _, _, arms in todo)
-        print(f"evaluating {len(prompts)} prompts: {arms_left} arms in {len(todo)} batches to go", file=sys.stderr)
-        for seed, indices, arms in track(todo, "evaluating"):
-            batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
-            for rows in experiment.rows(arms, batch, seed):
-                yield [row for row in rows if (row["arm"], row["seed"], row["prompt_index"]) not in done]
+        left = sum(len(indices) * len(arms) for _, indices, arms in todo)
+        stage(f"evaluating {len(prompts)} prompts under {len(settings.all_arms())} arms")
+        with Bar("evaluating", left, "answers") as bar:
+            for seed, indices, arms in todo:
+                batch = Prompts(indices, [texts[i] for i in indices], [ids[i] for i in indices])
+                for rows in experiment.rows(arms, batch, seed):
+                    yield [row for row in rows if (row["arm"], row["seed"], row["prompt_index"]) not in done]
+                    bar.advance(len(rows))
 
 
 def _batches(

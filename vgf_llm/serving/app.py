@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import sys
 import time
 import traceback
 import uuid
@@ -21,6 +20,7 @@ from starlette.routing import Route
 from vgf_llm.errors import VGFError
 from vgf_llm.sampling.deadline import AbandonedError
 from vgf_llm.sampling.engine import EngineError
+from vgf_llm.screen import people, say
 from vgf_llm.serving.answers import Form, event
 from vgf_llm.serving.errors import RequestError, as_request_error
 from vgf_llm.serving.keeper import EngineKeeper
@@ -113,7 +113,7 @@ class Server:
         if path not in _KEYLESS:
             at, seconds = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic() - request.state.began
             line = f"{at} {request.method} {path} {status} {seconds:.2f} s {request.state.id}"
-            print(f"vgf-llm serve: {line}", file=sys.stderr, flush=True)
+            say(f"vgf-llm serve: {line}")
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
@@ -243,9 +243,9 @@ def _told(error: BaseException) -> RequestError:
     """Return what the client is told; what they cannot mend goes to the log."""
     found = as_request_error(error)
     if isinstance(error, EngineError):
-        print(f"vgf-llm serve: {error}", file=sys.stderr, flush=True)
+        say(f"vgf-llm serve: {error}")
     elif found.status == 500 and not isinstance(error, VGFError):
-        traceback.print_exception(error, file=sys.stderr)
+        traceback.print_exception(error, file=people())
     return found
 
 

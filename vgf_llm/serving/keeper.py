@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import traceback
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from vgf_llm.errors import VGFError
 from vgf_llm.sampling.deadline import AbandonedError, Deadline
 from vgf_llm.sampling.engine import Engine
+from vgf_llm.screen import people, say
 from vgf_llm.serving.errors import RequestError
 
 _LOOK_SEC = 1.0
@@ -72,7 +72,7 @@ class EngineKeeper:
         try:
             self._keep()
         except Exception as error:  # ours to mend: a server without anybody who watches must not go on
-            traceback.print_exception(error, file=sys.stderr)
+            traceback.print_exception(error, file=people())
         finally:
             if not self._closing.is_set():
                 self._drop()
@@ -114,13 +114,13 @@ class EngineKeeper:
                 _say(f"start {self._tries} of {_TRIES} failed", error)
                 continue
             self._since = time.monotonic()
-            print("vgf-llm serve: another engine runs", file=sys.stderr, flush=True)
+            say("vgf-llm serve: another engine runs")
             self._on_restart()
             return True
         return False
 
 
 def _say(what: str, error: Exception) -> None:
-    print(f"vgf-llm serve: {what}: {error}", file=sys.stderr, flush=True)
+    say(f"vgf-llm serve: {what}: {error}")
     if not isinstance(error, VGFError):
-        traceback.print_exception(error, file=sys.stderr)
+        traceback.print_exception(error, file=people())

@@ -21,7 +21,6 @@ import errno
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vgf_llm.errors import CheckpointError, ConfigError, OutputError
+from vgf_llm.screen import say
 from vgf_llm.training.manifest import MANIFEST_NAME, verify
 from vgf_llm.training.manifest import write as write_manifest
 
@@ -196,7 +196,7 @@ def newest_whole(output_dir: str | Path) -> Path | None:
         try:
             verify(folder)
         except CheckpointError as error:
-            print(f"{folder.name} is skipped: {error}", file=sys.stderr)
+            say(f"{folder.name} is skipped: {error}")
         else:
             return folder
     return None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TrainerState
 
+from vgf_llm.screen import say
 from vgf_llm.training.checkpoint import writing
 from vgf_llm.training.config import OptimSettings
 from vgf_llm.training.saving import VALUE_FOLDER
@@ -40,7 +40,7 @@ def take_result(trainer: VGFTrainer, checkpoint: str) -> TrainerState:
     source, target = Path(checkpoint), Path(trainer.args.output_dir)
     state = TrainerState.load_from_json(str(source / "trainer_state.json"))
     if trainer.is_world_process_zero():
-        print(f"'{source}' is of the last step: nothing is left to train; raise max_steps to go on", file=sys.stderr)
+        say(f"'{source}' is of the last step: nothing is left to train; raise max_steps to go on")
         with writing("the result", target, "make room, and call this again"):
             for path in sorted({path for pattern in _RESULT for path in source.glob(pattern)}):
                 shutil.copy2(path, target / path.name)

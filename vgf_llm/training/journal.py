@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from vgf_llm.errors import OutputError
 from vgf_llm.io import append_jsonl, read_jsonl, write_text_atomic
+from vgf_llm.screen import say
 from vgf_llm.training.metrics import nothing_learns
 from vgf_llm.training.rollout import Rollout, completions
 
@@ -67,7 +67,7 @@ class Journal:
         append_jsonl(self.folder / METRICS_NAME, [{"step": step, "epoch": epoch} | metrics])
         self._write_completions()
         for reason in nothing_learns(metrics):
-            print(f"warning: step {step}: {reason}", file=sys.stderr)
+            say(f"warning: step {step}: {reason}")
 
     def completions(self, rollout: Rollout, step: int) -> None:
         """Keep the responses of a rollout until the step's line is written."""

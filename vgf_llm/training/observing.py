@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from vgf_llm.progress import Bar, duration
+from vgf_llm.screen import say
 from vgf_llm.text.protocols import Value
 from vgf_llm.training.metrics import flow_metrics, kl_estimate, nll_a_token, peak_memory_gib
 from vgf_llm.training.rollout import Rollout
 
 _POLICY_STREAM = 0x50  # the policy's own samples, drawn for the log
-_OWN_SAMPLES = 4  # of these a prompt, at most
+_KINDS = ("original", "transported", "policy")
+_OWN_SAMPLES = 2  # of these per prompt, for rewards and for the KL: with four, a log line took as long as two steps
 
 
 class Observes:
@@ -78,3 +83,37 @@ class Observes:
             logs |= {name: round(value, 5) for name, value in metrics.items()}
             self.journal.metrics(self.state.global_step, self.state.epoch, logs)
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def bar_figures(logs: Mapping[str, float]) -> dict[str, float | str]:
+    """Return what the bar shows of a log line."""
+    return {"loss": f"{float(logs['loss']):.3f}"} if "loss" in logs else {}
+
+
+def says_lines(args: Any) -> Callable[[int, Mapping[str, float], Bar], None]:
+    """Return what prints the numbers of a log line that matter; all of them are in metrics.jsonl.
+
+    Args:
+        args: The Trainer's. Below the first line stands what measuring it took, which `logging_steps` makes rarer.
+    """
+    told = False
+
+    def say_line(step: int, logs: Mapping[str, float], bar: Bar) -> None:
+        nonlocal told
+        if "loss" not in logs:
+            return
+        rewards = [f"{logs[name]:+.3f} {kind}" for kind in _KINDS if (name := f"reward/{kind}") in logs]
+        parts = [f"step {step}/{bar.total}"]
+        if rewards:
+            parts.append(f"reward {', '.join(rewards)}")
+        if "policy/kl" in logs:
+            parts.append(f"KL {logs['policy/kl']:.3f} nats")
+        if (left := bar.left_sec) is not None:
+            parts.append(f"{duration(left)} left")
+        say("  ".join(parts))
+        if not told and "seconds/observe" in logs:
+            told = True
+            seconds = logs["seconds/observe"] * args.gradient_accumulation_steps
+            say(f"measuring the policy for this line took {seconds:.1f} s; logging_steps is {args.logging_steps}")
+
+    return say_line

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from vgf_llm.config import dump
 from vgf_llm.errors import CheckpointError, ConfigError
 from vgf_llm.models import fingerprint
 from vgf_llm.processes import of_first
+from vgf_llm.screen import say
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.training.checkpoint import beyond, newest_whole, supersede
 from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
@@ -138,7 +138,7 @@ def checkpoint_to_resume(trainer: VGFTrainer, optim: OptimSettings) -> str | Non
     if folder is None:
         return None
     if trainer.is_world_process_zero():
-        print(f"going on from '{folder}'", file=sys.stderr)
+        say(f"going on from '{folder}'")
     return str(folder)
 
 
@@ -153,7 +153,7 @@ def _find(trainer: VGFTrainer, wanted: bool | str) -> Path | None:
     first = trainer.is_world_process_zero()
     folder = of_first(newest_whole(trainer.args.output_dir) if first else None)
     if folder is None and first:
-        print(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew", file=sys.stderr)
+        say(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew")
     return folder
 
 
@@ -167,7 +167,7 @@ def _check(folder: Path, trainer: VGFTrainer, optim: OptimSettings) -> int:
     require_state(folder, engine_name(trainer.accelerator))
     if trainer.is_world_process_zero():
         for change in allowed:
-            print(f"changed since the checkpoint: {change}", file=sys.stderr)
+            say(f"changed since the checkpoint: {change}")
     return manifest.step
 
 
@@ -185,5 +185,5 @@ def _make_way(trainer: VGFTrainer, folder: Path | None, step: int, goes_on: bool
             "delete; set resume_from_checkpoint: true to go on with that run, name another output_dir, or remove them"
         )
     if first:
-        print(f"set aside as .<name>.superseded: {names}", file=sys.stderr)
+        say(f"set aside as .<name>.superseded: {names}")
         supersede(found)
