@@ -70,6 +70,24 @@ def test_json_csv_txt_and_parquet(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "cell",
+    [
+        {"messages": [{"role": "user", "content": "a"}]},
+        json.dumps({"conversations": [{"from": "human", "value": "a"}]}),
+        json.dumps(json.dumps([{"role": "user", "content": "a"}])),
+    ],
+)
+def test_messages_in_an_object_or_in_json_twice(tmp_path, cell):
+    assert load_prompts(write(tmp_path / "p.jsonl", [{"prompt": cell}])) == [[{"role": "user", "content": "a"}]]
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "rows.csv").write_bytes("prompt\nhä\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"rows.csv' is not UTF-8 text .*; save it as UTF-8"):
+        load_prompts(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("rows.jsonl", '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl, row 2: not JSON"),
@@ -82,6 +100,12 @@ def test_json_csv_txt_and_parquet(tmp_path):
         ("rows.arrow", "not arrow", "cannot be read"),
         ("rows.json", '{"prompt": "a"}', "expected a list of objects, got dict"),
         ("rows.csv", "", "holds no rows"),
+        (
+            "rows.csv",
+            "prompt,chosen\na,b\nHello, you,b\n",
+            "row 2: 3 cells under 2 columns (prompt, chosen)",
+        ),
+        ("rows.tsv", "prompt\tprompt\na\tb\n", "the column 'prompt' stands twice in the first line"),
         ("rows.xlsx", "x", "unknown file type '.xlsx'; expected one of .jsonl"),
         ("rows.jsonl.gz", "not packed", "cannot be read"),
         ("rows.parquet", "not parquet", "cannot be read"),

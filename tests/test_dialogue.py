@@ -86,6 +86,49 @@ def test_turns_and_texts():
         as_text([user("a"), {"role": "tool", "content": "1"}])
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Human: Hi.\n\nAssistant:",
+        "\nHuman: Hi.\n\nAssistant:",
+        "\n\n\nHuman: Hi.\n\n\nAssistant:",
+        "\r\n\r\nHuman: Hi.\r\n\r\nAssistant:",
+        "\n\n Human: Hi.\n \n Assistant :",
+        "Human: Hi.\nAssistant:",
+    ],
+)
+def test_a_dialogue_may_be_spaced_otherwise(tmp_path, head):
+    row = {"chosen": head + " The sea is wet.", "rejected": head + " The sea is dry."}
+    (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row])).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == (head, " The sea is wet.", " The sea is dry.")
+    assert as_messages(pair.prompt) == [user("Hi.")]
+    assert load_prompts(write(tmp_path / "p.jsonl", [row]), column="chosen") == [head]
+
+
+@pytest.mark.parametrize(
+    "text", ["Human: a short story.", "Human rights?\n\nAssistant: none", "Assistant: a\n\nHuman: b"]
+)
+def test_what_only_looks_like_a_dialogue_is_text(text):
+    assert turns_of(text) == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "### Instruction:\nHi.\n\n### Response:",
+        "Be brief.\n\nUser: Hi.\n\nAssistant:",
+        "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant",
+        "<start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model",
+        "<s>[INST] Hi. [/INST]",
+        "<|user|>\nHi.<|end|>\n<|assistant|>",
+    ],
+)
+def test_answers_of_an_implicit_prompt_may_start_alike(tmp_path, head):
+    row = {"chosen": head + "\nThe sea is wet.", "rejected": head + "\nThe sea is dry."}
+    (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row])).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == (head, "\nThe sea is wet.", "\nThe sea is dry.")
+
+
 def test_the_users_turn_is_never_a_response(tmp_path):
     thanks = {
         "chosen": [user("a"), assistant("b"), user("Thanks, perfect!")],

@@ -120,6 +120,7 @@ def read_cell(
         value = _from_text(value, where)
     if isinstance(value, Mapping):
         value = [value]
+    value = _unwrapped(value)
     if value is None or not isinstance(value, str | Sequence):
         raise DataError(f"{where}: expected text or messages, got {shorten(repr(value))}")
     if not empty_ok and (not value or isinstance(value, str) and not value.strip()):
@@ -129,18 +130,21 @@ def read_cell(
 
 def _from_text(text: str, where: str) -> Any:
     """Return the messages that a text cell holds as JSON or as a Python list, or the text."""
-    start = text.lstrip()[:2]
-    if not (start.startswith("{") or start.startswith("[")) or not any(mark in text for mark in _MARKS):
+    stripped = text.strip()
+    if not stripped.startswith(_STARTS) or not any(mark in text.replace("\\", "") for mark in _MARKS):
         return text
     for parse in (json.loads, ast.literal_eval, _literal_without_commas):
         try:
-            found = parse(text.strip())
+            found = parse(stripped)
         except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
             continue
+        if isinstance(found, str):  # JSON in JSON
+            inner = _from_text(found, where)
+            return text if inner is found else inner
         found = [found] if isinstance(found, Mapping) else found
         is_messages = isinstance(found, list) and found and all(isinstance(one, Mapping) for one in found)
-        return found if is_messages and all({"role", "from"} & set(one) for one in found) else text
-    if start.startswith("[{") and text.rstrip().endswith("]"):
+        return found if is_messages and all(_HOLDERS & set(one) for one in found) else text
+    if stripped.startswith(("[{", "array([{")) and stripped.endswith(("]", ")")):
         raise DataError(
             f"{where}: looks like a list of messages and cannot be read as JSON or Python: {shorten(text)}; save the "
             "file as .jsonl or .parquet, which keep lists"
@@ -148,6 +152,9 @@ def _from_text(text: str, where: str) -> Any:
     return text
 
 
+_STARTS = ("{", "[", '"{', '"[', "array([")
+_LISTS = ("messages", "conversations", "conversation")  # of an object that wraps messages
+_HOLDERS = {"role", "from", *_LISTS}
 _MARKS = ('"role"', "'role'", '"from"', "'from'")
 
 
@@ -161,6 +168,14 @@ def _literal_without_commas(text: str) -> Any:
             words.append(token.string)
         last = token.string.strip() or last
     return ast.literal_eval(" ".join(word for word in words if word.strip()))
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return the messages of ``{"messages": [...]}``, and anything else as it is."""
+    if not isinstance(value, Sequence) or len(value) != 1 or not isinstance(value[0], Mapping) or len(value[0]) != 1:
+        return value
+    name, inner = next(iter(value[0].items()))
+    return inner if name in _LISTS and isinstance(inner, Sequence) else value
 
 
 def messages_of(value: Sequence[Any], where: str) -> list[Message]:

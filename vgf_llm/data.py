@@ -276,7 +276,7 @@ def _cells(row: Row, source: str, number: Place, columns: _Columns, explicit: bo
     better = read_cell(row, columns.chosen, source, number, empty_ok=True, option="chosen_column")
     worse = read_cell(row, columns.rejected, source, number, empty_ok=True, option="rejected_column")
     if not explicit:
-        if isinstance(better, str) and not better.startswith("\n\nHuman:") and _may_be_prompt(row, columns):
+        if isinstance(better, str) and not turns_of(better) and _may_be_prompt(row, columns):
             raise missing_column(row, columns.prompt, source, number, "prompt_column")
         return None, better, worse
     given = read_cell(row, columns.prompt, source, number, empty_ok=True, option="prompt_column")

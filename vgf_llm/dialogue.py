@@ -21,7 +21,16 @@ Prompt: TypeAlias = str | list[Message]
 Parts: TypeAlias = tuple[Prompt, str, str]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_MARKER = re.compile(r"\n\n(Human|Assistant):(?![\"'`\u2019\u201d,.;:?!)\]])")
+_QUOTED = r"(?![\"'`\u2019\u201d,.;:?!)\]])"
+_START = re.compile(r"\s*(Human)[ \t]?:" + _QUOTED)
+_MARKER = re.compile(r"(?:\r?\n[ \t]*){2,}(Human|Assistant)[ \t]?:" + _QUOTED)
+_CLOSE_MARKER = re.compile(r"\r?\n[ \t]*(Human|Assistant)[ \t]?:" + _QUOTED)
+_ANSWER = re.compile(  # what stands before an answer in a text of another form
+    r"(?:^|\n)[ \t#*]*(?:assistant|chatgpt|gpt|ai|bot|model|response|answer|output|a)[ \t*]*:"
+    r"|<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>|<start_of_turn>\s*model"
+    r"|\[/INST\]|<[|\uff5c]assistant[|\uff5c]>",
+    re.IGNORECASE,
+)
 
 
 class OddRowError(DataError):
@@ -63,12 +72,20 @@ class Turn:
 
 
 def turns_of(text: str) -> list[Turn]:
-    """Return the turns of a Human/Assistant text; none where the text does not start with a human's turn."""
+    r"""Return the turns of a Human/Assistant text; none where the text does not start with a human's turn.
+
+    Blanks around markers, Windows line ends and a missing empty line before the first marker are as good as HH's own
+    form. Where the first marker has none, an assistant's must follow; it may then stand on the next line.
+    """
+    start = _START.match(text)
+    if start is None:
+        return []
+    marks = [start, *_MARKER.finditer(text, start.end())]
     if not text.startswith(HUMAN):
-        return []
-    marks = list(_MARKER.finditer(text))
-    if not marks or marks[0].start():
-        return []
+        if not any(mark[1] == "Assistant" for mark in marks):
+            marks = [start, *_CLOSE_MARKER.finditer(text, start.end())]
+        if not any(mark[1] == "Assistant" for mark in marks):
+            return []
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     roles = {"Human": "user", "Assistant": "assistant"}
     return [Turn(roles[mark[1]], mark.end(), text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
@@ -246,8 +263,16 @@ def _split_text(chosen: str, rejected: str) -> Parts:
 
 
 def _split_plain(chosen: str, rejected: str) -> Parts:
-    """Cut two plain texts after the words that they share, as TRL does for an implicit prompt, but never in a word."""
+    """Cut two plain texts after the words that they share, as TRL does for an implicit prompt, but never in a word.
+
+    Where these words hold a mark that an answer follows ("### Response:", a chat template's), the cut is at its end:
+    answers may start alike.
+    """
     shared = os.path.commonprefix([chosen, rejected])
+    marks = list(_ANSWER.finditer(shared))
+    if marks and shared[: marks[-1].start()].strip():
+        end = marks[-1].end()
+        return chosen[:end], chosen[end:], rejected[end:]
     whole_words = len(shared) in (len(chosen), len(rejected)) or (
         chosen[len(shared)].isspace() and rejected[len(shared)].isspace()
     )

@@ -73,6 +73,8 @@ def _read_file(path: Path) -> list[tuple[int, Row]]:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as handle:
             return readers[kind](handle, path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{path}' is not UTF-8 text ({error}); save it as UTF-8") from error
     except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:
         raise DataError(f"'{path}' cannot be read ({error})") from error
 
@@ -139,16 +141,29 @@ def _is_rows(value: Any) -> bool:
 
 
 def _csv(handle: Any, path: Path) -> list[tuple[int, Row]]:
-    return _separated(handle, ",")
+    return _separated(handle, path, ",")
 
 
 def _tsv(handle: Any, path: Path) -> list[tuple[int, Row]]:
-    return _separated(handle, "\t")
+    return _separated(handle, path, "\t")
 
 
-def _separated(handle: Iterable[str], delimiter: str) -> list[tuple[int, Row]]:
+def _separated(handle: Iterable[str], path: Path, delimiter: str) -> list[tuple[int, Row]]:
     csv.field_size_limit(_LONGEST_CELL)
-    return list(enumerate(csv.DictReader(handle, delimiter=delimiter), 1))
+    reader = csv.DictReader(handle, delimiter=delimiter)
+    names = list(reader.fieldnames or ())
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: the column {twice!r} stands twice in the first line; rename one of them")
+    rows = list(enumerate(reader, 1))
+    for number, row in rows:
+        if None in row:
+            cells = len(names) + len(row[None])
+            raise DataError(
+                f"{path}, row {number}: {cells} cells under {len(names)} columns ({', '.join(names)}), the first "
+                f"{shorten(repr(row[names[0]]))}; put cells that hold {delimiter!r} in double quotes"
+            )
+    return rows
 
 
 def _txt(handle: Any, path: Path) -> list[tuple[int, Row]]:
