@@ -15,14 +15,15 @@ from vgf_llm.dialogue import Prompt, as_messages, as_text
 from vgf_llm.endings import closed, opened
 from vgf_llm.errors import DataError, ModelError
 from vgf_llm.io import shorten
+from vgf_llm.rendered import rendered_text
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Encode a prompt up to where the model's response begins.
 
     With a chat template: a string is one user message, a Human/Assistant dialogue its turns, and the generation prompt
-    is added. A string that ends in the template's generation prompt has been through the template already and is
-    encoded as it stands. Without a template: text as it is with the tokenizer's own BOS, messages as a Human/Assistant
+    is added. A string that has been through the template already (:mod:`vgf_llm.rendered`) is not put into it again.
+    Without a template: text as it is with the tokenizer's own BOS, messages as a Human/Assistant
     dialogue.
 
     Args:
@@ -33,11 +34,15 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         Token ids, at least one.
 
     Raises:
-        DataError: the template refuses the messages, or nothing is left to encode.
+        DataError: the template refuses the messages or leaves out the system turn, a string that the template wrote
+            ends in an answer, or nothing is left to encode.
     """
     if getattr(tokenizer, "chat_template", None):
-        ids = _rendered(tokenizer, prompt) if isinstance(prompt, str) else None
-        ids = _templated(tokenizer, prompt) if ids is None else ids
+        rendered = rendered_text(tokenizer, prompt) if isinstance(prompt, str) else None
+        if rendered is None:
+            ids = _templated(tokenizer, prompt)
+        else:
+            ids = list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     else:
         ids = encode_text(tokenizer, as_text(prompt))
     if not ids:
@@ -48,30 +53,17 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 def _templated(tokenizer: Any, prompt: Prompt) -> list[int]:
     messages = as_messages(prompt)
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # jinja2 and its sandbox raise several types; all mean a refused conversation
         raise DataError(f"the chat template refuses the messages {shorten(repr(messages), 200)}: {error}") from error
-
-
-def _rendered(tokenizer: Any, text: str) -> list[int] | None:
-    """Encode a text that the template has written already, generation prompt included; None for any other text."""
-    special = [token for token in tokenizer.get_added_vocab() if token and token in text]
-    if not special:  # most prompts: nothing of a template's marks
-        return None
-    probe = [{"role": "user", "content": "Hello."}]
-    try:
-        whole = str(tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False))
-        turns = str(tokenizer.apply_chat_template(probe, add_generation_prompt=False, tokenize=False))
-    except Exception:  # as above; the template will say so itself when it gets the real messages
-        return None
-    generation = whole[len(turns) :] if whole.startswith(turns) else ""
-    marked = any(token in generation for token in special)
-    if not marked or not text.rstrip().endswith(generation.rstrip()):
-        return None
-    kept = text if text.endswith(generation) else text.rstrip() + generation[len(generation.rstrip()) :]
-    bos = tokenizer.bos_token or ""
-    lost_bos = bos and whole.startswith(bos) and not kept.startswith(bos)
-    return list(tokenizer(bos + kept if lost_bos else kept, add_special_tokens=False)["input_ids"])
+    for message in messages:
+        content = message["content"].strip()
+        if message["role"] in ("system", "developer") and content not in text:
+            raise DataError(
+                f"the chat template leaves out the {message['role']} turn {shorten(repr(content))}; write it into the "
+                "first user message, or use a template that has a place for it"
+            )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def set_in_template(tokenizer: Any, variables: Mapping[str, Any]) -> None:
