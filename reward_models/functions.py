@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vgf_llm.errors import ConfigError, ModelError, VGFError
@@ -51,7 +51,7 @@ def load_function(name: str) -> RewardFunction:
         name: "module:function" (the module must be importable from here), or the name of a function of this module.
 
     Raises:
-        ConfigError: the module or function does not exist, or is not callable.
+        ConfigError: the module or function does not exist or is not callable, or the module raises when it is read.
     """
     module_name, _, function_name = name.rpartition(":")
     try:
@@ -60,6 +60,11 @@ def load_function(name: str) -> RewardFunction:
         raise ConfigError(
             f"reward function {name!r}: module {module_name!r} cannot be imported ({error}); run from its folder or "
             "install it"
+        ) from error
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is read
+        raise ConfigError(
+            f"reward function {name!r}: reading the module {module_name!r} raised {type(error).__name__}: {error}; "
+            "mend it"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -133,7 +138,11 @@ def call_function(function: RewardFunction, prompts: list[str], responses: list[
     """
     name = getattr(function, "__name__", repr(function))
     try:
-        rewards = list(function(prompts, responses, **further_arguments(function, prompts)))
+        # copies, so that a function may change its lists
+        rewards = function(list(prompts), list(responses), **further_arguments(function, prompts))
+        if isinstance(rewards, Mapping | set):
+            raise TypeError(f"it returned a {type(rewards).__name__}, where one number per response is expected")
+        rewards = list(rewards)
     except VGFError:
         raise
     except Exception as error:  # the user's code may raise anything
@@ -158,5 +167,5 @@ def _is_finite_number(reward: Any) -> bool:
         return False
     try:
         return math.isfinite(reward)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return False

@@ -74,3 +74,33 @@ def test_a_remembered_function_is_called_once_for_each_prompt_and_response():
     assert scored(["a", "a", "b"], ["x", "x", "xy"]) == [2.0, 2.0, 3.0]
     assert scored(["b", "a"], ["xy", "z"]) == [3.0, 2.0]
     assert calls == [("a", "x"), ("b", "xy"), ("a", "z")]
+
+
+@pytest.mark.parametrize(
+    ("text", "raised"),
+    [
+        ("def f(:\n", "SyntaxError"),
+        ("x = undefined\n", "NameError"),
+        ("from math import nothere\n", "ImportError"),
+        ("import sys\nsys.exit(3)\n", "SystemExit"),
+    ],
+)
+def test_a_module_that_raises_when_it_is_read_is_named(tmp_path, monkeypatch, text, raised):
+    name = f"broken_{raised.lower()}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"reward function '{name}:f': reading the module '{name}' raised {raised}: "):
+        load_function(f"{name}:f")
+
+
+def test_rewards_by_name_are_refused_and_what_a_function_does_to_its_lists_stays_there():
+    def sorts(prompts, responses):
+        responses.sort()
+        return {0: 1.0, 1: 2.0}
+
+    responses = ["b", "a"]
+    with pytest.raises(ModelError, match="it returned a dict, where one number per response is expected"):
+        call_function(sorts, ["p", "q"], responses)
+    assert responses == ["b", "a"]
+    with pytest.raises(ModelError, match="every reward must be a finite number"):
+        call_function(lambda prompts, responses: [10**400], ["p"], ["r"])
