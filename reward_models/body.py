@@ -121,13 +121,13 @@ def _matching(body: PreTrainedModel, base: PreTrainedModel) -> dict[str, Tensor]
         if name not in source:
             advice = "give a causal LM"
             if num_layers(body.config) < num_layers(base.config):
-                advice = "this architecture cannot be cut: leave num_layers empty"
+                advice = "this architecture cannot be cut: set num_layers to null"
             raise ModelError(f"{whose} has no weight {name!r}; {advice}")
         expected, found = weight_shape(tensor), weight_shape(source[name])
         if expected != found:
             raise ModelError(
                 f"the weight {name!r} of {whose} has shape {list(found)}, its first layers need {list(expected)}; "
-                "this architecture cannot be cut: leave num_layers empty"
+                "this architecture cannot be cut: set num_layers to null"
             )
     return source
 
@@ -167,7 +167,7 @@ def check_cut(body: PreTrainedModel, base: PreTrainedModel, name: str) -> None:
     for own, expected in pairs:
         apart = difference(own, expected)
         if apart > max(tolerance(own), tolerance(expected)):
-            advice = "report this" if kept == num_layers(decoder.config) else "leave num_layers empty"
+            advice = "report this" if kept == num_layers(decoder.config) else "set num_layers to null"
             raise ModelError(
                 f"the first {kept} layers of {name!r} do not give the base's hidden states (they differ by {apart:.2g} "
                 f"of their mean size), so the architecture {body.config.model_type!r} cannot be cut here; {advice}"

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vgf_llm.architecture import decoder_of, is_whole, text_config
+from vgf_llm.architecture import decoder_of, difference, is_whole, text_config, tolerance
 from vgf_llm.errors import ModelError
 
 NAME = "grouped_sdpa"
@@ -122,10 +122,10 @@ def caps_scores(config: PreTrainedConfig) -> bool:
 
 
 def settle_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch a model to eager attention where its layers ask for something that sdpa drops; others stay as they are.
+    """Switch a model to eager attention where sdpa drops what its layers ask for, or gives other hidden states.
 
     Args:
-        model: A causal language model or a decoder; changed in place. Two tokens are run to find out. Without weights
+        model: A causal language model or a decoder; changed in place. Six tokens are run to find out. Without weights
             (meta device) or with split ones only the configuration is looked at.
     """
     decoder = decoder_of(model)
@@ -162,14 +162,18 @@ def _set(model: PreTrainedModel, decoder: PreTrainedModel, implementation: str) 
 
 @torch.no_grad()
 def _drops_something(decoder: PreTrainedModel) -> bool:
-    """Run two tokens through sdpa and find out whether a layer asks it for what it drops."""
+    """Run a few tokens and find out whether a layer asks sdpa for what it drops, or eager gives other hidden states."""
     if not is_whole(decoder) or not decoder._can_set_attn_implementation():
         return False
     before, was_training = decoder.config._attn_implementation, decoder.training
-    decoder.set_attn_implementation(_PROBE)
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    ids_1S = (1 + torch.arange(6, device=next(decoder.parameters()).device)[None] * max(1, rows // 7)).remainder(rows)
     decoder.eval()
     try:
-        decoder(input_ids=torch.tensor([[1, 1]], device=next(decoder.parameters()).device), use_cache=False)
+        found = []
+        for implementation in (_PROBE, "eager"):
+            decoder.set_attn_implementation(implementation)
+            found.append(decoder(input_ids=ids_1S, use_cache=False).last_hidden_state)
     except _Unapplied:
         return True
     except torch.OutOfMemoryError:
@@ -179,4 +183,5 @@ def _drops_something(decoder: PreTrainedModel) -> bool:
     finally:
         decoder.set_attn_implementation(before)
         decoder.train(was_training)
-    return False
+    by_sdpa, by_eager = found
+    return bool(by_eager.isfinite().all()) and not difference(by_sdpa, by_eager) <= tolerance(by_eager)

@@ -248,6 +248,7 @@ ZOO: dict[str, Architecture] = {
     "exaone4": Architecture("exaone4", WINDOWED),
     "nemotron": Architecture("nemotron"),
     "seed_oss": Architecture("seed_oss"),
+    "doge": Architecture("doge", note="eager attention: its layers add to the mask"),
     "deepseek_v2": Architecture("deepseek_v2", DEEPSEEK),
     "deepseek_v3": Architecture("deepseek_v3", DEEPSEEK, note="routing bias in a buffer"),
     "dots1": Architecture("dots1", DEEPSEEK | {"num_key_value_heads": 2} | WINDOWED, note="routing bias in a buffer"),
