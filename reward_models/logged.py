@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reward_models.functions import call_function, load_function
+from vgf_llm.cells import check_named
 from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
 from vgf_llm.dialogue import Prompt, PromptText
 from vgf_llm.encoding import encode_prompt
@@ -76,6 +77,7 @@ def load_logged(
         ConfigError, ModelError: the function does not exist, or does not return finite numbers.
     """
     rows = read_rows(source, split, limit)
+    check_named(rows, source, "system_column", system_column, "system")
     pairs = not any(response_column in row for _, row in rows) and any("chosen" in row for _, row in rows)
     if pairs:
         preferences = load_preferences(
@@ -93,11 +95,12 @@ def load_logged(
             texts.append((PromptText(prompt, others), _response(row, response_column, source, number)))
             rewards.append(read_number(row.get(reward_column), source, number, reward_column))
             if rewards[-1] is None and not missing:
-                missing = f"{source}, row {number}: no reward in column '{reward_column}'"
+                there = ", ".join(map(str, row))
+                missing = f"{source}, row {number}: no reward in column '{reward_column}'; columns: {there}"
         cut = repeated_prompts([(prompt.prompt, text) for prompt, text in texts], source)
         texts = [(p, text[len(p) :] if is_cut else text) for (p, text), is_cut in zip(texts, cut, strict=True)]
     if missing and reward_function is None:
-        raise DataError(f"{missing}; name a reward_function, or a file whose rows have a reward")
+        raise DataError(f"{missing}; name a reward_function, or the column of rewards with --reward_column")
     blanks = [index for index, reward in enumerate(rewards) if reward is None]
     if blanks and reward_function is not None:
         prompts, responses = zip(*(texts[index] for index in blanks), strict=True)

@@ -400,3 +400,22 @@ def test_a_prompt_longer_than_the_model():
     check_prompt_fits([1] * 7, 12, 4, index=7, reserved=1)
     with pytest.raises(DataError, match="12 positions less the 1 that an engine needs to read; shorten it to 7 tokens"):
         check_prompt_fits([1] * 8, 12, 4, index=7, reserved=1)
+
+
+@pytest.mark.parametrize("option", ["margin_column", "system_column", "preference_column"])
+def test_an_optional_column_that_is_named_must_be_there(tmp_path, option):
+    source = write(tmp_path / "pairs.jsonl", [GOOD])
+    assert len(load_preferences(source).pairs) == 1
+    said = f"no row has the column 'nothing-there' that --{option} names; columns: prompt, chosen, rejected"
+    with pytest.raises(DataError, match=said):
+        load_preferences(source, **{option: "nothing-there"})
+
+
+def test_a_system_turn_beside_another_is_refused(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": [system, user("a")], "system": " Be brief. "}, {"prompt": "b", "system": ""}]
+    assert load_prompts(write(tmp_path / "p.jsonl", rows)) == [[system, user("a")], "b"]
+    with pytest.raises(DataError, match="row 1: the prompt starts with the system turn 'Be brief.', and column 'sys"):
+        load_prompts(write(tmp_path / "q.jsonl", [{**rows[0], "system": "Be long."}]))
+    with pytest.raises(DataError, match="row 1, column 'system': expected the text of a system turn, got 3"):
+        load_prompts(write(tmp_path / "r.jsonl", [{"prompt": "b", "system": 3}]))

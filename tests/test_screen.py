@@ -184,6 +184,7 @@ sys.exit(run_main(work, []))
         ("pass", 0, "for people"),
         ("raise DataError('row 3 is odd')", 2, "error: row 3 is odd"),
         ("raise KeyError('odd')", 1, "KeyError: 'odd'"),
+        ("raise BrokenPipeError", 141, "for people"),
         ("raise KeyboardInterrupt", 130, "--resume_from_checkpoint"),
     ],
 )

@@ -81,6 +81,17 @@ def missing_column(row: Row, column: str, source: str, number: Place, option: st
     return DataError(f"{source}, row {number}: no column '{column}'; columns: {', '.join(map(str, row))}{advice}")
 
 
+def check_named(rows: Sequence[tuple[Place, Row]], source: str, option: str, column: str, default: str) -> None:
+    """Refuse an optional column that was named and that no row has; under its default name it may be missing.
+
+    Raises:
+        DataError: listing the columns of the first row.
+    """
+    if column != default and not any(column in row for _, row in rows):
+        there = ", ".join(map(str, rows[0][1]))
+        raise DataError(f"{source}: no row has the column '{column}' that --{option} names; columns: {there}")
+
+
 def read_cell(
     row: Row, column: str, source: str, number: Place, empty_ok: bool = False, option: str | None = None
 ) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vgf_llm.cells import missing_column, read_cell, read_number, refuse_columns
+from vgf_llm.cells import check_named, missing_column, read_cell, read_number, refuse_columns
 from vgf_llm.dialogue import (
     ASSISTANT,
     DIVERGE,
@@ -107,8 +107,7 @@ def load_prompts(
     Raises:
         DataError: limit is below 1, the source cannot be read, or a row has no such column or an empty one.
     """
-    rows = read_rows(source, split, limit)
-    return [prompt_of(row, source, number, column, system_column) for number, row in rows]
+    return [text.prompt for text in load_prompt_texts(source, column, split, limit, system_column)]
 
 
 def load_prompt_texts(
@@ -119,8 +118,9 @@ def load_prompt_texts(
     system_column: str = "system",
 ) -> list[PromptText]:
     """As :func:`load_prompts`, with the other columns of each row, which reward functions may ask for."""
-    texts = []
-    for number, row in read_rows(source, split, limit):
+    texts, rows = [], read_rows(source, split, limit)
+    check_named(rows, source, "system_column", system_column, "system")
+    for number, row in rows:
         others = {name: value for name, value in row.items() if name not in (column, system_column)}
         texts.append(PromptText(prompt_of(row, source, number, column, system_column), others))
     return texts
@@ -229,6 +229,10 @@ def load_preferences(
     """
     rows = read_rows(source, split, limit)
     columns = _Columns(prompt_column, chosen_column, rejected_column, margin_column, system_column, preference_column)
+    check_named(rows, source, "system_column", system_column, "system")
+    check_named(rows, source, "preference_column", preference_column, "overall_preference")
+    if not all(part.strip() in rows[0][1] for part in margin_column.split("-")):
+        check_named(rows, source, "margin_column", margin_column, "margin")
     explicit = any(prompt_column in row for _, row in rows)
     cells = [_cells(row, source, number, columns, explicit) for number, row in rows]
     repeated = repeated_prompts(cells, source)

@@ -141,8 +141,8 @@ def library_output(folder: str | Path | None, alive: bool = True) -> Iterator[No
     try:
         with progress.alive() if alive else contextlib.nullcontext():
             yield
-    except Exception:
-        failed = True
+    except Exception as error:
+        failed = not isinstance(error, BrokenPipeError)  # a reader that has seen enough, such as head
         raise
     finally:
         _lead_back(saved)

@@ -216,7 +216,7 @@ def test_rows_are_read_as_text_or_messages_and_a_function_fills_missing_rewards(
         (messages, "a b c", 3.0),
         ("write", "", 0.0),
     ]
-    with pytest.raises(DataError, match=r"rows.jsonl, row 2: no reward in column 'r'; name a reward_function"):
+    with pytest.raises(DataError, match=r"row 2: no reward in column 'r'; columns: q, a, r; name a reward_function"):
         load_logged(path, **columns)
 
 

@@ -98,7 +98,7 @@ def test_what_changes_the_run_is_refused_by_name(tmp_path, reward_folder):
     tiny_run(tmp_path, **run)
     optim = {"trainer_arguments": {"disable_tqdm": True, "optim": "sgd"}}
     assert "trainer_arguments.optim (absent) -> sgd" in refused(tmp_path, **run | optim)
-    assert "optimisation.num_train_epochs 1.0 -> 2.0" in refused(tmp_path, **run | {"num_train_epochs": 2.0})
+    assert "optimisation.warmup_ratio 0.05 -> 0.5" in refused(tmp_path, **run | {"warmup_ratio": 0.5})
     assert "mixed_precision no -> bf16" in refused(tmp_path, **run | {"bf16": True})
     config = Path(reward_folder) / "config.json"
     config.write_text(config.read_text().replace("{", '{"note": 1,', 1))
