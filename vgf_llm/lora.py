@@ -95,7 +95,4 @@ def tell_left_out(decoder: nn.Module, above: float = 0.05) -> None:
     shares = left_out(decoder)
     if sum(shares.values()) > above:
         largest = ", ".join(f"{name} {share:.0%}" for name, share in list(shares.items())[:3])
-        say(
-            f"warning: the LoRA leaves {sum(shares.values()):.0%} of the layers' weights as they are ({largest}); the "
-            "experts of a mixture are not linear layers",
-        )
+        say(f"warning: the LoRA leaves {sum(shares.values()):.0%} of the layers' weights as they are ({largest})")

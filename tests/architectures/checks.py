@@ -31,6 +31,8 @@ from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import ImplicitPolicy, Reference, Responses, row_seeds
 from vgf_llm.text.particles import exact_gradient
 from vgf_llm.text.prefix import positions_from_mask
+from vgf_llm.training.config import PolicySettings
+from vgf_llm.training.models import add_policy_lora, response_logps
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 12
@@ -241,21 +243,38 @@ def saved(case: Case) -> None:
 
 def lora(case: Case) -> None:
     """A LoRA with the default targets: shared, saved, loaded with the base and from its folder, merged."""
+    plain = _whole(RewardModel.from_base(case.base, seed=1), case)
     shared = RewardModel.from_base(case.base, share=True, seed=1)
-    close(_whole(shared, case), _whole(RewardModel.from_base(case.base, seed=1), case), "shared body")
+    close(_whole(shared, case), plain, "shared body")
     adapted = add_lora(shared, r=2, alpha=4.0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=_seeded(6))
     expected = _whole(adapted.get_base_model(), case)
-    plain = _whole(RewardModel.from_base(case.base, seed=1), case)
     assert not torch.allclose(expected, plain, atol=1e-3)
     with tempfile.TemporaryDirectory() as folder:
         save_reward_model(adapted, folder)
         close(_whole(load_adapter(folder, case.base).get_base_model(), case), expected, "with the base")
         close(_whole(load_reward_model(folder), case), expected, "merged, from disk")
-    close(_whole(RewardModel.from_base(case.base, seed=1), case), plain, "the base afterwards")
+
+
+def policy(case: Case) -> None:
+    """A policy's LoRA with the default targets gets gradients everywhere; saved, it is loaded as a base and merged."""
+    adapted = add_policy_lora(load_causal_lm(str(case.folder)), PolicySettings(lora_r=2, lora_alpha=4.0)).train()
+    ids, mask, _ = case.padded(left=True)
+    response_logps(adapted, ids, mask, length=6).sum().backward()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    without = [name for name, parameter in trained.items() if parameter.grad is None]
+    assert trained and not without, f"no gradient: {without[:3]}"
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for parameter in trained.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=_seeded(8)))
+        expected = response_logps(adapted.eval(), ids, mask, length=6)
+        plain = response_logps(case.base, ids, mask, length=6)
+        assert not torch.allclose(expected, plain, atol=1e-3)
+        adapted.save_pretrained(folder)
+        close(response_logps(load_causal_lm(folder), ids, mask, length=6), expected, "merged, from disk")
 
 
 def likelihood(case: Case) -> None:
@@ -314,7 +333,7 @@ def zero_budget(case: Case) -> None:
 
 def moved(case: Case) -> None:
     """Eight nats through a value with an input skip raise it, and the flipped direction lowers it."""
-    seeds = row_seeds(0, [0, 1, 2], 8)
+    seeds = row_seeds(0, [0, 1, 2], 4)
     with torch.no_grad():
         value = copy.deepcopy(case.value)
         value.skip_head.weight.mul_(8.0)  # the linear part decides
@@ -358,6 +377,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "cut": cut,
     "saved": saved,
     "LoRA": lora,
+    "policy": policy,
     "logps": likelihood,
     "greedy": greedy,
     "rewrite": rewrite,
