@@ -23,6 +23,12 @@ Parts: TypeAlias = tuple[Prompt, str, str]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _MARKER = re.compile(r"\n\n(Human|Assistant):(?![\"'`\u2019\u201d,.;:?!)\]])")
 
+_ANSWER = re.compile(
+    r"<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<start_of_turn>model\n"
+    r"|<\|assistant\|>\n?|\[/INST\]|### (?:Response|Assistant):\n?|\n(?:Assistant|ASSISTANT):"
+)
+"""Marks that an assistant's answer follows, as the chat templates of common families write them."""
+
 
 class OddRowError(DataError):
     """A row that cannot be used and need not end the run.
@@ -173,7 +179,12 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError(f"{where}: one of chosen and rejected is text and the other a message list")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, better, worse = (given, chosen, rejected) if given is not None else _split_text(chosen, rejected)
+        dialogues = bool(turns_of(chosen)) and bool(turns_of(rejected))
+        if given is None or dialogues:
+            prompt, better, worse = _split_text(chosen, rejected)
+            prompt = prompt if given is None else _joined(given, as_messages(prompt))
+        else:
+            prompt, better, worse = given, chosen, rejected
     else:
         assert not isinstance(chosen, str) and not isinstance(rejected, str)
         prompt, better, worse = _split_messages(given, chosen, rejected)
@@ -248,6 +259,10 @@ def _split_text(chosen: str, rejected: str) -> Parts:
 def _split_plain(chosen: str, rejected: str) -> Parts:
     """Cut two plain texts after the words that they share, as TRL does for an implicit prompt, but never in a word."""
     shared = os.path.commonprefix([chosen, rejected])
+    answers = list(_ANSWER.finditer(shared))
+    if answers:  # a chat template's text: what follows the marker is the answer's, also where both begin alike
+        at = answers[-1].end()
+        return shared[:at], chosen[at:], rejected[at:]
     whole_words = len(shared) in (len(chosen), len(rejected)) or (
         chosen[len(shared)].isspace() and rejected[len(shared)].isspace()
     )
