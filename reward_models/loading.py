@@ -227,7 +227,8 @@ def load_adapter(
 
 def _merged(adapted: Any, folder: Path) -> RewardModel:
     """Add the adapters into the weights, and check that what the head reads stays the same."""
-    ids_RS = torch.arange(1, 11, device=adapted.device).view(2, 5)
+    rows = adapted.get_base_model().get_input_embeddings().weight.shape[0]
+    ids_RS = torch.arange(1, 11, device=adapted.device).remainder(rows).view(2, 5)
     with torch.no_grad(), evaluating(adapted):
         expected_RSD = adapted.get_base_model().body(input_ids=ids_RS, use_cache=False).last_hidden_state
         model = adapted.merge_and_unload(safe_merge=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from reward_models.functions import call_function, load_function
 from vgf_llm.cells import check_named
 from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
-from vgf_llm.dialogue import Prompt, PromptText
+from vgf_llm.dialogue import Prompt, PromptText, turns_of
 from vgf_llm.encoding import encode_prompt
 from vgf_llm.errors import DataError
 from vgf_llm.rows import Row, read_rows
@@ -117,6 +117,9 @@ def _response(row: Row, column: str, source: str, number: int) -> str:
     value = read_cell(row, column, source, number, empty_ok=True, option="response_column")
     if row[column] is None:
         raise DataError(f"{source}, row {number}, column '{column}': expected text or messages, got None")
+    if isinstance(value, str):
+        turns = turns_of(value)
+        value = [{"role": turn.role, "content": turn.text} for turn in turns] if turns else value
     if isinstance(value, str):
         return value
     if not value or value[-1]["role"] != "assistant":

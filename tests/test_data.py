@@ -443,3 +443,10 @@ def test_a_system_turn_beside_another_is_refused(tmp_path):
         load_prompts(write(tmp_path / "q.jsonl", [{**rows[0], "system": "Be long."}]))
     with pytest.raises(DataError, match="row 1, column 'system': expected the text of a system turn, got 3"):
         load_prompts(write(tmp_path / "r.jsonl", [{"prompt": "b", "system": 3}]))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_row_that_is_nested_too_deeply_is_named(tmp_path, name):
+    (tmp_path / name).write_text('{"prompt": ' + "[" * 200_000 + "\n")
+    with pytest.raises(DataError, match=f"{name}.*not JSON"):
+        load_prompts(str(tmp_path / name))

@@ -115,18 +115,18 @@ def test_what_only_looks_like_a_dialogue_is_text(text):
 @pytest.mark.parametrize(
     "head",
     [
-        "### Instruction:\nHi.\n\n### Response:",
+        "### Instruction:\nHi.\n\n### Response:\n",
         "Be brief.\n\nUser: Hi.\n\nAssistant:",
-        "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant",
-        "<start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model",
+        "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n",
+        "<start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\n",
         "<s>[INST] Hi. [/INST]",
-        "<|user|>\nHi.<|end|>\n<|assistant|>",
+        "<|user|>\nHi.<|end|>\n<|assistant|>\n",
     ],
 )
 def test_answers_of_an_implicit_prompt_may_start_alike(tmp_path, head):
-    row = {"chosen": head + "\nThe sea is wet.", "rejected": head + "\nThe sea is dry."}
+    row = {"chosen": head + " The sea is wet.", "rejected": head + " The sea is dry."}
     (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row])).pairs
-    assert (pair.prompt, pair.chosen, pair.rejected) == (head, "\nThe sea is wet.", "\nThe sea is dry.")
+    assert (pair.prompt, pair.chosen, pair.rejected) == (head, " The sea is wet.", " The sea is dry.")
 
 
 def test_the_users_turn_is_never_a_response(tmp_path):
@@ -257,3 +257,30 @@ def test_logged_responses_that_repeat_their_prompt(tmp_path):
     assert [one.response for one in load_logged(write(tmp_path / "r.jsonl", rows))] == [" 4", " b"]
     with pytest.raises(DataError, match="row 1, column 'response': expected text or messages, got None"):
         load_logged(write(tmp_path / "n.jsonl", [{"prompt": "a", "response": None, "reward": 0}]))
+
+
+@pytest.mark.parametrize("prompt", ["Q?", "\n\nHuman: Q?", "\n\nHuman: Q?\n\nAssistant:", [user("Q?")]])
+def test_dialogues_that_repeat_a_stated_prompt(tmp_path, prompt):
+    whole = "\n\nHuman: Q?\n\nAssistant:"
+    rows = [pair(prompt, f"{whole} Yes.", f"{whole} No.")] * 2
+    found = load_preferences(write(tmp_path / "pairs.jsonl", rows)).pairs[0]
+    assert (as_messages(found.prompt), found.chosen, found.rejected) == ([user("Q?")], " Yes.", " No.")
+
+
+def test_a_template_s_text_without_a_stated_prompt_is_cut_where_the_answer_begins(tmp_path):
+    tokenizer = byte_tokenizer()
+    both = [
+        tokenizer.apply_chat_template([user("Hi"), assistant(text)], tokenize=False)
+        for text in ("The sea is blue.", "The sea is red.")
+    ]
+    (found,) = load_preferences(write(tmp_path / "p.jsonl", [{"chosen": both[0], "rejected": both[1]}])).pairs
+    assert found.chosen == "The sea is blue.<|im_end|>\n"
+    assert encode_prompt(tokenizer, found.prompt) == encode_prompt(tokenizer, [user("Hi")])
+
+
+def test_a_logged_dialogue_is_its_last_answer(tmp_path):
+    row = {"prompt": "\n\nHuman: Q?", "response": "\n\nHuman: Q?\n\nAssistant: Yes.", "reward": 1}
+    (found,) = load_logged(write(tmp_path / "r.jsonl", [row]))
+    assert found.prompt == "\n\nHuman: Q?\n\nAssistant:" and found.response == " Yes."
+    with pytest.raises(DataError, match="the last message must be the assistant's, got 'user'"):
+        load_logged(write(tmp_path / "u.jsonl", [{**row, "response": OPEN}]))

@@ -80,7 +80,7 @@ def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path):
     (tmp_path / "outputs" / "demo").mkdir(parents=True)
     demo = f"{sys.executable} -m vgf_llm.cli demo --num_prompts 3 --shown 1"
     last = json.loads(run(demo, tmp_path).splitlines()[-1])
-    assert list(last) == ["base", "best-of-8", "best-of-32", "1 nat", "2 nats", "4 nats"]
+    assert list(last) == ["base", "best-of-8", "best-of-24", "1 nat", "2 nats", "4 nats"]
     assert last["4 nats"]["proxy"] > last["best-of-8"]["proxy"]
     again = json.loads(run(demo, tmp_path).splitlines()[-1])
     assert again == last

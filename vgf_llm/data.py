@@ -315,6 +315,8 @@ def repeated_prompts(cells: Sequence[tuple[Any, ...]], source: str) -> list[bool
 
 
 def _repeats(response: str, prompt: str) -> bool:
+    if turns_of(response):  # a whole dialogue is split by its turns
+        return False
     rest = response[len(prompt) :]
     return response.startswith(prompt) and (not rest or rest[0].isspace() or prompt.endswith((ASSISTANT, "\n", " ")))
 

@@ -25,12 +25,14 @@ _QUOTED = r"(?![\"'`\u2019\u201d,.;:?!)\]])"
 _START = re.compile(r"\s*(Human)[ \t]?:" + _QUOTED)
 _MARKER = re.compile(r"(?:\r?\n[ \t]*){2,}(Human|Assistant)[ \t]?:" + _QUOTED)
 _CLOSE_MARKER = re.compile(r"\r?\n[ \t]*(Human|Assistant)[ \t]?:" + _QUOTED)
-_ANSWER = re.compile(  # what stands before an answer in a text of another form
-    r"(?:^|\n)[ \t#*]*(?:assistant|chatgpt|gpt|ai|bot|model|response|answer|output|a)[ \t*]*:"
-    r"|<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>|<start_of_turn>\s*model"
-    r"|\[/INST\]|<[|\uff5c]assistant[|\uff5c]>",
+_ANSWER = re.compile(
+    r"(?:^|\n)[ \t*]*(?:assistant|chatgpt|gpt|ai|bot|model|response|answer|output|a)[ \t*]*:"
+    r"|(?:^|\n)#+ *(?:assistant|response|answer|output)[ \t]*:\n?"
+    r"|<\|im_start\|>\s*assistant\n*|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>\n*"
+    r"|<start_of_turn>\s*model\n*|\[/INST\]|<[|\uff5c]assistant[|\uff5c]>\n?",
     re.IGNORECASE,
 )
+"""Marks that an assistant's answer follows, as people and the chat templates of common families write them."""
 
 
 class OddRowError(DataError):
@@ -190,7 +192,12 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError(f"{where}: one of chosen and rejected is text and the other a message list")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, better, worse = (given, chosen, rejected) if given is not None else _split_text(chosen, rejected)
+        dialogues = bool(turns_of(chosen)) and bool(turns_of(rejected))
+        if given is None or dialogues:
+            prompt, better, worse = _split_text(chosen, rejected)
+            prompt = prompt if given is None else _joined(given, as_messages(prompt))
+        else:
+            prompt, better, worse = given, chosen, rejected
     else:
         assert not isinstance(chosen, str) and not isinstance(rejected, str)
         prompt, better, worse = _split_messages(given, chosen, rejected)

@@ -102,7 +102,7 @@ def _jsonl(handle: Any, path: Path) -> list[tuple[int, Row]]:
 def _object(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}): {shorten(line)}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}: {shorten(line)}")
@@ -114,7 +114,7 @@ def _json(handle: Any, path: Path) -> list[tuple[int, Row]]:
     text = handle.read()
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{") and "\n" in text.strip() and "Extra data" in str(error):
             return _jsonl(text.split("\n"), path)
         raise DataError(f"{path}: not JSON ({error}); a file of one object a line is named .jsonl") from error

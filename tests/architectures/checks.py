@@ -90,6 +90,11 @@ class Case:
         """The base under a law that is close to greedy sampling of 8 tokens."""
         return Reference(self.base, SamplingSettings(top_k=8, max_new_tokens=NEW_TOKENS), EOS_IDS, PAD_ID)
 
+    @cached_property
+    def short(self) -> Reference:
+        """The same law for responses of half the length."""
+        return Reference(self.base, SamplingSettings(top_k=8, max_new_tokens=NEW_TOKENS // 2), EOS_IDS, PAD_ID)
+
     def text(self, b: int, n: int) -> tuple[list[int], list[int]]:
         """Prompt and response of one row, without padding."""
         return self.prompts[b], self.tokens_BNT[b, n][self.mask_BNT[b, n]].tolist()
@@ -324,9 +329,9 @@ def rewrite(case: Case) -> None:
 def zero_budget(case: Case) -> None:
     """No budget and a budget of 0 nats give the originals back, token for token."""
     seeds = row_seeds(0, [0, 1, 2], 2)
-    decoder = make_decoder("prior", case.reference, case.value)
+    decoder = make_decoder("prior", case.short, case.value)
     for budget in (TransportBudget.none(), TransportBudget(nats=0.0)):
-        outcome = ImplicitPolicy(ReferenceSampler(case.reference), case.value, decoder, budget)(case.prompts, seeds)
+        outcome = ImplicitPolicy(ReferenceSampler(case.short), case.value, decoder, budget)(case.prompts, seeds)
         assert torch.equal(outcome.transported.tokens_BNT, outcome.originals.tokens_BNT)
         assert torch.equal(outcome.transported.mask_BNT, outcome.originals.mask_BNT)
 
@@ -337,10 +342,10 @@ def moved(case: Case) -> None:
     with torch.no_grad():
         value = copy.deepcopy(case.value)
         value.skip_head.weight.mul_(8.0)  # the linear part decides
-    decoder, gains = make_decoder("prior", case.reference, value), []
+    decoder, gains = make_decoder("prior", case.short, value), []
     for source in (exact_gradient, flipped_gradient()):
         budget = TransportBudget(nats=8.0, max_token_nats=4.0)
-        policy = ImplicitPolicy(ReferenceSampler(case.reference), value, decoder, budget, gradient=source)
+        policy = ImplicitPolicy(ReferenceSampler(case.short), value, decoder, budget, gradient=source)
         outcome = policy(case.prompts, seeds)
         gains.append(float((outcome.transported_values_BN - outcome.original_values_BN).mean()))
     assert gains[0] > 0 > gains[1], f"mean gains {gains}"

@@ -10,7 +10,7 @@ from vgf_llm.models import load_causal_lm, load_skeleton
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_an_architecture_is_right_or_refused_and_the_page_says_so(name):
+def test_an_architecture_is_right_or_refused_as_docs_models_says(name):
     architecture = ZOO[name]
     failed, found = run(architecture)
     assert not failed, "; ".join(f"{check}: {error}" for check, error in failed.items())

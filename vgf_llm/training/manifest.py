@@ -115,7 +115,9 @@ def check_identity(
     refused: dict[str, str] = {}
     for key in keys:
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if before == after:
+        if before == after or (
+            before == "(absent)" and after in ({}, [], "", None)
+        ):  # a setting newer than the checkpoint
             continue
         change = f"{key} {before} -> {after}"
         if key in free or any(key == name or key.startswith(f"{name}.") for name in allow):
