@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     LlamaForSequenceClassification,
@@ -13,6 +13,7 @@ from transformers import (
 
 from reward_models.loading import add_lora, save_reward_model
 from reward_models.modelling import RewardModel
+from tests.conftest import build_llama
 from vgf_llm.errors import ModelError
 from vgf_llm.models import load_causal_lm, load_skeleton
 
@@ -148,3 +149,44 @@ def test_an_adapter_of_another_base_is_refused(tiny_lm, tiny_neox, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "other")}))
     with pytest.raises(ModelError, match="does not fit its base model"):
         load_causal_lm(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "message"),
+    [
+        (3, 32, "lacks weights for parts of its base model, '.*layers.2.self_attn.q_proj.lora_A.weight' first"),
+        (1, 32, "has weights that its base model has no place for, '.*layers.1.self_attn.q_proj.lora_A.weight' first"),
+        (2, 64, "does not fit its base model: Error.* size mismatch for "),
+    ],
+)
+def test_an_adapter_of_a_base_of_another_size_is_refused(tiny_lm, tmp_path, layers, width, message):
+    tiny_lm.save_pretrained(tmp_path / "base")
+    build_llama(layers=layers, width=width).save_pretrained(tmp_path / "other")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=LINEAR)).save_pretrained(tmp_path / "adapter")
+    renamed(tmp_path / "adapter", tmp_path / "other")
+    with pytest.raises(ModelError, match=message):
+        load_causal_lm(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_that_cannot_be_merged_says_why(tiny_lm, tmp_path):
+    tiny_lm.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=LINEAR)).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has adapter_config.json and no adapter_model.safetensors; save the adapter"):
+        load_causal_lm(str(tmp_path / "adapter"))
+    renamed(tmp_path / "adapter", tmp_path / "adapter")
+    with pytest.raises(ModelError, match="names its own folder as the base model"):
+        load_causal_lm(str(tmp_path / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, prompt).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ModelError, match="of the kind PROMPT_TUNING, which puts vectors before a prompt and cannot be"):
+        load_causal_lm(str(tmp_path / "prompt"))
+
+
+def renamed(folder, base):
+    """Write another base's name into an adapter's configuration."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))

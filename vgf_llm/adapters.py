@@ -27,13 +27,18 @@ def adapter_base(folder: Path) -> str:
     """Return the name of the base model that adapter_config.json gives.
 
     Raises:
-        ModelError: It cannot be read, or names no base.
+        ModelError: It cannot be read, or names no base or itself.
     """
     name = _read_config(folder).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ModelError(
             f"'{folder / CONFIG_NAME}' does not say which base model the adapter belongs to: "
             f"base_model_name_or_path is {name!r}; write the base's name there, or name a merged model"
+        )
+    if Path(name).is_dir() and Path(name).resolve() == folder.resolve():
+        raise ModelError(
+            f"'{folder / CONFIG_NAME}' names its own folder as the base model (base_model_name_or_path); write the "
+            "base's name there"
         )
     return name
 
@@ -74,12 +79,14 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         folder: Of the adapter.
 
     Raises:
-        ModelError: The adapter is unreadable, does not fit the base, or the merged weights answer differently.
+        ModelError: The adapter is unreadable, changes no weights, does not fit the base, or the merged weights answer
+            differently.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import set_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
+    _check_whole(folder)
     tables = _table_names(base)
     try:
         _resize(base, folder)
@@ -87,7 +94,8 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         weights = load_peft_weights(str(folder), device="cpu")
         unexpected = set_peft_model_state_dict(adapted, dict(weights)).unexpected_keys
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        first_line = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
         raise ModelError(
             f"the adapter '{folder}' does not fit its base model: {first_line}. Name the base that it was trained on, "
             "or merge it where it was trained and name the merged model"
@@ -98,6 +106,13 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         raise ModelError(
             f"the adapter '{folder}' has weights that its base model has no place for, {strange[0]!r} first; is it of "
             "another kind of model?"
+        )
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    lacking = sorted(key for key in own - weights.keys() if not any(f".{name}." in key for name in tables))
+    if lacking:
+        raise ModelError(
+            f"the adapter '{folder}' lacks weights for parts of its base model, {lacking[0]!r} first, so it was "
+            "trained on another one; name the base that it was trained on"
         )
     expected = _logits(adapted)
     _untie(base)
@@ -110,6 +125,22 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"{difference(found, expected):.2g} of their mean size); merge it where it was trained"
         )
     return merged
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse an adapter without weights, and one that changes no weights.
+
+    Raises:
+        ModelError: Saying which.
+    """
+    kind = str(_read_config(folder).get("peft_type"))
+    if any(word in kind for word in ("PROMPT", "PREFIX", "P_TUNING", "CPT")):
+        raise ModelError(
+            f"the adapter '{folder}' is of the kind {kind}, which puts vectors before a prompt and cannot be merged "
+            "into weights; train a LoRA, or name the base model"
+        )
+    if not any((folder / name).is_file() for name in (WEIGHTS_NAME, "adapter_model.bin")):
+        raise ModelError(f"'{folder}' has {CONFIG_NAME} and no {WEIGHTS_NAME}; save the adapter again")
 
 
 @torch.no_grad()
