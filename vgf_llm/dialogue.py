@@ -58,6 +58,22 @@ PROMPT_CONTRADICTED = "whose prompt is not part of the turns that chosen and rej
 PROMPT_ENDS_ANSWERED = "whose prompt ends in the assistant's turn"
 
 
+def check_characters(text: str, where: str) -> str:
+    r"""Return a text; refuse one with half of a surrogate pair (``\\ud83d``), which no tokenizer reads.
+
+    Raises:
+        DataError: naming where it is.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start} is half of a surrogate pair ({text[error.start]!r}), so the text was "
+            "cut or is not UTF-8; remove it"
+        ) from error
+    return text
+
+
 @dataclass(frozen=True)
 class Turn:
     """One turn of a Human/Assistant text.
