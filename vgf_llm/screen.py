@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from vgf_llm.errors import OutputError
 
 LOG_NAME = "log.txt"
+_LOG_COLUMNS = 120  # of a table that no terminal limits
 
 _lock = threading.RLock()
 _people: TextIO | None = None
@@ -90,13 +91,8 @@ def emit(line: str) -> None:
                 live.start()
 
 
-def show(table: Any, width: int | None = None) -> None:
-    """Print a Rich table for people.
-
-    Args:
-        table: Any Rich renderable.
-        width: Columns at least; those of the terminal when not given.
-    """
+def show(table: Any) -> None:
+    """Print a Rich table, or any Rich renderable, for people; as wide as the terminal, in a log as wide as a page."""
     from rich.console import Console
 
     global _said_at
@@ -104,8 +100,8 @@ def show(table: Any, width: int | None = None) -> None:
         return
     with _lock:
         _said_at = time.monotonic()
-        console = Console(file=people()) if _live is None else _live.console
-        console.print(table, width=None if width is None else max(width, console.width))
+        wide = None if people().isatty() else _LOG_COLUMNS
+        (Console(file=people(), width=wide) if _live is None else _live.console).print(table)
 
 
 def set_live(progress: Any) -> None:

@@ -150,4 +150,4 @@ def test_the_table_of_a_terminal_has_intervals_on_what_is_compared(capsys):
     rows = [row("base", 0, p, 0.1 * p) for p in range(5)]
     print_table(summarise(rows, ["base"]), "one arm")
     shown = "".join(capsys.readouterr())
-    assert shown.count("[") == 4  # value and gold, of the cloud and of what is returned; likelihoods are all the same
+    assert shown.count("[") == 3  # mean gold, value and gold; the likelihoods are all the same

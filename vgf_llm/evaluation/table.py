@@ -19,6 +19,19 @@ COLUMNS = (
     ("tflops", "TFLOP", 2),
     ("seconds", "s", 2),
 )
+_ON_A_SCREEN = (
+    ("gold", "gold, mean of the N", 3),
+    ("selected_proxy", "value", 2),
+    ("selected_gold", "gold", 3),
+    ("selected_nll", "NLL per token", 2),
+    ("nats", "nats", 2),
+    ("tflops", "TFLOP", 2),
+    ("seconds", "s", 2),
+)
+_SCREEN_LEGEND = (
+    "Per prompt, 95% intervals in brackets. The N responses of an arm: mean gold. The one returned: value, gold, NLL per "
+    "token under the base. nats: KL spent while decoding. TFLOP and s include sampling. summary.json has the rest."
+)
 LEGEND = (
     "A row is an arm, per prompt. proxy, gold, NLL/token: mean of the cloud of N responses (value; gold scorer; nats a "
     "token under the base). sel.: the response returned. nats: KL spent while decoding. changed: tokens. moved: mean "
@@ -80,12 +93,11 @@ def print_table(summary: dict[str, Any], title: str) -> None:
     """Print the summary as a Rich table for people."""
     from rich.table import Table
 
-    table = Table(title=title, caption=LEGEND)
+    table = Table(title=title, caption=_SCREEN_LEGEND)
     table.add_column("arm", no_wrap=True)
-    for _, heading, _ in COLUMNS:
-        table.add_column(heading, justify="right")
+    for _, heading, _ in _ON_A_SCREEN:
+        table.add_column(heading, justify="right", overflow="fold")
     for name, entry in summary.items():
-        table.add_row(
-            name, *(_cell(entry[key], digits, key in COMPARED).replace(" [", "\n[") for key, _, digits in COLUMNS)
-        )
-    show(table, width=130)
+        cells = (_cell(entry[key], digits, key in COMPARED) for key, _, digits in _ON_A_SCREEN)
+        table.add_row(name, *(cell.replace(" [", "\n[") for cell in cells))
+    show(table)
