@@ -252,6 +252,19 @@ def test_a_prompt_that_responses_repeat_is_cut_off_where_the_file_is_written_so(
     assert echo.pairs[0].chosen == "Hit it."
 
 
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [("Name a river.", TALK), ([user("Name a river.")], TALK), (TALK, TALK)],
+)
+def test_logged_responses_bring_the_turns_before_them(tmp_path, prompt, read):
+    row = {"prompt": prompt, "response": [*TALK, assistant("Lake Constance.")], "reward": 1}
+    (found,) = load_logged(write(tmp_path / "logged.jsonl", [row]))
+    assert (found.prompt, found.response) == (read, "Lake Constance.")
+    row["prompt"] = "Another question?"
+    with pytest.raises(DataError, match=r"row 1, column 'response': whose prompt is not part of the turns"):
+        load_logged(write(tmp_path / "logged.jsonl", [row]))
+
+
 def test_logged_responses_that_repeat_their_prompt(tmp_path):
     rows = [{"prompt": "2 + 2?", "response": "2 + 2? 4", "reward": 1}, {"prompt": "a", "response": "a b", "reward": 0}]
     assert [one.response for one in load_logged(write(tmp_path / "r.jsonl", rows))] == [" 4", " b"]

@@ -211,7 +211,7 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
         dialogues = bool(turns_of(chosen)) and bool(turns_of(rejected))
         if given is None or dialogues:
             prompt, better, worse = _split_text(chosen, rejected)
-            prompt = prompt if given is None else _joined(given, as_messages(prompt))
+            prompt = prompt if given is None else joined(given, as_messages(prompt))
         else:
             prompt, better, worse = given, chosen, rejected
     else:
@@ -232,7 +232,7 @@ def _split_messages(given: Prompt | None, chosen: list[Message], rejected: list[
     if given is None and not inside:
         raise OddRowError(NO_PROMPT, f"chosen starts {shorten(repr(chosen[0]))}, rejected {shorten(repr(rejected[0]))}")
     better, worse = (_only_turn(messages[inside:]) for messages in (chosen, rejected))
-    return chosen[:inside] if given is None else _joined(given, chosen[:inside]), better, worse
+    return chosen[:inside] if given is None else joined(given, chosen[:inside]), better, worse
 
 
 def _shared(one: list[Message], other: list[Message]) -> int:
@@ -250,8 +250,12 @@ def _only_turn(messages: list[Message]) -> str:
     return messages[0]["content"]
 
 
-def _joined(given: Prompt, shared: list[Message]) -> Prompt:
-    """Join a stated prompt and the turns that chosen and rejected share, which may repeat it or continue it."""
+def joined(given: Prompt, shared: list[Message]) -> Prompt:
+    """Join a stated prompt and the turns before the responses, which may repeat it or continue it.
+
+    Raises:
+        OddRowError: the turns do neither.
+    """
     stated = as_messages(given)
     if not shared or _equal(shared, stated):
         return given
