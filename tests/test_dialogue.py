@@ -129,6 +129,17 @@ def test_answers_of_an_implicit_prompt_may_start_alike(tmp_path, head):
     assert (pair.prompt, pair.chosen, pair.rejected) == (head, " The sea is wet.", " The sea is dry.")
 
 
+@pytest.mark.parametrize("prompt", ["Hi.", [user("Hi.")]])
+def test_responses_that_hold_a_templated_prompt_lose_it(tmp_path, prompt):
+    head = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+    row = {"prompt": prompt, "chosen": head + "Yes.<|im_end|>\n", "rejected": head + "No.<|im_end|>\n"}
+    (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row])).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == (head, "Yes.<|im_end|>\n", "No.<|im_end|>\n")
+    row |= {"prompt": "What does it mean?"}  # the marks belong to the answers
+    (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row])).pairs
+    assert (pair.prompt, pair.chosen) == ("What does it mean?", row["chosen"])
+
+
 def test_the_users_turn_is_never_a_response(tmp_path):
     thanks = {
         "chosen": [user("a"), assistant("b"), user("Thanks, perfect!")],

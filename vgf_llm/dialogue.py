@@ -25,11 +25,14 @@ _QUOTED = r"(?![\"'`\u2019\u201d,.;:?!)\]])"
 _START = re.compile(r"\s*(Human)[ \t]?:" + _QUOTED)
 _MARKER = re.compile(r"(?:\r?\n[ \t]*){2,}(Human|Assistant)[ \t]?:" + _QUOTED)
 _CLOSE_MARKER = re.compile(r"\r?\n[ \t]*(Human|Assistant)[ \t]?:" + _QUOTED)
+_TEMPLATES_MARK = (
+    r"<\|im_start\|>\s*assistant\n*|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>\n*"
+    r"|<start_of_turn>\s*model\n*|\[/INST\]|<[|\uff5c]assistant[|\uff5c]>\n?"
+)
+_TEMPLATED = re.compile(_TEMPLATES_MARK, re.IGNORECASE)
 _ANSWER = re.compile(
     r"(?:^|\n)[ \t*]*(?:assistant|chatgpt|gpt|ai|bot|model|response|answer|output|a)[ \t*]*:"
-    r"|(?:^|\n)#+ *(?:assistant|response|answer|output)[ \t]*:\n?"
-    r"|<\|im_start\|>\s*assistant\n*|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>\n*"
-    r"|<start_of_turn>\s*model\n*|\[/INST\]|<[|\uff5c]assistant[|\uff5c]>\n?",
+    r"|(?:^|\n)#+ *(?:assistant|response|answer|output)[ \t]*:\n?|" + _TEMPLATES_MARK,
     re.IGNORECASE,
 )
 """Marks that an assistant's answer follows, as people and the chat templates of common families write them."""
@@ -213,7 +216,7 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
             prompt, better, worse = _split_text(chosen, rejected)
             prompt = prompt if given is None else joined(given, as_messages(prompt))
         else:
-            prompt, better, worse = given, chosen, rejected
+            prompt, better, worse = _without_templated_prompt(given, chosen, rejected)
     else:
         assert not isinstance(chosen, str) and not isinstance(rejected, str)
         prompt, better, worse = _split_messages(given, chosen, rejected)
@@ -225,6 +228,16 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
     if last["role"] == "assistant" and last["content"].strip():
         raise OddRowError(PROMPT_ENDS_ANSWERED, shorten(repr(last["content"])))
     return open_dialogue(prompt) if isinstance(prompt, str) else prompt, better, worse
+
+
+def _without_templated_prompt(given: Prompt, chosen: str, rejected: str) -> Parts:
+    """Cut responses that hold their prompt as a chat template writes it; the text before them is the prompt then."""
+    marks = list(_TEMPLATED.finditer(os.path.commonprefix([chosen, rejected])))
+    question = as_messages(given)[-1]["content"].strip()
+    if not marks or not question or question not in chosen[: marks[-1].start()]:
+        return given, chosen, rejected
+    end = marks[-1].end()
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def _split_messages(given: Prompt | None, chosen: list[Message], rejected: list[Message]) -> Parts:
