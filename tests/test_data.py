@@ -107,7 +107,7 @@ def test_a_file_that_is_not_utf8(tmp_path):
         ("rows.jsonl", '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl, row 2: not JSON"),
         ("rows.jsonl", "[1, 2]\n", "row 1: expected a JSON object, got list"),
         ("rows.jsonl", "\n", "holds no rows"),
-        ("rows.json", '[{"prompt": "a"}', "a file of one object a line is named .jsonl"),
+        ("rows.json", '[{"prompt": "a"}', "a file of one object per line is named .jsonl"),
         ("rows.json", '{"prompt": "a"}\n{"prompt": \n', "row 2: not JSON"),
         ("rows.json", '{"a": [{"prompt": "a"}], "b": [{"prompt": "a"}]}', "holds several lists of rows (a, b)"),
         ("rows.json", '{"prompt": {"0": "a"}, "chosen": {"0": "b"}}', "pandas: to_json(orient='records')"),
@@ -161,7 +161,7 @@ def test_hub_names_and_their_failure(monkeypatch):
         ("owner/name", None, "validation"),
         ("owner/name", "part", "test"),
     ]
-    with pytest.raises(DataError, match="'owner/none' is no local file and could not be loaded .* split 'train'"):
+    with pytest.raises(DataError, match="'owner/none' is not a local file and could not be loaded .* split 'train'"):
         load_prompts("owner/none")
 
 
@@ -312,7 +312,7 @@ def test_shared_turns_beyond_the_stated_prompt_are_kept(tmp_path, prompt, shared
 
 def test_a_stated_prompt_that_the_shared_turns_contradict_is_refused(tmp_path):
     row = {"prompt": "z", "chosen": [*TALK, assistant("d")], "rejected": [*TALK, assistant("e")]}
-    with pytest.raises(DataError, match="row 1: the prompt 'z' is no part of the 3 turns"):
+    with pytest.raises(DataError, match="row 1: the prompt 'z' is not part of the 3 turns"):
         load_preferences(write(tmp_path / "pairs.jsonl", [row]))
 
 

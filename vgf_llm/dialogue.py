@@ -278,7 +278,7 @@ def joined(given: Prompt, shared: list[Message]) -> Prompt:
         return [*stated, *shared]
     raise OddRowError(
         PROMPT_CONTRADICTED,
-        f"the prompt {shorten(repr(given))} is no part of the {len(shared)} turns that chosen and rejected share, "
+        f"the prompt {shorten(repr(given))} is not part of the {len(shared)} turns that chosen and rejected share, "
         f"which start {shorten(repr(shared[0]))}; state the whole conversation as the prompt, or leave it out",
     )
 

@@ -180,7 +180,7 @@ def _explained(kind: type[BaseModel], error: ValidationError) -> RequestError:
     first = found[0]
     path = _path(first["loc"])[:_NAME_SHOWN]
     if first["type"] == "json_invalid":
-        return RequestError(400, f"the body is no JSON in UTF-8: {first['msg']}", code="invalid_json")
+        return RequestError(400, f"the body is not JSON in UTF-8: {first['msg']}", code="invalid_json")
     if not path:
         return RequestError(400, "the body must be a JSON object", code="invalid_json")
     if first["type"] == "extra_forbidden" and path in NEUTRAL:
