@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from reward_models.functions import call_function, load_function
 from vgf_llm.cells import check_named
 from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
-from vgf_llm.dialogue import Message, OddRowError, Prompt, PromptText, joined, turns_of
+from vgf_llm.dialogue import Message, OddRowError, Prompt, PromptText, as_messages, joined, turns_of
 from vgf_llm.encoding import encode_prompt
 from vgf_llm.errors import DataError
+from vgf_llm.io import shorten
 from vgf_llm.rows import Place, Row, read_rows
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def load_logged(
         for number, row in rows:
             prompt = prompt_of(row, source, number, prompt_column, system_column)
             others = {name: value for name, value in row.items() if name not in (prompt_column, response_column)}
+            if prompt_column != response_column:
+                _check_open(row, source, number, prompt_column)
             before, response = _response(row, response_column, source, number)
             prompt = _continued(prompt, before, f"{source}, row {number}, column '{response_column}'")
             texts.append((PromptText(prompt, others), response))
@@ -113,6 +116,16 @@ def load_logged(
         LoggedResponse(prompt.prompt, text, float(reward or 0.0))
         for (prompt, text), reward in zip(texts, rewards, strict=True)
     ]
+
+
+def _check_open(row: Row, source: str, number: Place, column: str) -> None:
+    """Refuse a prompt that is answered already: its answer would be lost before the response of another cell."""
+    messages = as_messages(read_cell(row, column, source, number))
+    if messages[-1]["role"] == "assistant" and messages[-1]["content"].strip():
+        raise DataError(
+            f"{source}, row {number}, column '{column}': the prompt ends in the assistant's turn "
+            f"{shorten(repr(messages[-1]['content']))}; end it before the answer"
+        )
 
 
 def _continued(prompt: Prompt, before: list[Message], where: str) -> Prompt:

@@ -276,6 +276,15 @@ def test_logged_responses_bring_the_turns_before_them(tmp_path, prompt, read):
         load_logged(write(tmp_path / "logged.jsonl", [row]))
 
 
+@pytest.mark.parametrize("prompt", [CLOSED, [user("Name a river."), assistant("The Danube.")]])
+def test_a_logged_prompt_that_is_answered_is_refused(tmp_path, prompt):
+    row = {"prompt": prompt, "response": "The Rhine.", "reward": 1}
+    with pytest.raises(
+        DataError, match=r"row 1, column 'prompt': the prompt ends in the assistant's turn 'The Danube.'"
+    ):
+        load_logged(write(tmp_path / "logged.jsonl", [row]))
+
+
 def test_logged_responses_that_repeat_their_prompt(tmp_path):
     rows = [{"prompt": "2 + 2?", "response": "2 + 2? 4", "reward": 1}, {"prompt": "a", "response": "a b", "reward": 0}]
     assert [one.response for one in load_logged(write(tmp_path / "r.jsonl", rows))] == [" 4", " b"]
