@@ -17,7 +17,7 @@ class TrainingData:
     """Training rows: a file, glob or folder (docs/data.md), or a data set of the hub."""
     output_dir: str
     """Folder for weights, tokenizer, card and checkpoints."""
-    system_column: str = "system"
+    system_column: str = field(default="system", kw_only=True)
     """Column of a system turn that goes before the prompt, where rows have it."""
     eval_dataset: str | None = None
     """Held-out rows; null holds back eval_share of the training prompts."""
