@@ -75,8 +75,11 @@ def say(text: str, news: bool = True) -> None:
 
 
 def emit(line: str) -> None:
-    """Write a line of data to standard output, exactly as it is and at once."""
+    """Write a line of data to standard output, exactly as it is and at once, in UTF-8 whatever the locale."""
     with _lock:
+        stream = data()
+        if (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8":
+            stream.reconfigure(encoding="utf-8")  # type: ignore[attr-defined]
         live = _live if data().isatty() else None  # the bar would be drawn into the line
         if live is not None:
             live.stop()

@@ -29,8 +29,8 @@ _ON_A_SCREEN = (
     ("seconds", "s", 2),
 )
 _SCREEN_LEGEND = (
-    "Per prompt, 95% intervals in brackets. The N responses of an arm: mean gold. The one returned: value, gold, NLL per "
-    "token under the base. nats: KL spent while decoding. TFLOP and s include sampling. summary.json has the rest."
+    "Per prompt, 95% intervals in brackets. The N responses of an arm: mean gold. The one returned: value, gold, NLL "
+    "per token under the base. nats: KL spent while decoding. TFLOP and s include sampling. summary.json has the rest."
 )
 LEGEND = (
     "A row is an arm, per prompt. proxy, gold, NLL/token: mean of the cloud of N responses (value; gold scorer; nats a "
