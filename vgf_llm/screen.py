@@ -87,13 +87,8 @@ def emit(line: str) -> None:
                 live.start()
 
 
-def show(table: Any, width: int | None = None) -> None:
-    """Print a Rich table for people.
-
-    Args:
-        table: Any Rich renderable.
-        width: Columns at least; those of the terminal when not given.
-    """
+def show(table: Any) -> None:
+    """Print a Rich table, or anything else that Rich renders, for people."""
     from rich.console import Console
 
     global _said_at
@@ -102,7 +97,7 @@ def show(table: Any, width: int | None = None) -> None:
     with _lock:
         _said_at = time.monotonic()
         console = Console(file=people()) if _live is None else _live.console
-        console.print(table, width=None if width is None else max(width, console.width))
+        console.print(table)
 
 
 def set_live(progress: Any) -> None:

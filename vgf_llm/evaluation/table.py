@@ -20,9 +20,18 @@ COLUMNS = (
     ("seconds", "s", 2),
 )
 LEGEND = (
-    "A row is an arm, per prompt. proxy, gold, NLL/token: mean of the cloud of N responses (value; gold scorer; nats a "
-    "token under the base). sel.: the response returned. nats: KL spent while decoding. changed: tokens. moved: mean "
-    "displacement in nearest-token distances. TFLOP and s include sampling."
+    "A row is an arm, per prompt. proxy, gold, NLL/token: mean of the cloud of N responses (value; gold scorer; nats "
+    "per token under the base). sel.: the response returned. nats: KL spent while decoding. changed: tokens. moved: "
+    "mean displacement in nearest-token distances. TFLOP and s include sampling."
+)
+RETURNED = ("selected_proxy", "selected_gold", "selected_nll", "tflops", "seconds")
+CLOUD = ("proxy", "gold", "nll", "nats", "changed_tokens", "displacement")
+RETURNED_LEGEND = (
+    "Mean over prompts. proxy: the value, which chose the response. gold: the held-out scorer. NLL/token: nats per "
+    "token under the base. TFLOP and s: per prompt, sampling included."
+)
+CLOUD_LEGEND = (
+    "nats: KL spent while decoding. changed: tokens per response. moved: displacement in nearest-token distances."
 )
 
 
@@ -77,15 +86,26 @@ def difference_table(differences: dict[str, Any]) -> str:
 
 
 def print_table(summary: dict[str, Any], title: str) -> None:
-    """Print the summary as a Rich table for people."""
+    """Print the summary as Rich tables for people, each narrow enough for a terminal of 80 columns."""
+    _print_part(summary, RETURNED, f"{title}: the response returned", RETURNED_LEGEND)
+    _print_part(summary, CLOUD, "The N responses of an arm, on average", CLOUD_LEGEND)
+
+
+def _print_part(summary: dict[str, Any], keys: tuple[str, ...], title: str, legend: str) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, caption=LEGEND)
-    table.add_column("arm", no_wrap=True)
-    for _, heading, _ in COLUMNS:
-        table.add_column(heading, justify="right")
+    columns = {
+        key: (heading.replace("sel. NLL", "NLL/token").removeprefix("sel. "), digits)
+        for key, heading, digits in COLUMNS
+    }
+    table = Table(title=title, caption=legend, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.show_edge, table.caption_justify = False, "left"
+    table.add_column("arm", overflow="fold")
+    for key in keys:
+        table.add_column(columns[key][0], justify="right", no_wrap=True)
     for name, entry in summary.items():
-        table.add_row(
-            name, *(_cell(entry[key], digits, key in COMPARED).replace(" [", "\n[") for key, _, digits in COLUMNS)
-        )
-    show(table, width=130)
+        cells = [_cell(entry[key], min(columns[key][1], 2), key in COMPARED).replace(" [", "\n[") for key in keys]
+        table.add_row(name, *cells)
+    show(table)
+    show("")
