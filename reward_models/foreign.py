@@ -38,7 +38,7 @@ class ForeignReward:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        """Return one reward a response, closed as the model's own template closes the assistant's turn.
+        """Return one reward per response, closed as the model's own template closes the assistant's turn.
 
         A prompt of several turns (:class:`vgf_llm.dialogue.PromptText`) is read as its messages.
 

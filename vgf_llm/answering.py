@@ -33,7 +33,7 @@ class ImplicitPolicySettings:
     decoder_options: dict[str, Any] = field(default_factory=dict)
     """Options of the decoder, by name; its class lists them."""
     num_particles: int = 8
-    """Responses a prompt that are sampled and moved, at least 1."""
+    """Responses per prompt that are sampled and moved, at least 1."""
     draws: int = 3
     """Texts decoded from each moved response, at least 1; alike with the decoder nearest, chains of their own with edit
     and pivot."""
@@ -67,7 +67,7 @@ class AnswerSettings(ImplicitPolicySettings):
     seed: int = 0
     """Seed; a prompt's answer depends on it and on the prompt's position, not on the batch."""
     batch_prompts: int = 4
-    """Prompts a batch, at least 1."""
+    """Prompts per batch, at least 1."""
     backend: BackendName = "transformers"
     """What runs the base model: transformers in this process, or a vllm engine."""
     engine: EngineSettings = field(default_factory=EngineSettings)

@@ -41,7 +41,7 @@ class EvaluateSettings:
     seed: int = 0
     """Seed of the first repetition; repetition i uses seed + i."""
     batch_prompts: int = 6
-    """Prompts a batch, at least 1."""
+    """Prompts per batch, at least 1."""
     backend: BackendName = "transformers"
     """What runs the base model: transformers in this process, or a vllm engine."""
     engine: EngineSettings = field(default_factory=EngineSettings)
