@@ -86,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show_texts(plan.evaluation_dir, summary, settings.shown)
     reward_model = plan.reward_model
     minutes = (time.perf_counter() - started) / 60
+    emit(json.dumps(headline(summary)))
     say(f"\ndone in {minutes:.1f} minutes; everything is in {output_dir}. Next: vgf-llm generate --reward_model "
           f"{reward_model} --prompt 'Write one sentence about the sea.'")  # fmt: skip
-    emit(json.dumps(headline(summary)))
     return 0
 
 
