@@ -93,7 +93,7 @@ def test_a_file_that_is_not_utf8(tmp_path):
         ("rows.jsonl", '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl, row 2: not JSON"),
         ("rows.jsonl", "[1, 2]\n", "row 1: expected a JSON object, got list"),
         ("rows.jsonl", "\n", "holds no rows"),
-        ("rows.json", '[{"prompt": "a"}', "a file of one object a line is named .jsonl"),
+        ("rows.json", '[{"prompt": "a"}', "a file of one object per line is named .jsonl"),
         ("rows.json", '{"prompt": "a"}\n{"prompt": \n', "row 2: not JSON"),
         ("rows.json", '{"a": [{"prompt": "a"}], "b": [{"prompt": "a"}]}', "holds several lists of rows (a, b)"),
         ("rows.json", '{"prompt": {"0": "a"}, "chosen": {"0": "b"}}', "pandas: to_json(orient='records')"),

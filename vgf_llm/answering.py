@@ -57,7 +57,7 @@ class AnswerSettings(ImplicitPolicySettings):
     """Prompts, particles and budget."""
 
     prompts: str | None = None
-    """Prompt file (.jsonl, .json, .csv, .parquet, .txt) or hub dataset."""
+    """Prompt file (.jsonl, .json, .csv, .parquet, .txt), or a data set of the hub."""
     prompt_column: str = "prompt"
     """Column of the prompt file, text or messages."""
     system_column: str = "system"
@@ -141,9 +141,8 @@ def answer(
             gradient=pipeline.gradient,
             draws=settings.draws,
         )
-        stage(
-            f"answering {len(todo)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
-        )
+        asked = "1 prompt" if len(todo) == 1 else f"{len(todo)} prompts"
+        stage(f"answering {asked}, {settings.num_particles} particles of {settings.draws} texts each")
         batches = [todo[at : at + settings.batch_prompts] for at in range(0, len(todo), settings.batch_prompts)]
         for batch in track(batches, description, unit="prompts", size=len):
             try:

@@ -25,7 +25,7 @@ def read_rows(source: str, split: str = "train", limit: int | None = None) -> li
     """Read the rows of local files or a hub dataset as dictionaries, each with its number.
 
     Args:
-        source: a .jsonl, .ndjson, .json, .csv, .tsv or .txt file (one prompt a line), each also as .gz, a .parquet or
+        source: a .jsonl, .ndjson, .json, .csv, .tsv or .txt file (one prompt per line), each also as .gz, a .parquet or
             .arrow file; a glob of such files; a folder of them, or one that ``save_to_disk`` wrote; or a hub dataset as
             ``owner/name`` or ``owner/name/data_dir``. Folders and hub datasets take ``:split`` at their end.
         split: split of a hub dataset or folder whose name does not state one; a file has none.
@@ -110,14 +110,14 @@ def _object(line: str, where: str) -> Row:
 
 
 def _json(handle: Any, path: Path) -> list[tuple[int, Row]]:
-    """Read a list of objects, an object that holds one such list, or (as often on the hub) one object a line."""
+    """Read a list of objects, an object that holds one such list, or (as often on the hub) one object per line."""
     text = handle.read()
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{") and "\n" in text.strip() and "Extra data" in str(error):
             return _jsonl(text.split("\n"), path)
-        raise DataError(f"{path}: not JSON ({error}); a file of one object a line is named .jsonl") from error
+        raise DataError(f"{path}: not JSON ({error}); a file of one object per line is named .jsonl") from error
     if isinstance(found, dict):
         lists = {key: value for key, value in found.items() if _is_rows(value)}
         if len(lists) == 1:
@@ -126,7 +126,7 @@ def _json(handle: Any, path: Path) -> list[tuple[int, Row]]:
             raise DataError(f"{path}: holds several lists of rows ({', '.join(lists)}); save the one to be read alone")
         raise DataError(
             f"{path}: expected a list of objects, got dict with the keys {', '.join(map(str, list(found)[:8]))}; save "
-            "rows as a list or one a line (pandas: to_json(orient='records'))"
+            "rows as a list or one per line (pandas: to_json(orient='records'))"
         )
     if found != [] and not _is_rows(found):
         raise DataError(f"{path}: expected a list of objects, got {type(found).__name__}")

@@ -15,7 +15,7 @@ class EvaluateSettings:
     """What is compared, on which prompts, and where the result goes."""
 
     prompts: str = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
-    """Prompt file (.jsonl, .json, .csv, .parquet) or hub dataset."""
+    """Prompt file (.jsonl, .json, .csv, .parquet), or a data set of the hub."""
     prompt_column: str = "prompt"
     """Column that holds the prompt, text or messages."""
     system_column: str = "system"

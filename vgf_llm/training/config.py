@@ -137,7 +137,7 @@ class VGFSettings:
     backend: BackendName = "transformers"
     """What runs that law: transformers in this process, or a vllm engine, which a policy's weights are pushed to."""
     engine: EngineSettings = field(default_factory=EngineSettings)
-    """The vllm engine: one a process where it is started here, one for all behind a URL."""
+    """The vllm engine: one per process where it is started here, one for all behind a URL."""
     sync_check: bool = True
     """Stop where the engine's log-probabilities of sampled tokens are not the trainer's, looked at in every step."""
     value: Literal["reward", "learned"] = "reward"
