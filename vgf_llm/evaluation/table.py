@@ -27,8 +27,8 @@ LEGEND = (
 RETURNED = ("selected_proxy", "selected_gold", "selected_nll", "tflops", "seconds")
 CLOUD = ("proxy", "gold", "nll", "nats", "changed_tokens", "displacement")
 RETURNED_LEGEND = (
-    "Mean over prompts. proxy: the value, which chose the response. gold: the held-out scorer. NLL/token: nats per "
-    "token under the base. TFLOP and s: per prompt, sampling included."
+    "Means over prompts, 95% intervals in brackets. proxy: the value, which chose the response. gold: the held-out "
+    "scorer. NLL/token: nats per token under the base. TFLOP and s: per prompt, sampling included."
 )
 CLOUD_LEGEND = (
     "nats: KL spent while decoding. changed: tokens per response. moved: displacement in nearest-token distances."
