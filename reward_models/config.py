@@ -17,7 +17,7 @@ class TrainingData:
     """Training rows: a file, glob or folder (docs/data.md), or a data set of the hub."""
     output_dir: str
     """Folder for weights, tokenizer, card and checkpoints."""
-    system_column: str = "system"
+    system_column: str = field(default="system", kw_only=True)
     """Column of a system turn that goes before the prompt, where rows have it."""
     eval_dataset: str | None = None
     """Held-out rows; null holds back eval_share of the training prompts."""
@@ -102,7 +102,7 @@ class RewardModelSettings:
     """Leaf names of linear layers; empty takes all of the body."""
     pad_token: str | None = None
     """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from reward_models.functions import call_function, load_function
 from vgf_llm.cells import check_named
 from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
-from vgf_llm.dialogue import Prompt, PromptText, turns_of
+from vgf_llm.dialogue import Message, OddRowError, Prompt, PromptText, as_messages, joined, turns_of
 from vgf_llm.encoding import encode_prompt
 from vgf_llm.errors import DataError
-from vgf_llm.rows import Row, read_rows
+from vgf_llm.io import shorten
+from vgf_llm.rows import Place, Row, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +62,8 @@ def load_logged(
         split: split of a hub data set whose name does not state one.
         limit: only the first so many rows (count, > 0).
         prompt_column: text or messages.
-        response_column: text, or a list whose last message is the assistant's; may be empty (the model stopped at
-            once). Where no row has the column, rows are read as preference pairs.
+        response_column: text, or a list whose last message is the assistant's, with or without the turns before it;
+            may be empty (the model stopped at once). Where no row has the column, rows are read as preference pairs.
         reward_column: a number, higher is better.
         reward_function: fills rewards that are missing, as `reward_models.functions.load_function` takes it.
         max_dropped_share: of preference pairs, as in `vgf_llm.data.load_preferences`.
@@ -92,7 +93,11 @@ def load_logged(
         for number, row in rows:
             prompt = prompt_of(row, source, number, prompt_column, system_column)
             others = {name: value for name, value in row.items() if name not in (prompt_column, response_column)}
-            texts.append((PromptText(prompt, others), _response(row, response_column, source, number)))
+            if prompt_column != response_column:
+                _check_open(row, source, number, prompt_column)
+            before, response = _response(row, response_column, source, number)
+            prompt = _continued(prompt, before, f"{source}, row {number}, column '{response_column}'")
+            texts.append((PromptText(prompt, others), response))
             rewards.append(read_number(row.get(reward_column), source, number, reward_column))
             if rewards[-1] is None and not missing:
                 there = ", ".join(map(str, row))
@@ -113,7 +118,26 @@ def load_logged(
     ]
 
 
-def _response(row: Row, column: str, source: str, number: int) -> str:
+def _check_open(row: Row, source: str, number: Place, column: str) -> None:
+    """Refuse a prompt that is answered already: its answer would be lost before the response of another cell."""
+    messages = as_messages(read_cell(row, column, source, number))
+    if messages[-1]["role"] == "assistant" and messages[-1]["content"].strip():
+        raise DataError(
+            f"{source}, row {number}, column '{column}': the prompt ends in the assistant's turn "
+            f"{shorten(repr(messages[-1]['content']))}; end it before the answer"
+        )
+
+
+def _continued(prompt: Prompt, before: list[Message], where: str) -> Prompt:
+    """Join a prompt and the turns that a response's cell holds before the response, which repeat or continue it."""
+    try:
+        return joined(prompt, before)
+    except OddRowError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _response(row: Row, column: str, source: str, number: Place) -> tuple[list[Message], str]:
+    """Return the turns before a response, where its cell holds any, and the response."""
     value = read_cell(row, column, source, number, empty_ok=True, option="response_column")
     if row[column] is None:
         raise DataError(f"{source}, row {number}, column '{column}': expected text or messages, got None")
@@ -121,13 +145,14 @@ def _response(row: Row, column: str, source: str, number: int) -> str:
         turns = turns_of(value)
         value = [{"role": turn.role, "content": turn.text} for turn in turns] if turns else value
     if isinstance(value, str):
-        return value
+        return [], value
     if not value or value[-1]["role"] != "assistant":
         role = repr(value[-1]["role"]) if value else "none"
         raise DataError(
             f"{source}, row {number}, column '{column}': the last message must be the assistant's, got {role}"
         )
-    return str(value[-1]["content"])
+    before = [{"role": turn["role"], "content": turn["content"].strip()} for turn in value[:-1]]
+    return before, str(value[-1]["content"])
 
 
 def encode_logged(

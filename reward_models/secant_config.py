@@ -21,7 +21,7 @@ class SecantScript:
     """Other prompts, on which fidelity is measured before and after; they are never fitted to."""
     prompt_column: str = "prompt"
     """Column of both prompt files, text or messages."""
-    system_column: str = "system"
+    system_column: str = field(default="system", kw_only=True)
     """Column of a system turn that goes before the prompt, where rows have it."""
     num_prompts: int | None = None
     """Prompts fitted to, from the first; null takes all."""
@@ -31,7 +31,7 @@ class SecantScript:
     """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
     pad_token: str | None = None
     """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""

@@ -75,6 +75,15 @@ def test_generate_reads_standard_input_and_writes_a_file(models, tmp_path, monke
         generate.main([*models, "--prompt", "x", "--output", str(output)])
 
 
+def test_standard_input_is_utf8_whatever_the_locale(models, tmp_path, monkeypatch):
+    for text, found in (("caf\u00e9\n", "caf\u00e9"), ("\ufeffthe sea\n", "the sea")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
+        assert generate._prompts(generate.GenerateSettings()) == [found]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\ncaf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(DataError, match="standard input, line 2: not UTF-8 text"):
+        generate.main([*models, "--output", str(tmp_path / "answers.jsonl")])
+
+
 def arguments(models, prompts, tmp_path, *more):
     return [
         *models, "--prompts", str(prompts), "--output_dir", str(tmp_path / "run"), "--gold", "length_words",

@@ -81,6 +81,20 @@ def test_messages_in_an_object_or_in_json_twice(tmp_path, cell):
     assert load_prompts(write(tmp_path / "p.jsonl", [{"prompt": cell}])) == [[{"role": "user", "content": "a"}]]
 
 
+@pytest.mark.parametrize("cell", ["a \ud83d b", [{"role": "user", "content": "a \ud83d b"}]])
+def test_half_a_surrogate_pair_is_named(tmp_path, cell):
+    source = write(tmp_path / "p.jsonl", [{"prompt": cell}])
+    with pytest.raises(DataError, match=r"row 1, column 'prompt'.*: character 2 is half of a surrogate pair"):
+        load_prompts(source)
+
+
+def test_what_is_not_a_file(tmp_path):
+    with pytest.raises(DataError, match="'/dev/null' is a pipe or device, not a file or folder"):
+        load_prompts("/dev/null")
+    with pytest.raises(DataError, match="is not a file or data set"):
+        load_prompts("Write a sentence. " * 40)
+
+
 def test_a_file_that_is_not_utf8(tmp_path):
     (tmp_path / "rows.csv").write_bytes("prompt\nhä\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"rows.csv' is not UTF-8 text .*; save it as UTF-8"):
@@ -147,7 +161,7 @@ def test_hub_names_and_their_failure(monkeypatch):
         ("owner/name", None, "validation"),
         ("owner/name", "part", "test"),
     ]
-    with pytest.raises(DataError, match="'owner/none' is no local file and could not be loaded .* split 'train'"):
+    with pytest.raises(DataError, match="'owner/none' is not a local file and could not be loaded .* split 'train'"):
         load_prompts("owner/none")
 
 
@@ -298,7 +312,7 @@ def test_shared_turns_beyond_the_stated_prompt_are_kept(tmp_path, prompt, shared
 
 def test_a_stated_prompt_that_the_shared_turns_contradict_is_refused(tmp_path):
     row = {"prompt": "z", "chosen": [*TALK, assistant("d")], "rejected": [*TALK, assistant("e")]}
-    with pytest.raises(DataError, match="row 1: the prompt 'z' is no part of the 3 turns"):
+    with pytest.raises(DataError, match="row 1: the prompt 'z' is not part of the 3 turns"):
         load_preferences(write(tmp_path / "pairs.jsonl", [row]))
 
 

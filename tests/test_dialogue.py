@@ -129,6 +129,17 @@ def test_answers_of_an_implicit_prompt_may_start_alike(tmp_path, head):
     assert (pair.prompt, pair.chosen, pair.rejected) == (head, " The sea is wet.", " The sea is dry.")
 
 
+@pytest.mark.parametrize("prompt", ["Hi.", [user("Hi.")]])
+def test_responses_that_hold_a_templated_prompt_lose_it(tmp_path, prompt):
+    head = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+    row = {"prompt": prompt, "chosen": head + "Yes.<|im_end|>\n", "rejected": head + "No.<|im_end|>\n"}
+    (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row])).pairs
+    assert (pair.prompt, pair.chosen, pair.rejected) == (head, "Yes.<|im_end|>\n", "No.<|im_end|>\n")
+    row |= {"prompt": "What does it mean?"}  # the marks belong to the answers
+    (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row])).pairs
+    assert (pair.prompt, pair.chosen) == ("What does it mean?", row["chosen"])
+
+
 def test_the_users_turn_is_never_a_response(tmp_path):
     thanks = {
         "chosen": [user("a"), assistant("b"), user("Thanks, perfect!")],
@@ -250,6 +261,28 @@ def test_a_prompt_that_responses_repeat_is_cut_off_where_the_file_is_written_so(
         load_preferences(write(tmp_path / "some.jsonl", [*repeats[:3], plain]))
     echo = load_preferences(write(tmp_path / "echo.jsonl", [pair("Hi", "Hit it.", "Hint.")]))
     assert echo.pairs[0].chosen == "Hit it."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [("Name a river.", TALK), ([user("Name a river.")], TALK), (TALK, TALK)],
+)
+def test_logged_responses_bring_the_turns_before_them(tmp_path, prompt, read):
+    row = {"prompt": prompt, "response": [*TALK, assistant("Lake Constance.")], "reward": 1}
+    (found,) = load_logged(write(tmp_path / "logged.jsonl", [row]))
+    assert (found.prompt, found.response) == (read, "Lake Constance.")
+    row["prompt"] = "Another question?"
+    with pytest.raises(DataError, match=r"row 1, column 'response': whose prompt is not part of the turns"):
+        load_logged(write(tmp_path / "logged.jsonl", [row]))
+
+
+@pytest.mark.parametrize("prompt", [CLOSED, [user("Name a river."), assistant("The Danube.")]])
+def test_a_logged_prompt_that_is_answered_is_refused(tmp_path, prompt):
+    row = {"prompt": prompt, "response": "The Rhine.", "reward": 1}
+    with pytest.raises(
+        DataError, match=r"row 1, column 'prompt': the prompt ends in the assistant's turn 'The Danube.'"
+    ):
+        load_logged(write(tmp_path / "logged.jsonl", [row]))
 
 
 def test_logged_responses_that_repeat_their_prompt(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from reward_models.config import RewardModelSettings, RewardTraining
 from tests.training.tiny import settings as tiny_settings
 from vgf_llm import precision
 from vgf_llm.errors import ConfigError
-from vgf_llm.precision import choose_dtype, for_training, has_units, require_float32, with_dtype
+from vgf_llm.precision import choose_autocast, choose_dtype, for_training, has_units, require_float32, with_dtype
 from vgf_llm.settings import ModelSettings
 from vgf_llm.train import build_trainer
 from vgf_llm.training.config import OptimSettings, PolicySettings
@@ -91,6 +92,24 @@ def test_auto_in_training_with_units(units, monkeypatch, lora_r, launch, expecte
     ):
         model, training = for_training(model, training)
         assert (model.dtype, training.bf16) == expected
+
+
+@pytest.mark.parametrize(
+    ("launched", "settings", "asked"),
+    [
+        ("bf16", {"bf16": False}, "bf16: false"),
+        ("fp16", {"bf16": True}, "bf16: true"),
+        ("bf16", {"trainer_arguments": {"fp16": True}}, "trainer_arguments: {fp16: true}"),
+    ],
+)
+def test_settings_and_launch_that_contradict_each_other_are_refused(units, monkeypatch, launched, settings, asked):
+    units("bfloat16", "float16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    for training in (OptimSettings, RewardTraining):
+        with pytest.raises(
+            ConfigError, match=rf"^{re.escape(asked)}, and the launch asks for mixed_precision {launched}"
+        ):
+            choose_autocast(training(**settings))
 
 
 def test_auto_in_training_without_units_is_float32_throughout(units):

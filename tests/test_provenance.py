@@ -11,7 +11,7 @@ from reward_models.loading import add_lora, load_reward_model, save_reward_model
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama, build_tokenizer
 from tests.training.tiny import tiny_run
-from vgf_llm.errors import ConfigError
+from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.models import load_causal_lm
 from vgf_llm.pipeline import load_pipeline
 from vgf_llm.provenance import BASE_NAME, folder_mark, model_mark
@@ -92,6 +92,14 @@ def test_rows_of_another_base_behind_the_same_name_are_not_mixed(base, tmp_path)
     change()
     with pytest.raises(ConfigError, match="contents"):
         claim(rows, config(), resume=True)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[]", "holds a list where settings")])
+def test_rows_with_a_broken_configuration_are_not_mixed(tmp_path, text, message):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(OutputError, match=rf"config.json {message}.*; name another output_dir"):
+        claim(tmp_path / "rows.jsonl", {}, resume=True)
 
 
 def test_a_template_that_changed_is_part_of_the_folders_mark(base):

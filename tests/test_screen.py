@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -281,3 +282,10 @@ def test_without_own_streams_nothing_is_redirected(tmp_path, capsys):
     with screen.library_output(tmp_path):
         print("seen")
     assert capsys.readouterr().out == "seen\n" and not (tmp_path / "log.txt").exists()
+
+
+def test_data_is_utf8_whatever_the_locale(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    screen.emit('{"response": "caf\u00e9"}')
+    assert raw.getvalue() == '{"response": "caf\u00e9"}\n'.encode()

@@ -60,7 +60,7 @@ class AnswerSettings(ImplicitPolicySettings):
     """Prompt file (.jsonl, .json, .csv, .parquet, .txt), or a data set of the hub."""
     prompt_column: str = "prompt"
     """Column of the prompt file, text or messages."""
-    system_column: str = "system"
+    system_column: str = field(default="system", kw_only=True)
     """Column of a system turn that goes before the prompt, where rows have it."""
     num_prompts: int | None = None
     """Prompts used, from the first; all when unset."""

@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vgf_llm.dialogue import Message
+from vgf_llm.dialogue import Message, check_characters
 from vgf_llm.errors import DataError
 from vgf_llm.io import shorten
 from vgf_llm.rows import Place, Row
@@ -125,7 +125,7 @@ def read_cell(
         raise DataError(f"{where}: expected text or messages, got {shorten(repr(value))}")
     if not empty_ok and (not value or isinstance(value, str) and not value.strip()):
         raise DataError(f"{where}: empty; remove the row or fill it")
-    return value if isinstance(value, str) else messages_of(value, where)
+    return check_characters(value, where) if isinstance(value, str) else messages_of(value, where)
 
 
 def _from_text(text: str, where: str) -> Any:
@@ -214,7 +214,7 @@ def _content(content: Any, where: str) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
-        return content
+        return check_characters(content, where)
     parts = content if isinstance(content, Sequence) else [content]
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
@@ -223,7 +223,7 @@ def _content(content: Any, where: str) -> str:
                 f"{where}: expected an object with 'role' and 'content' as text, got a part of type {kind!r} "
                 f"({shorten(repr(part))}); only parts of text are read"
             )
-    return "".join(part["text"] for part in parts)
+    return check_characters("".join(part["text"] for part in parts), where)
 
 
 def read_number(value: Any, source: str, number: Place, column: str) -> float | None:

@@ -24,6 +24,7 @@ from vgf_llm.dialogue import (
     Prompt,
     PromptText,
     as_messages,
+    check_characters,
     open_dialogue,
     split_pair,
     turns_of,
@@ -168,6 +169,7 @@ def read_prompt(value: Prompt, source: str, number: Place, column: str) -> Promp
     A Human/Assistant text that ends in the human's turn keeps it and gets the assistant's marker.
     """
     if isinstance(value, str):
+        check_characters(value, f"{source}, row {number}, column '{column}'")
         turns = turns_of(value)
         if turns and turns[-1].role == "assistant":
             return value[: turns[-1].start]

@@ -25,11 +25,14 @@ _QUOTED = r"(?![\"'`\u2019\u201d,.;:?!)\]])"
 _START = re.compile(r"\s*(Human)[ \t]?:" + _QUOTED)
 _MARKER = re.compile(r"(?:\r?\n[ \t]*){2,}(Human|Assistant)[ \t]?:" + _QUOTED)
 _CLOSE_MARKER = re.compile(r"\r?\n[ \t]*(Human|Assistant)[ \t]?:" + _QUOTED)
+_TEMPLATES_MARK = (
+    r"<\|im_start\|>\s*assistant\n*|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>\n*"
+    r"|<start_of_turn>\s*model\n*|\[/INST\]|<[|\uff5c]assistant[|\uff5c]>\n?"
+)
+_TEMPLATED = re.compile(_TEMPLATES_MARK, re.IGNORECASE)
 _ANSWER = re.compile(
     r"(?:^|\n)[ \t*]*(?:assistant|chatgpt|gpt|ai|bot|model|response|answer|output|a)[ \t*]*:"
-    r"|(?:^|\n)#+ *(?:assistant|response|answer|output)[ \t]*:\n?"
-    r"|<\|im_start\|>\s*assistant\n*|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>\n*"
-    r"|<start_of_turn>\s*model\n*|\[/INST\]|<[|\uff5c]assistant[|\uff5c]>\n?",
+    r"|(?:^|\n)#+ *(?:assistant|response|answer|output)[ \t]*:\n?|" + _TEMPLATES_MARK,
     re.IGNORECASE,
 )
 """Marks that an assistant's answer follows, as people and the chat templates of common families write them."""
@@ -56,6 +59,22 @@ NO_PROMPT = "that share no prompt"
 NOT_THE_ASSISTANTS = "whose last turn is not the assistant's"
 PROMPT_CONTRADICTED = "whose prompt is not part of the turns that chosen and rejected share"
 PROMPT_ENDS_ANSWERED = "whose prompt ends in the assistant's turn"
+
+
+def check_characters(text: str, where: str) -> str:
+    r"""Return a text; refuse one with half of a surrogate pair (``\\ud83d``), which no tokenizer reads.
+
+    Raises:
+        DataError: naming where it is.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start} is half of a surrogate pair ({text[error.start]!r}), so the text was "
+            "cut or is not UTF-8; remove it"
+        ) from error
+    return text
 
 
 @dataclass(frozen=True)
@@ -195,9 +214,9 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
         dialogues = bool(turns_of(chosen)) and bool(turns_of(rejected))
         if given is None or dialogues:
             prompt, better, worse = _split_text(chosen, rejected)
-            prompt = prompt if given is None else _joined(given, as_messages(prompt))
+            prompt = prompt if given is None else joined(given, as_messages(prompt))
         else:
-            prompt, better, worse = given, chosen, rejected
+            prompt, better, worse = _without_templated_prompt(given, chosen, rejected)
     else:
         assert not isinstance(chosen, str) and not isinstance(rejected, str)
         prompt, better, worse = _split_messages(given, chosen, rejected)
@@ -211,12 +230,22 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
     return open_dialogue(prompt) if isinstance(prompt, str) else prompt, better, worse
 
 
+def _without_templated_prompt(given: Prompt, chosen: str, rejected: str) -> Parts:
+    """Cut responses that hold their prompt as a chat template writes it; the text before them is the prompt then."""
+    marks = list(_TEMPLATED.finditer(os.path.commonprefix([chosen, rejected])))
+    question = as_messages(given)[-1]["content"].strip()
+    if not marks or not question or question not in chosen[: marks[-1].start()]:
+        return given, chosen, rejected
+    end = marks[-1].end()
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
 def _split_messages(given: Prompt | None, chosen: list[Message], rejected: list[Message]) -> Parts:
     inside = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if given is None and not inside:
         raise OddRowError(NO_PROMPT, f"chosen starts {shorten(repr(chosen[0]))}, rejected {shorten(repr(rejected[0]))}")
     better, worse = (_only_turn(messages[inside:]) for messages in (chosen, rejected))
-    return chosen[:inside] if given is None else _joined(given, chosen[:inside]), better, worse
+    return chosen[:inside] if given is None else joined(given, chosen[:inside]), better, worse
 
 
 def _shared(one: list[Message], other: list[Message]) -> int:
@@ -234,8 +263,12 @@ def _only_turn(messages: list[Message]) -> str:
     return messages[0]["content"]
 
 
-def _joined(given: Prompt, shared: list[Message]) -> Prompt:
-    """Join a stated prompt and the turns that chosen and rejected share, which may repeat it or continue it."""
+def joined(given: Prompt, shared: list[Message]) -> Prompt:
+    """Join a stated prompt and the turns before the responses, which may repeat it or continue it.
+
+    Raises:
+        OddRowError: the turns do neither.
+    """
     stated = as_messages(given)
     if not shared or _equal(shared, stated):
         return given
@@ -245,7 +278,7 @@ def _joined(given: Prompt, shared: list[Message]) -> Prompt:
         return [*stated, *shared]
     raise OddRowError(
         PROMPT_CONTRADICTED,
-        f"the prompt {shorten(repr(given))} is no part of the {len(shared)} turns that chosen and rejected share, "
+        f"the prompt {shorten(repr(given))} is not part of the {len(shared)} turns that chosen and rejected share, "
         f"which start {shorten(repr(shared[0]))}; state the whole conversation as the prompt, or leave it out",
     )
 

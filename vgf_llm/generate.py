@@ -20,7 +20,7 @@ from typing import Any
 from vgf_llm.answering import AnswerSettings, answer, look_at_inputs
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
-from vgf_llm.errors import ConfigError, OutputError
+from vgf_llm.errors import ConfigError, DataError, OutputError
 from vgf_llm.io import append_jsonl, check_writable
 from vgf_llm.screen import emit, library_output, say
 from vgf_llm.settings import ModelSettings, SamplingSettings
@@ -89,13 +89,29 @@ def _prompts(settings: GenerateSettings) -> list[Any]:
     else:
         if sys.stdin.isatty():
             say("reading prompts from standard input, one per line (end with Ctrl-D)")
-        found = [line.strip() for line in sys.stdin if line.strip()]
+        found = [line.strip() for line in _standard_input() if line.strip()]
     if not found:
         raise ConfigError("no prompt given; use --prompt, --prompts or standard input")
     from vgf_llm.data import read_prompt
 
     asked = enumerate(found[: settings.num_prompts], 1)
     return [read_prompt(prompt, "--prompt", number, "prompt") for number, prompt in asked]
+
+
+def _standard_input() -> list[str]:
+    """Read the lines of standard input, UTF-8 whatever the locale.
+
+    Raises:
+        DataError: A line is not UTF-8.
+    """
+    raw = getattr(sys.stdin, "buffer", None)
+    lines: list[str] = []
+    for number, line in enumerate(sys.stdin if raw is None else raw, 1):
+        try:
+            lines.append(line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input, line {number}: not UTF-8 text ({error}); convert it to UTF-8") from error
+    return lines
 
 
 def _checked_output(output: str | None) -> Path | None:

@@ -111,7 +111,8 @@ def for_training(model: Settings, training: Any) -> tuple[Settings, Any]:
         Both with nothing left at ``auto``.
 
     Raises:
-        ConfigError: All weights are to be trained in a half precision without a float32 copy.
+        ConfigError: All weights are to be trained in a half precision without a float32 copy, or the settings and the
+            launch configuration ask for different precisions.
     """
     dtype, bf16 = model.dtype, choose_autocast(training)  # type: ignore[attr-defined]
     full = not model.lora_r  # type: ignore[attr-defined]
@@ -131,13 +132,24 @@ def choose_autocast(training: Any) -> bool:
 
     Args:
         training: A dataclass with ``bf16`` and ``trainer_arguments``.
+
+    Raises:
+        ConfigError: The settings and the launch configuration ask for different precisions.
     """
     bf16, launched = training.bf16, _launched_precision()
+    fp16 = training.trainer_arguments.get("fp16")
+    contradicted = (launched == "bf16" and (bf16 is False or fp16)) or (launched == "fp16" and bf16 is True)
+    if contradicted:
+        asked = "trainer_arguments: {fp16: true}" if fp16 else f"bf16: {str(bf16).lower()}"
+        raise ConfigError(
+            f"{asked}, and the launch asks for mixed_precision {launched}; set one of them: bf16: auto follows the "
+            "launch, and --mixed_precision no leaves it to the settings"
+        )
     if launched == "bf16":
         _warn_without_units("bfloat16", "auto", "mixed_precision: bf16", "--mixed_precision no")
         return True
     if bf16 == "auto":
-        left_open = launched == "no" and not is_sharded(training) and not training.trainer_arguments.get("fp16")
+        left_open = launched == "no" and not is_sharded(training) and not fp16
         return left_open and has_units("bfloat16")
     if bf16:
         _warn_without_units("bfloat16", "auto", "bf16: true", "bf16: auto")

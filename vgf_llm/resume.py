@@ -49,7 +49,7 @@ def claim(
         changes: Given the old and the new configuration, names what else has changed.
 
     Raises:
-        OutputError: There are rows and ``resume`` is off, or they stand without their configuration.
+        OutputError: There are rows and ``resume`` is off, or they stand without their configuration, or it is broken.
         ConfigError: ``resume`` is on and the configuration is another one.
     """
     output_dir, config_path = rows_path.parent, rows_path.parent / "config.json"
@@ -58,7 +58,7 @@ def claim(
     if rows_path.exists():
         if not config_path.exists():
             raise OutputError(f"{rows_path} exists without its config.json; name another output_dir")
-        before = json.loads(config_path.read_text())
+        before = _read_config(config_path)
         changed = [k for k in config if k not in free and before.get(k) != config[k]] + changes(before, config)
         if changed:
             raise ConfigError(
@@ -66,6 +66,16 @@ def claim(
                 "config.json); resume with those, or name another output_dir"
             )
     write_json_atomic(config_path, config)
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be read ({error}); name another output_dir") from error
+    if not isinstance(found, dict):
+        raise OutputError(f"{path} holds a {type(found).__name__} where settings are expected; name another output_dir")
+    return found
 
 
 def contents(prompts: str, reward_model: str | None, base_model: str | None = None) -> dict[str, str]:

@@ -175,7 +175,7 @@ def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"'{source}' is no local file, and hub datasets need the package 'datasets': install vgf-llm[train]"
+            f"'{source}' is not a local file, and hub datasets need the package 'datasets': install vgf-llm[train]"
         ) from error
     name, _, stated = source.partition(":")
     split = stated or split
@@ -184,7 +184,7 @@ def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
         data = datasets.load_dataset(owner_name, data_dir=data_dir, split=split)
     except Exception as error:  # the library raises a dozen types; all mean that this source is not to be had
         raise DataError(
-            f"'{source}' is no local file and could not be loaded from the hub as split '{split}' "
+            f"'{source}' is not a local file and could not be loaded from the hub as split '{split}' "
             f"({type(error).__name__}: {shorten(str(error), 300)})"
         ) from error
     return list(data if limit is None else data.select(range(min(limit, len(data)))))

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from vgf_llm.errors import OutputError
 
 LOG_NAME = "log.txt"
+_LOG_COLUMNS = 120  # of a table that no terminal limits
 
 _lock = threading.RLock()
 _people: TextIO | None = None
@@ -74,8 +75,11 @@ def say(text: str, news: bool = True) -> None:
 
 
 def emit(line: str) -> None:
-    """Write a line of data to standard output, exactly as it is and at once."""
+    """Write a line of data to standard output, exactly as it is and at once, in UTF-8 whatever the locale."""
     with _lock:
+        stream = data()
+        if (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8":
+            stream.reconfigure(encoding="utf-8")  # type: ignore[attr-defined]
         live = _live if data().isatty() else None  # the bar would be drawn into the line
         if live is not None:
             live.stop()
@@ -88,7 +92,7 @@ def emit(line: str) -> None:
 
 
 def show(table: Any) -> None:
-    """Print a Rich table, or anything else that Rich renders, for people."""
+    """Print a Rich table, or any Rich renderable, for people; as wide as the terminal, in a log as wide as a page."""
     from rich.console import Console
 
     global _said_at
@@ -96,8 +100,8 @@ def show(table: Any) -> None:
         return
     with _lock:
         _said_at = time.monotonic()
-        console = Console(file=people()) if _live is None else _live.console
-        console.print(table)
+        wide = None if people().isatty() else _LOG_COLUMNS
+        (Console(file=people(), width=wide) if _live is None else _live.console).print(table)
 
 
 def set_live(progress: Any) -> None:

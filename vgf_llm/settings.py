@@ -38,7 +38,7 @@ class ModelSettings:
     """Torch device, or "auto": cuda where there is one, else cpu."""
     pad_token: str | None = None
     """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vgf_llm.errors import DataError
+from vgf_llm.io import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 _SPLITS = {
@@ -60,10 +61,16 @@ def local_files(source: str, split: str) -> Files | None:
     """
     expanded = str(Path(source).expanduser()) if source.startswith("~") else source
     path = Path(expanded)
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:  # longer than a file's name may be, or with a null byte
+        raise DataError(f"'{shorten(source)}' is not a file or data set ({error}); name one") from error
     if path.is_file():
         return Files([path], many=False)
     if path.is_dir():
         return Files(_in_folder(path, split, stated=False), many=True)
+    if there:
+        raise DataError(f"'{source}' is a pipe or device, not a file or folder; save it as a file first")
     name, colon, stated = expanded.rpartition(":")
     if colon and Path(name).is_dir():
         return Files(_in_folder(Path(name), stated, stated=True), many=True)

@@ -150,13 +150,4 @@ def test_the_table_of_a_terminal_has_intervals_on_what_is_compared(capsys):
     rows = [row("base", 0, p, 0.1 * p) for p in range(5)]
     print_table(summarise(rows, ["base"]), "one arm")
     shown = "".join(capsys.readouterr())
-    assert shown.count("[") == 4  # value and gold, of the cloud and of what is returned; likelihoods are all the same
-
-
-def test_no_column_of_the_table_is_cut_at_eighty_columns(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    rows = [row("a budget with a long name", 0, p, -0.11 * p, tflops=12.5) for p in range(5)]
-    print_table(summarise(rows, ["a budget with a long name"]), "one arm")
-    shown = "".join(capsys.readouterr())
-    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
-    assert shown.count("NLL/token") == 3 and shown.count("-0.22") == 3
+    assert shown.count("[") == 3  # mean gold, value and gold; the likelihoods are all the same

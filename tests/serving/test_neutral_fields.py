@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("pydantic")
 
 from vgf_llm.serving.errors import RequestError
-from vgf_llm.serving.neutral import NEUTRAL, OF_A_MESSAGE
+from vgf_llm.serving.neutral import NEUTRAL, OF_A_MESSAGE, OF_A_PART
 from vgf_llm.serving.schema import AskedChat, AskedText, parse
 
 USER = {"role": "user", "content": "hello"}
@@ -52,6 +52,18 @@ def test_a_message_may_say_nothing_in_every_field(name):
     for value in (None, *OF_A_MESSAGE[name]):
         assert read_chat({**USER, name: value}).messages[0].plain == USER
     assert read_chat({**USER, "name": "Ann"}).messages[0].plain == USER
+
+
+@pytest.mark.parametrize("name", sorted(OF_A_PART))
+def test_a_part_may_say_nothing_in_every_field(name):
+    for value in (None, *OF_A_PART[name]):
+        part = {"type": "text", "text": "hello", name: value}
+        assert read_chat({**USER, "content": [part]}).messages[0].plain == USER
+
+
+def test_a_known_field_is_said_to_be_unsupported_and_not_unknown():
+    with pytest.raises(RequestError, match="^logit_bias is not supported, got {'5': 1}; leave it out, or send null$"):
+        read_chat(logit_bias={"5": 1})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class EvaluateSettings:
     """Prompt file (.jsonl, .json, .csv, .parquet), or a data set of the hub."""
     prompt_column: str = "prompt"
     """Column that holds the prompt, text or messages."""
-    system_column: str = "system"
+    system_column: str = field(default="system", kw_only=True)
     """Column of a system turn that goes before the prompt, where rows have it."""
     num_prompts: int | None = None
     """Prompts used, from the first; all when unset."""

@@ -19,19 +19,23 @@ COLUMNS = (
     ("tflops", "TFLOP", 2),
     ("seconds", "s", 2),
 )
+_ON_A_SCREEN = (
+    ("gold", "gold, mean of the N", 3),
+    ("selected_proxy", "value", 2),
+    ("selected_gold", "gold", 3),
+    ("selected_nll", "NLL per token", 2),
+    ("nats", "nats", 2),
+    ("tflops", "TFLOP", 2),
+    ("seconds", "s", 2),
+)
+_SCREEN_LEGEND = (
+    "Per prompt, 95% intervals in brackets. The N responses of an arm: mean gold. The one returned: value, gold, NLL "
+    "per token under the base. nats: KL spent while decoding. TFLOP and s include sampling. summary.json has the rest."
+)
 LEGEND = (
     "A row is an arm, per prompt. proxy, gold, NLL/token: mean of the cloud of N responses (value; gold scorer; nats "
     "per token under the base). sel.: the response returned. nats: KL spent while decoding. changed: tokens. moved: "
     "mean displacement in nearest-token distances. TFLOP and s include sampling."
-)
-RETURNED = ("selected_proxy", "selected_gold", "selected_nll", "tflops", "seconds")
-CLOUD = ("proxy", "gold", "nll", "nats", "changed_tokens", "displacement")
-RETURNED_LEGEND = (
-    "Means over prompts, 95% intervals in brackets. proxy: the value, which chose the response. gold: the held-out "
-    "scorer. NLL/token: nats per token under the base. TFLOP and s: per prompt, sampling included."
-)
-CLOUD_LEGEND = (
-    "nats: KL spent while decoding. changed: tokens per response. moved: displacement in nearest-token distances."
 )
 
 
@@ -86,26 +90,14 @@ def difference_table(differences: dict[str, Any]) -> str:
 
 
 def print_table(summary: dict[str, Any], title: str) -> None:
-    """Print the summary as Rich tables for people, each narrow enough for a terminal of 80 columns."""
-    _print_part(summary, RETURNED, f"{title}: the response returned", RETURNED_LEGEND)
-    _print_part(summary, CLOUD, "The N responses of an arm, on average", CLOUD_LEGEND)
-
-
-def _print_part(summary: dict[str, Any], keys: tuple[str, ...], title: str, legend: str) -> None:
-    from rich import box
+    """Print the summary as a Rich table for people."""
     from rich.table import Table
 
-    columns = {
-        key: (heading.replace("sel. NLL", "NLL/token").removeprefix("sel. "), digits)
-        for key, heading, digits in COLUMNS
-    }
-    table = Table(title=title, caption=legend, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.show_edge, table.caption_justify = False, "left"
-    table.add_column("arm", overflow="fold")
-    for key in keys:
-        table.add_column(columns[key][0], justify="right", no_wrap=True)
+    table = Table(title=title, caption=_SCREEN_LEGEND)
+    table.add_column("arm", no_wrap=True)
+    for _, heading, _ in _ON_A_SCREEN:
+        table.add_column(heading, justify="right", overflow="fold")
     for name, entry in summary.items():
-        cells = [_cell(entry[key], min(columns[key][1], 2), key in COMPARED).replace(" [", "\n[") for key in keys]
-        table.add_row(name, *cells)
+        cells = (_cell(entry[key], digits, key in COMPARED) for key, _, digits in _ON_A_SCREEN)
+        table.add_row(name, *(cell.replace(" [", "\n[") for cell in cells))
     show(table)
-    show("")

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from vgf_llm.config_keys import field_hints
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.serving.errors import RequestError
-from vgf_llm.serving.neutral import NEUTRAL, OF_A_MESSAGE, without_neutral
+from vgf_llm.serving.neutral import NEUTRAL, OF_A_MESSAGE, OF_A_PART, without_neutral
 from vgf_llm.settings import DecoderName
 from vgf_llm.text.implicit_policy import Selection
 
@@ -38,6 +38,11 @@ class TextPart(_Strict):
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, body: Any) -> Any:
+        return without_neutral(body, OF_A_PART)
 
 
 class Message(_Strict):
@@ -175,9 +180,12 @@ def _explained(kind: type[BaseModel], error: ValidationError) -> RequestError:
     first = found[0]
     path = _path(first["loc"])[:_NAME_SHOWN]
     if first["type"] == "json_invalid":
-        return RequestError(400, f"the body is no JSON in UTF-8: {first['msg']}", code="invalid_json")
+        return RequestError(400, f"the body is not JSON in UTF-8: {first['msg']}", code="invalid_json")
     if not path:
         return RequestError(400, "the body must be a JSON object", code="invalid_json")
+    if first["type"] == "extra_forbidden" and path in NEUTRAL:
+        said = f"{path} is not supported, got {_shown(first['input'])}; leave it out, or send null"
+        return RequestError(400, said, param=path, code="unsupported_field")
     if first["type"] == "extra_forbidden":
         return RequestError(400, f"{path} is unknown{_nearest(kind, path)}", param=path, code="unknown_field")
     if first["type"] == "missing":

@@ -20,7 +20,7 @@ class TrainScript:
     """Folder for the trained model or adapter, metrics.jsonl, completions and checkpoints."""
     prompt_column: str = "prompt"
     """Column of the prompts, text or messages."""
-    system_column: str = "system"
+    system_column: str = field(default="system", kw_only=True)
     """Column of a system turn that goes before the prompt, where rows have it."""
     num_prompts: int | None = None
     """Prompts used, from the first; all when unset."""
@@ -60,7 +60,7 @@ class PolicySettings:
     """Leaf names of linear layers; empty takes all but the output layer."""
     pad_token: str | None = None
     """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
