@@ -19,7 +19,7 @@ from vgf_llm.errors import ModelError
 from vgf_llm.precision import choose_dtype
 from vgf_llm.settings import resolve_device
 
-_ROWS = 16  # responses a forward
+_ROWS = 16  # responses per forward
 TLDR_TOKENS, HH_TOKENS = 53, 128  # max_new_tokens of the two evaluate.yaml
 
 
@@ -48,7 +48,7 @@ def score(
         max_new_tokens: longest response that was sampled, EOS included (tokens); None: every response is closed.
 
     Returns:
-        One reward a response.
+        One reward per response.
 
     Raises:
         ModelError: the folder does not hold a reward model and its own tokenizer.

@@ -42,7 +42,7 @@ class TrainingData:
     fidelity_responses: int = 24
     """Held-out responses on which gradient fidelity is measured; 0 skips it."""
     fidelity_substitutions: int = 120
-    """One-token substitutions a response, at least 9."""
+    """One-token substitutions per response, at least 9."""
     fidelity_shortlist: int = 30
     """Length of the base model's shortlist that substitutions come from, at least 2."""
 
@@ -134,11 +134,11 @@ class TrainerSettings:
     num_train_epochs: float = 1.0
     """Passes over the rows where max_steps is -1."""
     per_device_train_batch_size: int = 8
-    """Pairs (values: responses) a device and forward."""
+    """Pairs (values: responses) per device and forward."""
     per_device_eval_batch_size: int = 16
-    """Held-out pairs (values: responses) a device and forward."""
+    """Held-out pairs (values: responses) per device and forward."""
     gradient_accumulation_steps: int = 1
-    """Forwards an optimiser step."""
+    """Forwards per optimiser step."""
     warmup_ratio: float = 0.1
     """Share of the steps over which the learning rate rises, in [0, 1)."""
     weight_decay: float = 0.0
@@ -195,7 +195,7 @@ class RewardTraining(TrainerSettings):
     use_margin: bool = False
     """Whether the loss asks for the stated margin (times margin_scale)."""
     margin_scale: float = 1.0
-    """Reward units a unit of stated margin."""
+    """Reward units per unit of stated margin."""
     centring: float = 0.01
     """Weight of (chosen + rejected)^2, at least 0; holds the scores around 0."""
 

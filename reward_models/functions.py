@@ -1,4 +1,4 @@
-"""Python reward functions: `fn(prompts: list[str], responses: list[str]) -> list[float]`, one finite number a response.
+"""Python reward functions: `fn(prompts: list[str], responses: list[str]) -> list[float]`, one number per response.
 
 Any importable function of that signature is one; the ones here are for demonstrations and tests. A function may take
 further arguments: each is the column of that name in the prompt file, one value per response (`answer`), and

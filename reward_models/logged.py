@@ -191,10 +191,11 @@ def encode_logged(
         cut += len(text) > room
         encoded.append(EncodedResponse(prompt, response[:room], row.reward))
     if not encoded or dropped > max_dropped_share * len(rows):
+        limit = f" and max_response_length {max_response_length}" if max_response_length else ""
         raise DataError(
-            f"{dropped} of {len(rows)} responses would be dropped at max_length {max_length} and max_response_length "
-            f"{max_response_length} (tokens), more than the allowed share of {max_dropped_share:g}; raise the limits, "
-            "set over_length to truncate, or raise max_dropped_share"
+            f"{dropped} of {len(rows)} responses would be dropped at max_length {max_length}{limit} (tokens), "
+            f"more than the allowed share of {max_dropped_share:g}; raise the limits, set over_length to truncate, or "
+            "raise max_dropped_share"
         )
     counts = {"over length, dropped": dropped, "over length, cut": cut}
     return encoded, {reason: count for reason, count in counts.items() if count}

@@ -75,7 +75,8 @@ def encode_pairs(
         encoded.append(EncodedPair(prompt, chosen, rejected, pair.margin))
     counts = {reason: count for reason, count in counts.items() if count}
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    limits = f"max_length {max_length} and max_response_length {max_response_length} (tokens)"
+    shorter = f" and max_response_length {max_response_length}" if max_response_length else ""
+    limits = f"max_length {max_length}{shorter} (tokens)"
     if not encoded:
         raise DataError(f"no pair of {len(pairs)} is left at {limits}: {reasons}; raise the limits")
     dropped = len(pairs) - len(encoded)

@@ -43,7 +43,7 @@ class SecantScript:
     responses: int = 2
     """Responses sampled from the base to each prompt, for the fit and for the measurement, at least 1."""
     validation_substitutions: int = 120
-    """Substitutions a response that fidelity is measured on, at least 9."""
+    """Substitutions per response that fidelity is measured on, at least 9."""
     shortlist: int = 30
     """Length of the base model's shortlist that substitutions come from, at least 2."""
     seed: int = 0
@@ -72,7 +72,7 @@ class SecantTraining:
     steps: int = 600
     """Optimiser steps, at least 1."""
     batch_size: int = 512
-    """Substitutions a step, at least 1."""
+    """Substitutions per step, at least 1."""
     learning_rate: float = 1.0e-3
     """Peak learning rate of AdamW (cosine to 0), above 0."""
     weight_decay: float = 0.01

@@ -70,7 +70,7 @@ def sample_reference(
     Args:
         reference: base model and law.
         prompts: B lists of token ids.
-        a_prompt: responses a prompt, at least 1.
+        a_prompt: responses per prompt, at least 1.
         shortlist: K, likeliest tokens a position; fewer where the vocabulary is smaller.
         seed: of the samples.
     """

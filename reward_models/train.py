@@ -19,7 +19,7 @@ from reward_models.config import RewardModelSettings, RewardScript, RewardTraini
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
-from vgf_llm.inputs import check_base_model, check_resumes
+from vgf_llm.inputs import check_base_model, check_positions, check_resumes
 from vgf_llm.io import check_writable
 from vgf_llm.progress import load_libraries, stage, stages, working
 from vgf_llm.screen import emit, library_output, say, show
@@ -62,6 +62,7 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     """
     output_dir = check_writable(script.output_dir)
     check_training(settings, training, output_dir)
+    check_positions(settings.model_name_or_path, script.max_length)
     with working(f"reading {script.train_dataset}"):
         texts = read_texts(script)
     load_libraries("reward_models.trainer", "vgf_llm.hf_arguments")
@@ -175,7 +176,7 @@ def load_pairs(
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
-        say(f"{name}: {len(encoded)} pairs encoded; over length or equal: {reasons}")
+        say(f"{name}: {len(encoded)} pairs encoded; dropped or cut: {reasons}")
         kept.append(encoded)
         counted.append(counts)
     dropped = train.dropped | counted[0]

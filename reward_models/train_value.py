@@ -21,6 +21,7 @@ from reward_models.value_config import ValueScript, ValueTraining
 from vgf_llm.cli import run_main
 from vgf_llm.config import parse
 from vgf_llm.errors import DataError
+from vgf_llm.inputs import check_positions
 from vgf_llm.io import check_writable
 from vgf_llm.progress import load_libraries, stage, stages, working
 from vgf_llm.screen import library_output, say
@@ -57,6 +58,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     """
     output_dir = check_writable(script.output_dir)
     check_training(settings, training, output_dir)
+    check_positions(settings.model_name_or_path, script.max_length)
     with working(f"reading {script.train_dataset}"):
         texts = read_texts(script)
     load_libraries("reward_models.value_trainer", "vgf_llm.hf_arguments")

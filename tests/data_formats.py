@@ -413,7 +413,7 @@ FORMATS = [
     Format(
         "`.json` with a list per column",
         text(json.dumps({"prompt": [Q], "chosen": [GOOD]}), "data.json"),
-        *["save rows as a list or one a line (pandas: to_json(orient='records'))"] * 3,
+        *["save rows as a list or one per line (pandas: to_json(orient='records'))"] * 3,
     ),
     Format("`.txt`, one prompt per line", text(f"{Q}\n\n", "data.txt"), COLUMN, Read([Q])),
     Format("a folder of `save_to_disk`", saved(cells()), Read(PAIR), Read([Q]), Read(BOTH)),

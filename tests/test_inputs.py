@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     for name, kind in (("base", "llama"), ("reward", "vgf_reward")):
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps({"model_type": kind}))
+        (folder / name / "config.json").write_text(json.dumps({"model_type": kind, "max_position_embeddings": 2048}))
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base"}))
     (folder / "empty").mkdir()
@@ -75,6 +75,7 @@ def cases(folder: Path) -> list[tuple[str, list[str], str]]:
         ("reward_models.train", train_reward("--report_to", "wandbb"), "report_to: 'wandbb' is unknown"),
         ("reward_models.train", train_reward("--trainer_arguments", "{optim: adam}"), "optim: 'adam' is unknown"),
         ("reward_models.train", train_reward("--trainer_arguments", "{lr: 1}"), "TrainingArguments has no 'lr'"),
+        ("reward_models.train", train_reward("--max_length", "100000"), "positions; set max_length to at most"),
         ("reward_models.train", train_reward("--model_name_or_path", "./none"), "there is no such folder"),
         ("reward_models.train", train_reward("--model_name_or_path", f"{folder}/empty"), "has no config.json"),
         ("reward_models.train", train_reward("--output_dir", f"{folder}/a_file"), "is a file; name another folder"),

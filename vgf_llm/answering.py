@@ -33,7 +33,7 @@ class ImplicitPolicySettings:
     decoder_options: dict[str, Any] = field(default_factory=dict)
     """Options of the decoder, by name; its class lists them."""
     num_particles: int = 8
-    """Responses a prompt that are sampled and moved, at least 1."""
+    """Responses per prompt that are sampled and moved, at least 1."""
     draws: int = 3
     """Texts decoded from each moved response, at least 1; alike with the decoder nearest, chains of their own with edit
     and pivot."""
@@ -57,7 +57,7 @@ class AnswerSettings(ImplicitPolicySettings):
     """Prompts, particles and budget."""
 
     prompts: str | None = None
-    """Prompt file (.jsonl, .json, .csv, .parquet, .txt) or hub dataset."""
+    """Prompt file (.jsonl, .json, .csv, .parquet, .txt), or a data set of the hub."""
     prompt_column: str = "prompt"
     """Column of the prompt file, text or messages."""
     system_column: str = field(default="system", kw_only=True)
@@ -67,7 +67,7 @@ class AnswerSettings(ImplicitPolicySettings):
     seed: int = 0
     """Seed; a prompt's answer depends on it and on the prompt's position, not on the batch."""
     batch_prompts: int = 4
-    """Prompts a batch, at least 1."""
+    """Prompts per batch, at least 1."""
     backend: BackendName = "transformers"
     """What runs the base model: transformers in this process, or a vllm engine."""
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -141,9 +141,8 @@ def answer(
             gradient=pipeline.gradient,
             draws=settings.draws,
         )
-        stage(
-            f"answering {len(todo)} prompts, {settings.num_particles} particles of {settings.draws} texts each",
-        )
+        asked = "1 prompt" if len(todo) == 1 else f"{len(todo)} prompts"
+        stage(f"answering {asked}, {settings.num_particles} particles of {settings.draws} texts each")
         batches = [todo[at : at + settings.batch_prompts] for at in range(0, len(todo), settings.batch_prompts)]
         for batch in track(batches, description, unit="prompts", size=len):
             try:

@@ -23,7 +23,7 @@ COMMANDS = {
     "train": ("vgf_llm.train", "fine-tune a model on transported responses"),
     "verify-resume": ("vgf_llm.verify_resume", "resume a checkpoint twice and compare the results bit for bit"),
     "generate": ("vgf_llm.generate", "answer prompts under a transport budget"),
-    "serve": ("vgf_llm.serve", "serve an OpenAI-compatible interface with a transport budget a request"),
+    "serve": ("vgf_llm.serve", "serve an OpenAI-compatible interface with a transport budget per request"),
     "transport": ("vgf_llm.transport", "write transported responses as datasets for SFT and DPO training"),
     "evaluate": ("vgf_llm.evaluate", "compare budgets with best-of-N and controls"),
 }

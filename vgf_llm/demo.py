@@ -86,9 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show_texts(plan.evaluation_dir, summary, settings.shown)
     reward_model = plan.reward_model
     minutes = (time.perf_counter() - started) / 60
-    say(f"\ndone in {minutes:.1f} minutes; everything is in {output_dir}. Next: vgf-llm generate --reward_model "
-          f"{reward_model} --prompt 'Write one sentence about the sea.'")  # fmt: skip
     emit(json.dumps(headline(summary)))
+    command = sys.argv[0] if Path(sys.argv[0]).name == "vgf-llm" else "vgf-llm"  # .venv need not be active
+    say(f"\ndone in {minutes:.1f} minutes; everything is in {output_dir}. Next: {command} generate --reward_model "
+          f"{reward_model} --prompt 'Write one sentence about the sea.'")  # fmt: skip
     return 0
 
 

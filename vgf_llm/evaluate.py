@@ -76,7 +76,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
         write_json_atomic(_RECORDS / f"{settings.record}.json", summary)
         write_text_atomic(_RECORDS / f"{settings.record}.md", markdown_report(summary, rows))
         say(f"recorded in {_RECORDS / settings.record}.json and .md")
-    print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts")
+    print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts, gold: {settings.gold}")
     for line in equal_cost_lines(summary["equal_cost"]):
         say(line)
     for direction, figures in summary["fidelity"].items():

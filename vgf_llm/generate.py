@@ -1,4 +1,4 @@
-"""``vgf-llm generate``: answer prompts under a transport budget, one JSON object a line.
+"""``vgf-llm generate``: answer prompts under a transport budget, one JSON object per line.
 
     vgf-llm generate --reward_model outputs/reward --prompt "Write one sentence about the sea." --budget.nats 4
     cat prompts.txt | vgf-llm generate --reward_model outputs/reward --output answers.jsonl
@@ -88,7 +88,7 @@ def _prompts(settings: GenerateSettings) -> list[Any]:
         )
     else:
         if sys.stdin.isatty():
-            say("reading prompts from standard input, one a line (end with Ctrl-D)")
+            say("reading prompts from standard input, one per line (end with Ctrl-D)")
         found = [line.strip() for line in _standard_input() if line.strip()]
     if not found:
         raise ConfigError("no prompt given; use --prompt, --prompts or standard input")

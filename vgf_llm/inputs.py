@@ -18,6 +18,7 @@ from vgf_llm.settings import DECODER_OPTIONS, ModelSettings
 
 ADAPTER_NAME = "adapter_config.json"
 _LOCAL = ("/", "./", "../", "~")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")  # as files name them
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -47,6 +48,29 @@ def check_base_model(name: str, key: str = "model_name_or_path") -> None:
         raise ModelError(
             f"{key}: the model {name!r} could not be loaded: there is no such folder. Give a folder that holds it, a "
             f"hub name where the hub can be reached, or {DEFAULT_MODEL!r} for the embedded SmolLM2-135M-Instruct"
+        )
+
+
+def check_positions(name: str, max_length: int) -> None:
+    """Refuse inputs longer than a local base model has positions for; its `config.json` is read as it is.
+
+    Args:
+        name: Of the base model; a name of the hub is not looked at here.
+        max_length: Longest prompt and response together, in tokens.
+
+    Raises:
+        ConfigError: Naming max_length and the limit.
+    """
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    stated = [config.get(key) for key in _POSITIONS] if isinstance(config, dict) else []
+    limit = next((value for value in stated if isinstance(value, int) and value > 0), None)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"max_length is {max_length} tokens, but the base model has {limit} positions; set max_length to at most "
+            f"{limit}"
         )
 
 

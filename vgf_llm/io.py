@@ -86,7 +86,7 @@ def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
     Args:
         path: file to append to; created if missing, its folder must exist.
-        rows: one JSON object a line.
+        rows: one JSON object per line.
 
     Raises:
         OutputError: the file cannot be written.
@@ -132,7 +132,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Read a JSONL file; a torn last line, as a kill leaves it, is dropped and reported on standard error.
 
     Args:
-        path: file of one JSON object a line; empty lines are skipped.
+        path: file of one JSON object per line; empty lines are skipped.
 
     Returns:
         The rows in file order; an empty list for an empty file.

@@ -279,7 +279,7 @@ def _resolve(name: str) -> str:
 
 
 def _not_loaded(what: str, name: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first_line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     return (
         f"the {what} {name!r} could not be loaded: {first_line}. Give a folder that holds it, a hub name where the "
         f"hub can be reached, or {DEFAULT_MODEL!r} for the embedded SmolLM2-135M-Instruct"

@@ -260,7 +260,7 @@ class _Display:
         elapsed = time.monotonic() - bar.started
         if not bar.aside and not failed and elapsed >= _EVERY_SEC:
             figures = "".join(f", {name} {text}" for name, text in bar.figures.items())
-            unit = f" {bar.unit}" if bar.unit else ""
+            unit = f" {bar.unit.removesuffix('s') if bar.done == 1 else bar.unit}" if bar.unit else ""
             screen.say(f"{bar.description}: {bar.done}{unit} done in {duration(elapsed)}{figures}")
 
     def _add(self, bar: Bar) -> None:

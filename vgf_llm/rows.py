@@ -126,7 +126,7 @@ def _json(handle: Any, path: Path) -> list[tuple[int, Row]]:
             raise DataError(f"{path}: holds several lists of rows ({', '.join(lists)}); save the one to be read alone")
         raise DataError(
             f"{path}: expected a list of objects, got dict with the keys {', '.join(map(str, list(found)[:8]))}; save "
-            "rows as a list or one a line (pandas: to_json(orient='records'))"
+            "rows as a list or one per line (pandas: to_json(orient='records'))"
         )
     if found != [] and not _is_rows(found):
         raise DataError(f"{path}: expected a list of objects, got {type(found).__name__}")

@@ -176,6 +176,8 @@ def _open_log(folder: str | Path | None) -> tuple[Path, bool]:
         with path.open("a", encoding="utf-8", errors="replace") as log:
             if is_first():
                 log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
+    except FileExistsError as error:
+        raise OutputError(f"output folder '{folder}' is a file; name another folder") from error
     except OSError as error:
         raise OutputError(
             f"'{LOG_NAME}' in '{folder}' cannot be written ({error.strerror or error}); name another output folder"

@@ -1,4 +1,4 @@
-"""``vgf-llm serve``: OpenAI's interface in front of a base model and a value, with a transport budget a request.
+"""``vgf-llm serve``: OpenAI's interface in front of a base model and a value, with a transport budget per request.
 
     vgf-llm serve --reward_model outputs/reward --engine.kv_cache_gib 0.5
 

@@ -146,14 +146,15 @@ def _check_trackers(wanted: Any, own: set[str]) -> None:
                 f"{key_of('report_to', own)}: {name!r} is unknown; choose from none, all, {', '.join(valid)}"
             )
         if not is_installed(name):
-            refuse_tracker(name, [one for one in valid if is_installed(one)], own)
+            refuse_tracker(name, [one for one in valid if _PACKAGES.get(one) != () and is_installed(one)], own)
 
 
 def refuse_tracker(name: str, installed: Collection[str], own: Collection[str]) -> None:
     """Refuse a tracker whose package is missing."""
+    hint = "" if name in _PACKAGES else f" (pip install {name})"
     raise ConfigError(
-        f"{key_of('report_to', own)}: {name!r} needs its package, which is not installed; install it, or choose "
-        f"from {', '.join(['none', *installed])}"
+        f"{key_of('report_to', own)}: {name!r} needs its package, which is not installed; install it"
+        f"{hint}, or choose from {', '.join(['none', *installed])}"
     )
 
 

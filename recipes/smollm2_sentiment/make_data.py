@@ -75,7 +75,7 @@ def make_pairs(prompt: str, responses: list[str], rng: random.Random) -> list[di
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write one JSON object per line, atomically."""
     write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{path.name}: {len(rows)} rows")
 

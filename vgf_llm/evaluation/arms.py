@@ -19,7 +19,7 @@ class Arm:
     name: str = "best-of-8"
     """Name in the table; unique in a run."""
     num_particles: int = 8
-    """Responses a prompt, at least 1. The arms of a run share their samples."""
+    """Responses per prompt, at least 1. The arms of a run share their samples."""
     budget: TransportBudget | None = None
     """Transport budget; null (or steps 0) moves nothing, which is best-of-N."""
     decoder: DecoderName = "prior"

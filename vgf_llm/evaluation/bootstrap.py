@@ -25,7 +25,7 @@ class Estimate:
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Return the mean of one number a prompt with its 95% interval (10,000 resamples).
+    """Return the mean of one number per prompt with its 95% interval (10,000 resamples).
 
     Pairing is the caller's: hand in the differences between two arms prompt by prompt.
 

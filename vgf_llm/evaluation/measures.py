@@ -11,7 +11,7 @@ from vgf_llm.text.responses import Responses
 
 
 def nll_per_token(reference: Reference, prefix: ReferencePrefix, responses: Responses) -> Tensor:
-    """Return -log p(y | x) / T under the untruncated base at temperature 1, in nats a token, [B, N]."""
+    """Return -log p(y | x) / T under the untruncated base at temperature 1, in nats per token, [B, N]."""
     total_BN = -reference.logps(prefix, responses).sum(-1)
     return total_BN / responses.lengths_BN.clamp(min=1)
 

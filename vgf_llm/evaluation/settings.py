@@ -15,7 +15,7 @@ class EvaluateSettings:
     """What is compared, on which prompts, and where the result goes."""
 
     prompts: str = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
-    """Prompt file (.jsonl, .json, .csv, .parquet) or hub dataset."""
+    """Prompt file (.jsonl, .json, .csv, .parquet), or a data set of the hub."""
     prompt_column: str = "prompt"
     """Column that holds the prompt, text or messages."""
     system_column: str = field(default="system", kw_only=True)
@@ -41,7 +41,7 @@ class EvaluateSettings:
     seed: int = 0
     """Seed of the first repetition; repetition i uses seed + i."""
     batch_prompts: int = 6
-    """Prompts a batch, at least 1."""
+    """Prompts per batch, at least 1."""
     backend: BackendName = "transformers"
     """What runs the base model: transformers in this process, or a vllm engine."""
     engine: EngineSettings = field(default_factory=EngineSettings)

@@ -33,9 +33,9 @@ _SCREEN_LEGEND = (
     "per token under the base. nats: KL spent while decoding. TFLOP and s include sampling. summary.json has the rest."
 )
 LEGEND = (
-    "A row is an arm, per prompt. proxy, gold, NLL/token: mean of the cloud of N responses (value; gold scorer; nats a "
-    "token under the base). sel.: the response returned. nats: KL spent while decoding. changed: tokens. moved: mean "
-    "displacement in nearest-token distances. TFLOP and s include sampling."
+    "A row is an arm, per prompt. proxy, gold, NLL/token: mean of the cloud of N responses (value; gold scorer; nats "
+    "per token under the base). sel.: the response returned. nats: KL spent while decoding. changed: tokens. moved: "
+    "mean displacement in nearest-token distances. TFLOP and s include sampling."
 )
 
 

@@ -23,7 +23,7 @@ class TransportBudget:
     """
 
     steps: int = 1
-    """Flow steps L a round; integer >= 0. 0 leaves every particle where it is (best-of-N)."""
+    """Flow steps L per round; integer >= 0. 0 leaves every particle where it is (best-of-N)."""
     step_size: float = 1.0
     """Size eps > 0 of a step: factor of phi (sgd), learning rate (adam), nearest-token distances (normalised)."""
     step: StepKind = "sgd"

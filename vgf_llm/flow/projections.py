@@ -1,4 +1,4 @@
-"""Projections onto a domain's constraint, applied after every step: a box for actions, a ball a token for text.
+"""Projections onto a domain's constraint, applied after every step: a box for actions, a ball per token for text.
 
 Both sets are convex and contain the start, so a projection never lengthens a step. Padding is the mask's business.
 """

@@ -156,7 +156,7 @@ class EngineReference:
         return torch.stack(rows).view(responses.tokens_BNT.shape).to(self.device)
 
     def write(self, prefix: EnginePrefix, num_particles: int, choose: Chooser) -> Responses:
-        """Write N responses a prompt as ``choose`` picks; see :meth:`vgf_llm.text.Reference.write`."""
+        """Write N responses per prompt as ``choose`` picks; see :meth:`vgf_llm.text.Reference.write`."""
         rows_R = torch.arange(len(prefix.prompts)).repeat_interleave(num_particles)
         rows, nothing_R = prefix.select(rows_R), torch.zeros(len(rows_R), dtype=torch.int64)
         tokens_RT, inside_RT = self._write(rows, nothing_R, self.sampling.max_new_tokens, choose, None, same_place=True)

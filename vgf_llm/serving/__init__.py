@@ -1,4 +1,4 @@
-"""Serving: OpenAI's interface in front of one engine and one value, with a transport budget a request.
+"""Serving: OpenAI's interface in front of one engine and one value, with a transport budget per request.
 
 Data goes one way: body -> ``schema`` (types) -> ``question`` (defaults, limits, tokens) -> ``admission`` (a place) ->
 ``service`` (sample, transport, decode, select) -> ``answers`` (OpenAI's bodies). ``keeper`` watches the engine, ``app``

@@ -16,7 +16,7 @@ class MostSettings:
     """The most that one request may ask for."""
 
     steps: int = 8
-    """Flow steps a round, at least 0."""
+    """Flow steps per round, at least 0."""
     rounds: int = 4
     """Rounds, at least 1."""
     num_particles: int = 32

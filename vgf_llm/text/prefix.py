@@ -177,7 +177,7 @@ def forward_with_prefix(
 
     Args:
         body: the module that computed the prefix.
-        prefix_rows: one row a response (`prefix.expand(N)` for N responses a prompt); left as it is.
+        prefix_rows: one row per response (`prefix.expand(N)` for N responses per prompt); left as it is.
         inputs_embeds_RTD: response embeddings; gradients flow to them and to the body's parameters that require them.
         mask_RT: bool or 0/1, right padded; True where a response token stands. Position ids continue the prompt's
         length.
@@ -191,7 +191,7 @@ def forward_with_prefix(
     if not prefix_rows.num_prompts == inputs_embeds_RTD.shape[0] == mask_RT.shape[0]:
         raise ValueError(
             f"forward_with_prefix: prefix has {prefix_rows.num_prompts} rows, embeddings {inputs_embeds_RTD.shape[0]}, "
-            f"mask {mask_RT.shape[0]}; expand the prefix to one row a response first"
+            f"mask {mask_RT.shape[0]}; expand the prefix to one row per response first"
         )
     mask_RT = mask_RT.bool()
     positions_RT = prefix_rows.lengths_B[:, None] + positions_from_mask(mask_RT)

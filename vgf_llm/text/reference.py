@@ -156,7 +156,7 @@ class Reference:
 
         Args:
             prefix: B prompts.
-            num_particles: N responses a prompt; rows are ordered ``b * N + n``.
+            num_particles: N responses per prompt; rows are ordered ``b * N + n``.
             choose: Maps (logits_RV, position) to the next token of every row.
 
         Returns:

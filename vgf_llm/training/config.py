@@ -101,7 +101,7 @@ class LearnedValueSettings:
     gradient: Literal["exact", "secant"] = "exact"
     """What moves the particles: the value's input gradient, or a secant head that is trained along (no backward)."""
     secant_substitutions: int = 8
-    """Token changes a response and step that the secant head learns from, each a forward of the value; at least 1."""
+    """Token changes per response and step that the secant head learns from, each a forward of the value; at least 1."""
     secant_learning_rate: float = 3.0e-4
     """Peak learning rate of the secant head, above 0."""
 
@@ -129,7 +129,7 @@ class VGFSettings:
     decoder_options: dict[str, Any] = field(default_factory=dict)
     """Options of the decoder, by name; its class lists them."""
     num_particles: int = 8
-    """Responses a prompt that are sampled and moved, at least 2."""
+    """Responses per prompt that are sampled and moved, at least 2."""
     draws: int = 1
     """Texts decoded from each moved response, at least 1."""
     particles_from: Literal["reference", "policy"] = "reference"
@@ -137,7 +137,7 @@ class VGFSettings:
     backend: BackendName = "transformers"
     """What runs that law: transformers in this process, or a vllm engine, which a policy's weights are pushed to."""
     engine: EngineSettings = field(default_factory=EngineSettings)
-    """The vllm engine: one a process where it is started here, one for all behind a URL."""
+    """The vllm engine: one per process where it is started here, one for all behind a URL."""
     sync_check: bool = True
     """Stop where the engine's log-probabilities of sampled tokens are not the trainer's, looked at in every step."""
     value: Literal["reward", "learned"] = "reward"
@@ -149,11 +149,11 @@ class VGFSettings:
     weight_temperature: float = 0.5
     """alpha of the weights softmax(reward / alpha) within a prompt's responses (weighted_nll), above 0."""
     kept: int | None = None
-    """Responses of highest weight a prompt that are trained on (weighted_nll); null keeps all."""
+    """Responses of highest weight per prompt that are trained on (weighted_nll); null keeps all."""
     dpo_beta: float = 0.1
     """beta of DPO, above 0."""
     kl_coefficient: float = 0.0
-    """Weight of the estimated KL a token from the policy to the reference, on the trained responses; at least 0."""
+    """Weight of the estimated KL per token from the policy to the reference, on the trained responses; at least 0."""
 
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
@@ -176,9 +176,9 @@ class OptimSettings:
     num_train_epochs: float = 1.0
     """Passes over the prompts where max_steps is -1."""
     per_device_train_batch_size: int = 4
-    """Prompts a device and forward."""
+    """Prompts per device and forward."""
     gradient_accumulation_steps: int = 1
-    """Forwards an optimiser step."""
+    """Forwards per optimiser step."""
     warmup_ratio: float = 0.05
     """Share of the steps over which the learning rate rises, in [0, 1)."""
     lr_scheduler_type: str = "linear"

@@ -21,9 +21,9 @@ def group_weights(rewards_BM: Tensor, temperature: float, kept: int | None = Non
     Schaal 2007; Korbak et al. 2022), self-normalised within the group.
 
     Args:
-        rewards_BM: Rewards of M responses a prompt.
+        rewards_BM: Rewards of M responses per prompt.
         temperature: alpha > 0, in units of the reward.
-        kept: Responses a prompt that keep their weight, at least 1; None keeps all.
+        kept: Responses per prompt that keep their weight, at least 1; None keeps all.
 
     Returns:
         weights_BM, at least 0.
@@ -37,7 +37,7 @@ def group_weights(rewards_BM: Tensor, temperature: float, kept: int | None = Non
 def weighted_nll(
     policy_logps_RT: Tensor, mask_RT: Tensor, weights_R: Tensor, num_items: Tensor | float | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Compute the weighted negative log-likelihood a token.
+    """Compute the weighted negative log-likelihood per token.
 
     L = - sum_r w_r sum_t log pi(y_rt) / num_items,        num_items = sum_r w_r T_r of the whole step
 
@@ -98,7 +98,7 @@ def dpo(
 def kl_anchor(
     policy_logps_RT: Tensor, reference_logps_RT: Tensor, mask_RT: Tensor, num_items: Tensor | float | None = None
 ) -> tuple[Tensor, Metrics]:
-    """Estimate the KL a token from the policy to the reference, as a penalty.
+    """Estimate the KL per token from the policy to the reference, as a penalty.
 
     L = sum_rt [exp(d_rt) - d_rt - 1] / num_items,        d = log p(y_rt) - log pi(y_rt)
 

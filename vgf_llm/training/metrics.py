@@ -1,6 +1,6 @@
 """Figures of a run: what a rollout cost and brought, summed over steps and processes and logged as means.
 
-Distances: KL spent while decoding (nats a response and a token), displacement in nearest-token units, changed tokens,
+Distances: KL spent while decoding (nats per response and token), displacement in nearest-token units, changed tokens,
 and MMD^2 between the particles before and after the first flow with the paper's bound (pooled features, one kernel
 bandwidth, the median distance of the originals). The policy's KL to the base is the mean over its own samples of
 sum_t [log pi - log p], untruncated, at temperature 1.
@@ -149,7 +149,7 @@ def flow_metrics(rollout: Rollout, value: Value, budget: TransportBudget) -> dic
 
 
 def nll_a_token(logps_RT: Tensor, mask_RT: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood a token of each response, [R]."""
+    """Return the mean negative log-likelihood per token of each response, [R]."""
     return -(logps_RT.masked_fill(~mask_RT, 0)).sum(-1) / mask_RT.sum(-1).clamp(min=1)
 
 

@@ -53,7 +53,7 @@ class Rollout:
 
     Attributes:
         prompts: B prompts.
-        outcome: Of the implicit policy: N originals, M transported responses a prompt.
+        outcome: Of the implicit policy: N originals, M transported responses per prompt.
         original_scores: Rewards by name, each [B, N].
         transported_scores: Rewards by name, each [B, M].
         first_move: Particles and where the first flow carried them; None where nothing moved.
@@ -127,7 +127,7 @@ def policy_rows(responses: Responses, keep_BM: Tensor) -> dict[str, Tensor]:
     """Lay chosen responses out for a causal language model.
 
     Args:
-        responses: A pool of M responses a prompt.
+        responses: A pool of M responses per prompt.
         keep_BM: bool, those that are wanted, at least one.
 
     Returns:
@@ -174,7 +174,7 @@ def best_pair(rollout: Rollout) -> Tensor:
 
 
 def completions(rollout: Rollout, tokenizer: Any, step: int) -> list[dict[str, Any]]:
-    """Return one row a response, originals and transported, for the log of completions."""
+    """Return one row per response, originals and transported, for the log of completions."""
     rows: list[dict[str, Any]] = []
     parts = (
         ("original", rollout.outcome.originals, rollout.original_scores),

@@ -22,7 +22,7 @@ from vgf_llm.text.responses import Responses
 from vgf_llm.training.models import response_logps
 from vgf_llm.training.rollout import policy_rows
 
-SYNC_BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # nats a token
+SYNC_BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # nats per token
 _ROWS = 4  # responses that are looked at
 
 
@@ -30,7 +30,7 @@ _ROWS = 4  # responses that are looked at
 def sync_distance(
     model: nn.Module, requests: Sequence[EngineRequest], texts: Sequence[EngineText], pad_id: int
 ) -> tuple[float, int]:
-    """Return d in nats a token, and the number of tokens it is the mean of.
+    """Return d in nats per token, and the number of tokens it is the mean of.
 
     Args:
         model: A causal language model, the trainer's.
@@ -57,7 +57,7 @@ def sync_distance(
 
 
 def sync_bound(model: nn.Module, engine_dtype: str) -> float:
-    """Return the bound on d, nats a token, of a model held against an engine in some dtype."""
+    """Return the bound on d, nats per token, of a model held against an engine in some dtype."""
     mine = next(model.parameters()).dtype
     return max(SYNC_BOUNDS[mine], SYNC_BOUNDS[getattr(torch, engine_dtype)])
 
