@@ -24,6 +24,7 @@ from vgf_llm.config_keys import (
     flag_hint,
     inline_yaml,
     item_hint,
+    listed,
     load_recipe,
     type_name,
 )
@@ -120,7 +121,7 @@ def _explain(message: str, argv: Sequence[str], sources: Sources, hints: Mapping
     """Turn a message of jsonargparse into one that names the file or flag, the value and the type."""
     message = " ".join(message.split())
     if message.startswith("unrecognized arguments:"):
-        return f"{message}; every value follows its --key; valid keys: {', '.join(hints)}"
+        return f"{message}; every value follows its --key; {listed(hints)}"
     if message.startswith("the following arguments are required:"):
         return f"{message}; set each in the recipe or with its --key"
     keys = re.findall(r'Parser key "([^"]+)"', message)

@@ -11,13 +11,15 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vgf_llm.errors import ConfigError
+
+_LISTED = 20  # valid keys that a message still names
 
 Hints = Mapping[str, Any]
 OWN_FLAGS = ("config", "help", "print_config")
@@ -188,7 +190,15 @@ def check_blocks(value: Any, hint: Any, source: str, key: str) -> None:
 def _unknown(what: str, key: str, prefix: str, hints: Hints, dashes: str = "") -> str:
     near = difflib.get_close_matches(key.removeprefix(prefix), hints, n=1, cutoff=0.5)
     nearest = f" (nearest: '{dashes}{prefix}{near[0]}')" if near else ""
-    return f"{what} '{dashes}{key}'{nearest}; valid keys{f' of {prefix[:-1]}' if prefix else ''}: {', '.join(hints)}"
+    of = f" of {prefix[:-1]}" if prefix else ""
+    return f"{what} '{dashes}{key}'{nearest}; {listed(hints, of)}"
+
+
+def listed(keys: Collection[str], of: str = "") -> str:
+    """List valid keys for a message; of a whole command say where they stand, so that the message stays readable."""
+    if len(keys) > _LISTED:
+        return f"--help lists the {len(keys)} valid keys{of}"
+    return f"valid keys{of}: {', '.join(keys)}"
 
 
 # Flags -------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,6 @@ def train(folder: Path, module: str, engine: str, lora_r: int, precision: str = 
         ("reward_models.train", "fsdp2", 0),
         ("reward_models.train_value", "zero3", 0),
         ("reward_models.train_value", "zero3", 4),
-        ("reward_models.train_value", "fsdp2", 4),
     ],
 )
 def test_what_is_saved_is_the_base_trained_for_a_few_steps(tmp_path: Path, module: str, engine: str, lora_r: int):
