@@ -4,7 +4,7 @@
     python -m benchmarks.demo --checkout ../before ../after      # folders with a .venv each, one after the other
 
 For every run: ``wall_sec``; ``first_line_sec``, until the first line; ``longest_silence_sec``, between two lines on
-either stream; ``peak_rss_gib``, the largest resident memory of one of its processes. Every run starts with an empty
+either stream; ``peak_rss_gib``, the largest resident memory of the process. Every run starts with an empty
 model cache and an empty output folder. ``--held_to avx2`` hides AVX-512, AMX and bfloat16 units from torch, oneDNN and
 MKL (MKL obeys on Intel's processors alone, and is very slow where it does not). Standard output ends with the JSON.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -89,16 +88,17 @@ def watch(checkout: Path, environment: dict[str, str]) -> Run:
             times.append(time.monotonic())
             lines.append(line.rstrip())
             print(f"{times[-1] - started:7.1f} s  {lines[-1]}", file=sys.stderr, flush=True)
-        status = process.wait()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         times.append(time.monotonic())
     return Run(
         checkout=checkout.resolve().name,
         commit=_commit(checkout),
-        exit_status=status,
+        exit_status=process.returncode,
         wall_sec=times[-1] - started,
         first_line_sec=times[1] - started,
         longest_silence_sec=max(after - before for before, after in zip(times, times[1:], strict=False)),
-        peak_rss_gib=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+        peak_rss_gib=usage.ru_maxrss / 2**20,
         last_lines=lines[-30:],
     )
 
