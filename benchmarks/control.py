@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vgf_llm.control.agent import Batch, ControlAgent, Noise
 from vgf_llm.control.settings import AgentSettings
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.runs.files import check_writable, write_json_atomic
 
 OBSERVATION, ACTION = 28, 5  # of OGBench's cube-single
 

@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.decoder_arms import CONTROL_LEVEL, decodings
 from reward_models.modelling import RewardModel
+from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
-from vgf_llm.pipeline import make_decoder
-from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import ImplicitPolicy, Reference, row_seeds
-from vgf_llm.text.implicit_policy import Outcome
+from vgf_llm.text import Reference, row_seeds
 from vgf_llm.text.particles import GradientSource, exact_gradient, token_spacing
 from vgf_llm.text.responses import Responses
+from vgf_llm.text.sampler import ReferenceSampler
 
 PROMPTS_FILE = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
 PARTICLES, TOKENS, TINY_TOKENS = 8, 24, 6
@@ -126,8 +126,8 @@ def cost_arms(names: list[str], alpha: float, particles: int = PARTICLES) -> lis
 def real_models(arguments: argparse.Namespace) -> CostModels:
     """Load the default base model and the reward model, with the first prompts of the sentiment recipe."""
     from benchmarks.decoders import acceptance_temperature
-    from vgf_llm.data import load_prompts
-    from vgf_llm.pipeline import encode_prompts, load_pipeline
+    from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
+    from vgf_llm.data.prompts import load_prompts
     from vgf_llm.settings import ModelSettings
 
     settings = ModelSettings(reward_model=arguments.reward_model, dtype=arguments.dtype, device="cpu")

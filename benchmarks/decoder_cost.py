@@ -48,9 +48,9 @@ from benchmarks.decoder_profile import profile_stages, prompt_cache
 from benchmarks.transport import peak_bytes
 from vgf_llm.cli import run_main
 from vgf_llm.evaluation.arms import Arm
-from vgf_llm.evaluation.work import hardware
-from vgf_llm.io import check_writable, write_json_atomic
-from vgf_llm.precision import choose_dtype
+from vgf_llm.evaluation.runner import hardware
+from vgf_llm.machine.precision import choose_dtype
+from vgf_llm.runs.files import check_writable, write_json_atomic
 
 DECODERS = "prior,block,pivot,edit,edit_greedy,nearest"
 GROWTH = {"N": (4, 8, 16, 32), "T": (8, 16, 32), "L": (1, 2, 4)}

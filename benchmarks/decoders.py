@@ -36,12 +36,12 @@ from benchmarks.decoder_arms import (
     level_arms,
 )
 from vgf_llm.cli import run_main
-from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.io import check_writable, read_jsonl, write_json_atomic, write_text_atomic
+from vgf_llm.runs.files import check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings.parse import dump, parse
 
 _RECORDS = Path("docs/results")
 _SHOWN = 40
@@ -142,7 +142,7 @@ def compare(
     from benchmarks.decoder_matches import matched, matched_markdown, seconds_count
     from vgf_llm.evaluate import run
     from vgf_llm.evaluation.report import markdown_report
-    from vgf_llm.evaluation.work import finish
+    from vgf_llm.evaluation.runner import finish
 
     alpha = acceptance_temperature(models)
     passes = stages(benchmark, alpha)
@@ -217,12 +217,12 @@ def time_arms(
 
     An arm draws its own samples in one piece, as it would in use. Two repetitions in turning order; the lower counts.
     """
-    from vgf_llm.data import load_prompts
+    from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
+    from vgf_llm.console.progress import track
+    from vgf_llm.data.prompts import load_prompts
+    from vgf_llm.evaluation.experiment import Experiment, Prompts
     from vgf_llm.evaluation.flops import Sizes
-    from vgf_llm.evaluation.run import Experiment, Prompts
-    from vgf_llm.evaluation.work import hardware
-    from vgf_llm.pipeline import encode_prompts, load_pipeline
-    from vgf_llm.progress import track
+    from vgf_llm.evaluation.runner import hardware
     from vgf_llm.text import Reference
 
     arms = stages(replace(benchmark, extras=[]), acceptance_temperature(models))[1][0]

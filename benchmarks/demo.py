@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.evaluation.work import hardware
-from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.evaluation.runner import hardware
+from vgf_llm.runs.files import check_writable, write_json_atomic
 
 _RECORDS = "docs/results"
 _HELD_TO: dict[str, dict[str, str]] = {

@@ -35,16 +35,16 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from vgf_llm.engines.engine import EngineRequest
+from vgf_llm.engines.engine_reference import EngineReference
+from vgf_llm.engines.vllm_engine import VLLMEngine
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.io import write_json_atomic
-from vgf_llm.models import load_causal_lm, load_skeleton, load_tokenizer, resolved_name
-from vgf_llm.precision import choose_dtype
-from vgf_llm.sampling import ReferenceSampler
-from vgf_llm.sampling.engine import EngineRequest
-from vgf_llm.sampling.engine_reference import EngineReference
-from vgf_llm.sampling.vllm_engine import VLLMEngine
+from vgf_llm.machine.precision import choose_dtype
+from vgf_llm.models.loading import load_causal_lm, load_skeleton, load_tokenizer, resolved_name
+from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.settings import EngineSettings, SamplingSettings
 from vgf_llm.text import Move, Moved, PriorDecoder, Responses, row_seeds
+from vgf_llm.text.sampler import ReferenceSampler
 
 _NEAREST_TO = 32
 _TINY = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}

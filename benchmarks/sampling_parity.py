@@ -38,17 +38,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgf_llm.data import load_prompts
+from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, make_decoder
+from vgf_llm.data.prompts import load_prompts
 from vgf_llm.evaluation.bootstrap import bootstrap_mean
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.io import check_writable, write_json_atomic
-from vgf_llm.pipeline import encode_prompts, load_pipeline, make_decoder
-from vgf_llm.precision import choose_dtype
-from vgf_llm.sampling import ReferenceSampler
+from vgf_llm.machine.precision import choose_dtype
+from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
-from vgf_llm.text import ImplicitPolicy, Responses, row_seeds
-from vgf_llm.text.implicit_policy import Outcome
+from vgf_llm.text import Responses, row_seeds
 from vgf_llm.text.noise import gumbel_noise
+from vgf_llm.text.sampler import ReferenceSampler
 
 _RECORD = "docs/results/sampling_parity.json"
 _PADDING = -1

@@ -34,8 +34,8 @@ import torch
 from benchmarks.serving_load import Load, Question, Reply, alone, resident_mib, under_load
 from benchmarks.serving_process import ServerProcess, served
 from vgf_llm.cli import run_main
-from vgf_llm.evaluation.work import hardware
-from vgf_llm.io import check_writable, write_json_atomic
+from vgf_llm.evaluation.runner import hardware
+from vgf_llm.runs.files import check_writable, write_json_atomic
 
 PROMPTS_FILE = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
 _WINDOW_SEC = 30.0
@@ -151,7 +151,7 @@ def _questions(prompts: Sequence[str], arguments: argparse.Namespace) -> list[Qu
 
 
 def _smollm2(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    from vgf_llm.data import load_prompts
+    from vgf_llm.data.prompts import load_prompts
 
     prompts = [str(one) for one in load_prompts(PROMPTS_FILE, "prompt", limit=arguments.prompts)]
     eager = str(arguments.eager).lower()

@@ -25,11 +25,11 @@ from typing import Any, Literal
 
 from benchmarks.training_job import RESULT_NAME, Clock, Job, Method, identity
 from vgf_llm.cli import run_main
-from vgf_llm.config import dump, parse
 from vgf_llm.errors import ConfigError, ModelError
-from vgf_llm.io import check_writable, write_json_atomic
-from vgf_llm.precision import with_dtype
+from vgf_llm.machine.precision import with_dtype
+from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings.parse import dump, parse
 
 RATES: dict[str, list[float]] = {
     "vgf": [2.0e-4, 5.0e-5, 5.0e-4],  # first the recipe's

@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgf_llm.cli import run_main
-from vgf_llm.config import dump, parse
+from vgf_llm.console.progress import track
 from vgf_llm.errors import ModelError
-from vgf_llm.io import check_writable, write_json_atomic
-from vgf_llm.precision import with_dtype
-from vgf_llm.progress import track
-from vgf_llm.resume import contents
+from vgf_llm.machine.precision import with_dtype
+from vgf_llm.runs.claim import contents
+from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings.parse import dump, parse
 
 if TYPE_CHECKING:
-    from vgf_llm.pipeline import Pipeline
+    from vgf_llm.answering.pipeline import Pipeline
 
 BASE = "base"
 MEASURES = ("gold", "reward", "nll", "kl")
@@ -117,7 +117,7 @@ def run(settings: EvaluationSettings, models: ModelSettings, sampling: SamplingS
     results = {name: _finished(settings.result_path(name), identity | _weights(name)) for name in settings.adapter}
     remaining = [name for name, result in results.items() if result is None]
     if remaining:
-        from vgf_llm.pipeline import load_pipeline
+        from vgf_llm.answering.pipeline import load_pipeline
 
         pipeline = load_pipeline(models, sampling)
         for name in remaining:
@@ -141,7 +141,7 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     from dataclasses import asdict
 
     from vgf_llm.evaluation.bootstrap import bootstrap_mean
-    from vgf_llm.evaluation.work import hardware
+    from vgf_llm.evaluation.runner import hardware
 
     found: dict[str, Any] = {"hardware": hardware()}
     base = results.get(BASE)
@@ -186,12 +186,12 @@ def measure(
         name: For the progress.
     """
     from reward_models.functions import call_function, load_function
-    from vgf_llm.data import load_prompts
+    from vgf_llm.answering.pipeline import encode_prompts, prompt_text
+    from vgf_llm.data.prompts import load_prompts
     from vgf_llm.evaluation.measures import nll_per_token
-    from vgf_llm.pipeline import encode_prompts, prompt_text
-    from vgf_llm.sampling import ReferenceSampler
     from vgf_llm.text import Reference, row_seeds
     from vgf_llm.text.noise import combine_seeds
+    from vgf_llm.text.sampler import ReferenceSampler
 
     prompts = load_prompts(settings.prompts, limit=settings.num_prompts)
     ids, texts = encode_prompts(pipeline, prompts), [prompt_text(prompt) for prompt in prompts]

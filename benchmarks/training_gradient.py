@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
 from vgf_llm.errors import ModelError
-from vgf_llm.io import check_writable, write_json_atomic
-from vgf_llm.precision import with_dtype
+from vgf_llm.machine.precision import with_dtype
+from vgf_llm.runs.files import check_writable, write_json_atomic
+from vgf_llm.settings.parse import parse
 
 KINDS = ("exact", "secant")
 
@@ -116,7 +116,7 @@ def compare_policies(settings: GradientSettings, folders: dict[str, list[Path]])
     """Measure the policies and return means with intervals, and secant minus exact paired by prompt and seed."""
     from benchmarks.training_evaluate import MEASURES, EvaluationSettings, run
     from vgf_llm.evaluation.bootstrap import bootstrap_mean
-    from vgf_llm.evaluation.work import hardware
+    from vgf_llm.evaluation.runner import hardware
     from vgf_llm.settings import ModelSettings, SamplingSettings
 
     names = [str(folder) for kind in KINDS for folder in folders[kind]]
@@ -140,8 +140,8 @@ def compare_directions(settings: GradientSettings, folder: Path) -> dict[str, An
     """Return fidelity and seconds of a flow step of both directions of a run's value."""
     from reward_models.secant import load_secant_head, secant_gradient
     from reward_models.secant_fit import compare_with_gradient, sample_reference, score_substitutions
-    from vgf_llm.data import load_prompts
-    from vgf_llm.pipeline import encode_prompts, load_pipeline
+    from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
+    from vgf_llm.data.prompts import load_prompts
     from vgf_llm.settings import ModelSettings, SamplingSettings
     from vgf_llm.text.particles import exact_gradient
 

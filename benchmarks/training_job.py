@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vgf_llm.config import dump
 from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings.parse import dump
 
 RESULT_NAME = "result.json"
 Method = Literal["vgf", "grpo", "rloo", "dpo"]

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.training_job import RESULT_NAME, Clock, Job, identity
-from vgf_llm.io import write_json_atomic
+from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
 CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.training_evaluate import BASE, MEASURES, means
 from benchmarks.training_job import Job
-from vgf_llm.io import check_writable, write_json_atomic, write_text_atomic
+from vgf_llm.runs.files import check_writable, write_json_atomic, write_text_atomic
 
 RECORDS, FIGURES = Path("docs/results"), Path("docs/figures")
 TITLES = {"vgf": "VGF (ours)", "grpo": "GRPO (TRL)", "rloo": "RLOO (TRL)", "dpo": "DPO (TRL)", BASE: "base"}

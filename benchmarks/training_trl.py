@@ -38,14 +38,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.training_job import Job
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError, DataError
-from vgf_llm.io import check_writable
-from vgf_llm.precision import with_dtype
-from vgf_llm.settings import ModelSettings, SamplingSettings, resolve_device
+from vgf_llm.machine.device import resolve_device
+from vgf_llm.machine.precision import with_dtype
+from vgf_llm.runs.files import check_writable
+from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
-    from vgf_llm.pipeline import Pipeline
+    from vgf_llm.answering.pipeline import Pipeline
 
 SAMPLING_SHARE = 0.2  # of DPO's time; below a quarter, so that its first mark has trained
 _PROMPTS_A_BATCH = 8
@@ -75,9 +76,9 @@ def run(job: Job, models: ModelSettings, sampling: SamplingSettings) -> dict[str
     from transformers import set_seed
 
     from benchmarks.training_marks import CLOCKS, TimeMarks, write_result
-    from vgf_llm.data import load_prompts
-    from vgf_llm.dialogue import as_messages, as_text
-    from vgf_llm.pipeline import load_pipeline
+    from vgf_llm.answering.pipeline import load_pipeline
+    from vgf_llm.data.dialogue import as_messages, as_text
+    from vgf_llm.data.prompts import load_prompts
 
     set_seed(job.seed)
     pipeline = load_pipeline(models, sampling)
@@ -171,9 +172,9 @@ def sample_pairs(
     Returns:
         Pairs as DPOTrainer's collator takes them, without groups of equal rewards, and how many responses were sampled.
     """
-    from vgf_llm.pipeline import encode_prompts
-    from vgf_llm.sampling import ReferenceSampler
+    from vgf_llm.answering.pipeline import encode_prompts
     from vgf_llm.text import row_seeds
+    from vgf_llm.text.sampler import ReferenceSampler
 
     encoded = encode_prompts(pipeline, prompts)
     sampler, pairs, sampled, started = ReferenceSampler(pipeline.reference), [], 0, clock()
@@ -202,7 +203,7 @@ def _rows(responses: Any) -> Any:
 
 def reward_function(pipeline: Pipeline) -> Callable[..., list[float]]:
     """Return the reward model as a reward function of TRL: it scores the very tokens that were sampled."""
-    from vgf_llm.data import encode_prompt
+    from vgf_llm.data.prompts import encode_prompt
 
     def reward_model(prompts: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         return token_rewards(pipeline, [encode_prompt(pipeline.tokenizer, p) for p in prompts], completion_ids)

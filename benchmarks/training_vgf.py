@@ -17,11 +17,11 @@ from typing import Any
 
 from benchmarks.training_job import Job
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
 from vgf_llm.errors import ConfigError
-from vgf_llm.io import check_writable
-from vgf_llm.precision import with_dtype
+from vgf_llm.machine.precision import with_dtype
+from vgf_llm.runs.files import check_writable
 from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings.parse import parse
 
 _LOGGING_STEPS = 10  # TRL's default; a log line samples the policy
 
@@ -49,7 +49,7 @@ def run(job: Job, models: ModelSettings, sampling: SamplingSettings) -> dict[str
     check_writable(job.output_dir)
     from benchmarks.training_marks import CLOCKS, TimeMarks, write_result
     from vgf_llm import train
-    from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
+    from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
     settings = parse(
         TrainScript,

@@ -37,9 +37,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from reward_models.modelling import RewardModel, RewardModelConfig
 from vgf_llm.flow import TransportBudget, ValueGradient, autograd_value, transport
-from vgf_llm.io import check_writable, write_json_atomic
-from vgf_llm.precision import choose_dtype
-from vgf_llm.text.prefix import PromptPrefix
+from vgf_llm.machine.precision import choose_dtype
+from vgf_llm.models.prefix import PromptPrefix
+from vgf_llm.runs.files import check_writable, write_json_atomic
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from reward_models.assess import pad_responses
-from vgf_llm.dialogue import PromptText
-from vgf_llm.encoding import encode_prompt, encode_response
+from vgf_llm.data.dialogue import PromptText
+from vgf_llm.data.encoding import encode_prompt, encode_response
 from vgf_llm.errors import ModelError
-from vgf_llm.precision import choose_dtype
-from vgf_llm.settings import resolve_device
+from vgf_llm.machine.device import resolve_device
+from vgf_llm.machine.precision import choose_dtype
 
 _ROWS = 16  # responses per forward
 TLDR_TOKENS, HH_TOKENS = 53, 128  # max_new_tokens of the two evaluate.yaml
@@ -78,7 +78,7 @@ def _encode(tokenizer: Any, response: str, max_new_tokens: int | None) -> list[i
 @functools.cache
 def _load(folder: str) -> tuple[Any, Any]:
     from reward_models import load_reward_model
-    from vgf_llm.models import load_tokenizer
+    from vgf_llm.models.loading import load_tokenizer
 
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(

@@ -15,8 +15,8 @@ from reward_models.fidelity import Fidelity, gradient_fidelity, reference_shortl
 from reward_models.logged import EncodedResponse, LoggedCollator
 from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator
-from vgf_llm.endings import eos_ids_of, padding_id
-from vgf_llm.models import fingerprint
+from vgf_llm.data.endings import eos_ids_of, padding_id
+from vgf_llm.models.loading import fingerprint
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vgf_llm.architecture import (
+from vgf_llm.errors import ModelError
+from vgf_llm.models.architecture import (
     cut_config,
     decoder_of,
     difference,
@@ -25,7 +26,6 @@ from vgf_llm.architecture import (
     num_layers,
     tolerance,
 )
-from vgf_llm.errors import ModelError
 
 _WRAPPERS = (".base_layer", ".original_module")  # where PEFT keeps the layer that it wraps
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgf_llm.errors import ModelError
-from vgf_llm.io import write_json_atomic, write_text_atomic
+from vgf_llm.runs.files import write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
-    from vgf_llm.models import Fingerprint
+    from vgf_llm.models.loading import Fingerprint
 
 CARD_NAME = "reward_card.json"
 
@@ -109,7 +109,7 @@ def check_fingerprint(card: RewardCard, tokenizer: Any) -> None:
     Raises:
         ModelError: naming which of the two differs.
     """
-    from vgf_llm.models import Fingerprint
+    from vgf_llm.models.loading import Fingerprint
 
     compare_fingerprints(Fingerprint(card.tokenizer_sha256, card.template_sha256), tokenizer, "card", card.base_model)
 
@@ -120,7 +120,7 @@ def compare_fingerprints(wanted: Fingerprint, tokenizer: Any, place: str, base_m
     Raises:
         ModelError: naming which of tokenizer and chat template differs.
     """
-    from vgf_llm.models import fingerprint
+    from vgf_llm.models.loading import fingerprint
 
     seen = fingerprint(tokenizer)
     for what, expected, got in (

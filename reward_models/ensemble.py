@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from reward_models.modelling import RewardModel
 from vgf_llm.errors import ModelError
-from vgf_llm.text.prefix import PromptPrefix
+from vgf_llm.models.prefix import PromptPrefix
 
 _EPSILON = 1e-12  # the square root's gradient at equal scores stays finite
 

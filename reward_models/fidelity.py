@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgf_llm.console.progress import track
 from vgf_llm.flow.trajectory import ValueGradient, autograd_value
-from vgf_llm.progress import track
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.reference import Reference
 from vgf_llm.text.responses import Responses, is_any_of

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from reward_models.card import CARD_NAME
+from vgf_llm.console.screen import say
 from vgf_llm.errors import OutputError
-from vgf_llm.screen import say
 
 _WEIGHTS = ("adapter_*", "model*.safetensors", "model.safetensors.index.json")
 _BESIDE = (

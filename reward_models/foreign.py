@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.loading import TOKENIZER_NAMES, load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
-from vgf_llm.architecture import max_positions
-from vgf_llm.dialogue import PromptText
-from vgf_llm.encoding import encode_prompt, encode_response
-from vgf_llm.endings import check_ids, padding_id
+from vgf_llm.data.dialogue import PromptText
+from vgf_llm.data.encoding import encode_prompt, encode_response
+from vgf_llm.data.endings import check_ids, padding_id
 from vgf_llm.errors import DataError
-from vgf_llm.io import shorten
-from vgf_llm.models import fingerprint, load_tokenizer
+from vgf_llm.models.architecture import max_positions
+from vgf_llm.models.loading import fingerprint, load_tokenizer
+from vgf_llm.runs.files import shorten
 
 _ROWS = 32  # responses scored in one forward
 
@@ -40,7 +40,7 @@ class ForeignReward:
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
         """Return one reward per response, closed as the model's own template closes the assistant's turn.
 
-        A prompt of several turns (:class:`vgf_llm.dialogue.PromptText`) is read as its messages.
+        A prompt of several turns (:class:`vgf_llm.data.dialogue.PromptText`) is read as its messages.
 
         Raises:
             DataError: Prompt and response are longer than the model, or hold a token that it has no row for.

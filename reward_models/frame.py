@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from reward_models.folder import METRICS_NAME
-from vgf_llm.io import append_jsonl, read_jsonl, write_text_atomic
-from vgf_llm.progress import Bar, stage
-from vgf_llm.speed import expected_sec, training_flops
+from vgf_llm.console.progress import Bar, stage
+from vgf_llm.machine.speed import expected_sec, training_flops
+from vgf_llm.runs.files import append_jsonl, read_jsonl, write_text_atomic
 
 _SAMPLED_ROWS = 256
 _SHOWN = {"loss": "loss", "accuracy": "accuracy", "explained_variance": "explained variance"}

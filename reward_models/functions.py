@@ -96,7 +96,7 @@ def further_arguments(function: RewardFunction, prompts: Sequence[str]) -> dict[
 
     Args:
         function: its parameters after the second name columns; `**anything` takes all.
-        prompts: those of `vgf_llm.dialogue.PromptText` bring columns; others have none.
+        prompts: those of `vgf_llm.data.dialogue.PromptText` bring columns; others have none.
 
     Returns:
         One list per column, a value per prompt, None where a row has no such column.

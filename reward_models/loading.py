@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
 from reward_models.modelling import RewardModel, RewardModelConfig
-from vgf_llm.architecture import difference, evaluating, tolerance
+from vgf_llm.console.screen import say
 from vgf_llm.errors import ModelError
-from vgf_llm.lora import linear_names, tell_left_out
-from vgf_llm.models import fingerprint, load_tokenizer
-from vgf_llm.provenance import tell_if_changed
-from vgf_llm.screen import say
-from vgf_llm.whole import loaded_whole
+from vgf_llm.models.architecture import difference, evaluating, tolerance
+from vgf_llm.models.loading import fingerprint, load_tokenizer
+from vgf_llm.models.lora import linear_names, tell_left_out
+from vgf_llm.models.whole import loaded_whole
+from vgf_llm.runs.provenance import tell_if_changed
 
 ADAPTER_NAME = "adapter_config.json"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reward_models.functions import call_function, load_function
-from vgf_llm.cells import check_named
-from vgf_llm.data import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
-from vgf_llm.dialogue import Message, OddRowError, Prompt, PromptText, as_messages, joined, turns_of
-from vgf_llm.encoding import encode_prompt
+from vgf_llm.data.cells import check_named
+from vgf_llm.data.dialogue import Message, OddRowError, Prompt, PromptText, as_messages, joined, turns_of
+from vgf_llm.data.encoding import encode_prompt
+from vgf_llm.data.prompts import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
+from vgf_llm.data.rows import Place, Row, read_rows
 from vgf_llm.errors import DataError
-from vgf_llm.io import shorten
-from vgf_llm.rows import Place, Row, read_rows
+from vgf_llm.runs.files import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def load_logged(
     """Read logged responses.
 
     Args:
-        source: as for `vgf_llm.rows.read_rows`.
+        source: as for `vgf_llm.data.rows.read_rows`.
         split: split of a hub data set whose name does not state one.
         limit: only the first so many rows (count, > 0).
         prompt_column: text or messages.
@@ -66,7 +66,7 @@ def load_logged(
             may be empty (the model stopped at once). Where no row has the column, rows are read as preference pairs.
         reward_column: a number, higher is better.
         reward_function: fills rewards that are missing, as `reward_models.functions.load_function` takes it.
-        max_dropped_share: of preference pairs, as in `vgf_llm.data.load_preferences`.
+        max_dropped_share: of preference pairs, as in `vgf_llm.data.prompts.load_preferences`.
         system_column: a system turn, where rows have it.
 
     Returns:

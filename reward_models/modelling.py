@@ -33,12 +33,12 @@ from reward_models.body import (
     weight_shape,
 )
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
-from vgf_llm.architecture import check_config, check_decoder, decoder_class, num_layers, text_config
-from vgf_llm.attention import caps_scores, settle_attention
 from vgf_llm.errors import ModelError
-from vgf_llm.provenance import model_mark
-from vgf_llm.text.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
-from vgf_llm.whole import loaded_whole
+from vgf_llm.models.architecture import check_config, check_decoder, decoder_class, num_layers, text_config
+from vgf_llm.models.attention import caps_scores, settle_attention
+from vgf_llm.models.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
+from vgf_llm.models.whole import loaded_whole
+from vgf_llm.runs.provenance import model_mark
 
 POOLINGS = ("last", "mean")
 
@@ -55,7 +55,7 @@ class RewardModelConfig(PreTrainedConfig):
         pad_token_id: any valid id; padding is never attended to.
         embedding_width: of the input table, where the body's own configuration has another hidden size.
         output_width: of what the body returns, where it is not the body's hidden size.
-        base_weights: mark of the base's weights that the body was cut from (`vgf_llm.provenance`).
+        base_weights: mark of the base's weights that the body was cut from (`vgf_llm.runs.provenance`).
     """
 
     model_type = "vgf_reward"
@@ -158,7 +158,7 @@ class RewardModel(PreTrainedModel):
         """Cut a reward model from a causal LM; the head starts at N(0, 1 / (D + 1)), bias 0.
 
         Args:
-            base: a causal LM (left as it is), or what `vgf_llm.models.load_causal_lm` takes.
+            base: a causal LM (left as it is), or what `vgf_llm.models.loading.load_causal_lm` takes.
             num_layers: decoder layers kept, from the first; None keeps all.
             dtype: of the body (`share`: the base's own); the head is float32.
             pooling: "last" or "mean" (over the response).
@@ -172,7 +172,7 @@ class RewardModel(PreTrainedModel):
                 first layers do not answer as they do in the base, or it is to be shared and trains.
         """
         if isinstance(base, str):
-            from vgf_llm.models import load_causal_lm
+            from vgf_llm.models.loading import load_causal_lm
 
             base_name, base = base, load_causal_lm(base, dtype=dtype)
         else:

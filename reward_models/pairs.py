@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from vgf_llm.architecture import max_positions
-from vgf_llm.data import PreferencePair
-from vgf_llm.encoding import encode_prompt, encode_response
-from vgf_llm.endings import check_ids, closed
+from vgf_llm.data.encoding import encode_prompt, encode_response
+from vgf_llm.data.endings import check_ids, closed
+from vgf_llm.data.prompts import PreferencePair
+from vgf_llm.data.sources import local_files
 from vgf_llm.errors import ConfigError, DataError
-from vgf_llm.sources import local_files
+from vgf_llm.models.architecture import max_positions
 
 Row = TypeVar("Row")
 

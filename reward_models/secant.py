@@ -35,7 +35,7 @@ from torch.nn.functional import gelu, layer_norm
 from reward_models.modelling import RewardModel
 from vgf_llm.errors import ModelError
 from vgf_llm.flow.trajectory import ValueGradient
-from vgf_llm.io import write_json_atomic
+from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.text.particles import GradientSource
 from vgf_llm.text.responses import Responses
 

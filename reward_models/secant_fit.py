@@ -24,13 +24,13 @@ from torch.nn.functional import smooth_l1_loss
 from reward_models.fidelity import ExactChanges, Fidelity, compare_changes, exact_changes, score_gradient
 from reward_models.modelling import RewardModel
 from reward_models.secant import SecantHead, base_direction, direction_scale, secant_gradient
-from reward_models.secant_config import SecantTraining
+from reward_models.secant_settings import SecantTraining
+from vgf_llm.console.progress import track
 from vgf_llm.errors import DataError
-from vgf_llm.progress import track
-from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.reference import Reference
 from vgf_llm.text.responses import Responses
+from vgf_llm.text.sampler import ReferenceSampler
 
 _PROMPTS_A_BATCH = 16
 _RIDGE = 1e-3  # of the mean square of a step's coordinate

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from reward_models.loading import reward_model
-from vgf_llm.precision import is_sharded
-from vgf_llm.training.gather import full_tensors
+from vgf_llm.distributed.gather import full_tensors
+from vgf_llm.machine.precision import is_sharded
 
 
 def is_split(trainer: Trainer) -> bool:

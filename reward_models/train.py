@@ -15,15 +15,17 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reward_models.config import RewardModelSettings, RewardScript, RewardTraining, TrainerSettings, TrainingData
+from reward_models.settings import RewardModelSettings, RewardScript, RewardTraining, TrainerSettings, TrainingData
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries, stage, stages, working
+from vgf_llm.console.screen import emit, say, show
 from vgf_llm.errors import DataError
-from vgf_llm.inputs import check_base_model, check_positions, check_resumes
-from vgf_llm.io import check_writable
-from vgf_llm.progress import load_libraries, stage, stages, working
-from vgf_llm.screen import emit, library_output, say, show
-from vgf_llm.trainer_names import check_trainer_settings
+from vgf_llm.models.inputs import check_base_model, check_positions
+from vgf_llm.runs.claim import check_resumes
+from vgf_llm.runs.files import check_writable
+from vgf_llm.settings.parse import parse
+from vgf_llm.settings.trainer_names import check_trainer_settings
 
 _LAYERS = 6  # as in the recipe on human preferences; docs/fidelity.md has its gradient
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from reward_models.card import RewardCard
     from reward_models.pairs import EncodedPair
-    from vgf_llm.data import Preferences
+    from vgf_llm.data.prompts import Preferences
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,17 +67,17 @@ def run(script: RewardScript, settings: RewardModelSettings, training: RewardTra
     check_positions(settings.model_name_or_path, script.max_length)
     with working(f"reading {script.train_dataset}"):
         texts = read_texts(script)
-    load_libraries("reward_models.trainer", "vgf_llm.hf_arguments")
+    load_libraries("reward_models.trainer", "vgf_llm.runs.hf_arguments")
     import torch
     from transformers import set_seed
 
     from reward_models.pairs import PairCollator, check_max_length, check_rows
     from reward_models.trainer import RewardTrainer, checkpoint_to_resume
-    from vgf_llm.architecture import vocabulary_rows
-    from vgf_llm.endings import padding_id
-    from vgf_llm.hf_arguments import training_arguments
-    from vgf_llm.models import load_causal_lm, load_tokenizer
-    from vgf_llm.precision import for_training
+    from vgf_llm.data.endings import padding_id
+    from vgf_llm.machine.precision import for_training
+    from vgf_llm.models.architecture import vocabulary_rows
+    from vgf_llm.models.loading import load_causal_lm, load_tokenizer
+    from vgf_llm.runs.hf_arguments import training_arguments
 
     settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
@@ -142,7 +144,7 @@ def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bo
 
 def _layers_kept(stated: int | str | None, lm: Any) -> int | None:
     """Return the decoder layers to keep, None for all: what is stated, or what docs/fidelity.md measured to do well."""
-    from vgf_llm.architecture import num_layers
+    from vgf_llm.models.architecture import num_layers
 
     if stated != "auto":
         return stated  # type: ignore[return-value]
@@ -206,7 +208,7 @@ def check_training(settings: RewardModelSettings, training: TrainerSettings, out
 
 
 def _preferences(script: RewardScript, source: str, split: str, limit: int | None) -> Preferences:
-    from vgf_llm.data import load_preferences
+    from vgf_llm.data.prompts import load_preferences
 
     preferences = load_preferences(
         source,
@@ -229,7 +231,7 @@ def fit(trainer: Any, training: TrainerSettings, output_dir: str | Path, checkpo
     from reward_models.folder import clear_earlier_run
     from reward_models.frame import announce, keeps_lines, score_figures
     from reward_models.trainer import add_embedding_noise
-    from vgf_llm.trainer_screen import shown
+    from vgf_llm.console.trainer_screen import shown
 
     if trainer.is_world_process_zero():
         clear_earlier_run(output_dir, keep_checkpoints=checkpoint is not None)

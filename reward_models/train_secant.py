@@ -17,16 +17,19 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reward_models.secant_config import SecantScript, SecantTraining
+from reward_models.inputs import check_reward_model
+from reward_models.secant_settings import SecantScript, SecantTraining
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries, working
+from vgf_llm.console.screen import emit, show
 from vgf_llm.errors import DataError, ModelError
-from vgf_llm.inputs import check_base_model, check_reward_model
-from vgf_llm.io import check_writable
-from vgf_llm.precision import with_dtype
-from vgf_llm.progress import load_libraries, working
-from vgf_llm.screen import emit, library_output, show
-from vgf_llm.settings import SamplingSettings, resolve_device
+from vgf_llm.machine.device import resolve_device
+from vgf_llm.machine.precision import with_dtype
+from vgf_llm.models.inputs import check_base_model
+from vgf_llm.runs.files import check_writable
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
     from reward_models.fidelity import Fidelity
@@ -63,7 +66,7 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     from reward_models.loading import load_reward_model
     from reward_models.secant import save_secant_head
     from reward_models.secant_fit import compare_with_gradient, fit_secant_head, score_substitutions, secant_targets
-    from vgf_llm.models import load_tokenizer
+    from vgf_llm.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(
         script.model_name_or_path,
@@ -112,7 +115,7 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
 
 def _prompts(script: SecantScript) -> tuple[list[Any], list[Any]]:
     """Read both prompt files and refuse a prompt that is in both."""
-    from vgf_llm.data import load_prompts
+    from vgf_llm.data.prompts import load_prompts
 
     column, system = script.prompt_column, script.system_column
     fitted = load_prompts(script.prompts, column, limit=script.num_prompts, system_column=system)
@@ -132,8 +135,8 @@ def _sample(
 ) -> list[Sampled]:
     """Sample the base model on each list of prompts; ids stay below the rows of the value's table."""
     from reward_models.secant_fit import sample_reference
-    from vgf_llm.endings import padding_id
-    from vgf_llm.models import eos_token_ids, load_causal_lm
+    from vgf_llm.data.endings import padding_id
+    from vgf_llm.models.loading import eos_token_ids, load_causal_lm
     from vgf_llm.text.reference import Reference
 
     with working(f"loading the base model {script.model_name_or_path}"):
@@ -159,8 +162,8 @@ def _sample(
 
 
 def _encoded(tokenizer: Any, prompt: Any, rows: int, number: int) -> list[int]:
-    from vgf_llm.encoding import encode_prompt
-    from vgf_llm.endings import check_ids
+    from vgf_llm.data.encoding import encode_prompt
+    from vgf_llm.data.endings import check_ids
 
     ids = encode_prompt(tokenizer, prompt)
     check_ids(tokenizer, ids, rows, f"prompt {number}")

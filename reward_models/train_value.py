@@ -15,16 +15,17 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from reward_models.config import RewardModelSettings
+from reward_models.settings import RewardModelSettings
 from reward_models.train import check_training, data_files, fit, report, training_facts, untrained_model
-from reward_models.value_config import ValueScript, ValueTraining
+from reward_models.value_settings import ValueScript, ValueTraining
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries, stage, stages, working
+from vgf_llm.console.screen import say
 from vgf_llm.errors import DataError
-from vgf_llm.inputs import check_positions
-from vgf_llm.io import check_writable
-from vgf_llm.progress import load_libraries, stage, stages, working
-from vgf_llm.screen import library_output, say
+from vgf_llm.models.inputs import check_positions
+from vgf_llm.runs.files import check_writable
+from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     check_positions(settings.model_name_or_path, script.max_length)
     with working(f"reading {script.train_dataset}"):
         texts = read_texts(script)
-    load_libraries("reward_models.value_trainer", "vgf_llm.hf_arguments")
+    load_libraries("reward_models.value_trainer", "vgf_llm.runs.hf_arguments")
     import torch
     from transformers import set_seed
 
@@ -69,11 +70,11 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     from reward_models.pairs import check_max_length, check_rows
     from reward_models.trainer import checkpoint_to_resume
     from reward_models.value_trainer import ValueTrainer
-    from vgf_llm.architecture import vocabulary_rows
-    from vgf_llm.endings import padding_id
-    from vgf_llm.hf_arguments import training_arguments
-    from vgf_llm.models import load_causal_lm, load_tokenizer
-    from vgf_llm.precision import for_training, is_sharded
+    from vgf_llm.data.endings import padding_id
+    from vgf_llm.machine.precision import for_training, is_sharded
+    from vgf_llm.models.architecture import vocabulary_rows
+    from vgf_llm.models.loading import load_causal_lm, load_tokenizer
+    from vgf_llm.runs.hf_arguments import training_arguments
 
     settings, training = for_training(settings, training)
     arguments = training_arguments(training, output_dir)
@@ -186,7 +187,7 @@ def finish(
     from reward_models.loading import load_reward_model
     from reward_models.logged import response_pairs
     from reward_models.value_trainer import value_figures
-    from vgf_llm.endings import padding_id
+    from vgf_llm.data.endings import padding_id
 
     stage("measuring it on held-out responses")
     with working("reading the saved value back and scoring the held-out responses"):

@@ -19,13 +19,13 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from reward_models.config import RewardTraining, TrainerSettings
 from reward_models.loading import ADAPTER_NAME, reward_model
 from reward_models.losses import bradley_terry
+from reward_models.settings import RewardTraining, TrainerSettings
 from reward_models.splitting import frozen_tensors, is_split, whole_tensors
+from vgf_llm.distributed.fsdp import require_sharding, shard_on_cpu
 from vgf_llm.errors import ConfigError
-from vgf_llm.precision import require_float32
-from vgf_llm.training.fsdp import require_sharding, shard_on_cpu
+from vgf_llm.machine.precision import require_float32
 
 
 class ScoreTrainer(Trainer):

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.loading import add_lora, is_lora, load_adapter, load_reward_model, save_reward_model
 from reward_models.modelling import RewardModel
-from vgf_llm.architecture import evaluating
 from vgf_llm.errors import ModelError
+from vgf_llm.models.architecture import evaluating
 
 
 def build_value_model(
@@ -129,7 +129,7 @@ def save_value_model(
         OutputError: the folder holds another kind of model, or cannot be written.
     """
     from reward_models.folder import check_is_ours, clear_earlier_run
-    from vgf_llm.io import check_writable
+    from vgf_llm.runs.files import check_writable
 
     check_is_ours(check_writable(str(folder)))
     clear_earlier_run(folder, keep_checkpoints=True)

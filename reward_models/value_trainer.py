@@ -17,11 +17,11 @@ from transformers import EvalPrediction, TrainerCallback
 
 from reward_models.pooling import prefix_columns
 from reward_models.trainer import ScoreTrainer
-from reward_models.value_config import ValueTraining
 from reward_models.value_losses import td_lambda_targets, value_loss
 from reward_models.value_model import EmaTarget
+from reward_models.value_settings import ValueTraining
+from vgf_llm.distributed.gather import whole_weights
 from vgf_llm.errors import ConfigError
-from vgf_llm.training.gather import whole_weights
 
 TARGET_NAME = "target.safetensors"
 

@@ -68,7 +68,7 @@ def _read(terminal: int) -> str:
 
 def main() -> None:
     """Read jobs from standard input and write what came of them."""
-    import vgf_llm.evaluation.work
+    import vgf_llm.evaluation.runner
     import vgf_llm.training.trainer  # noqa: F401
 
     json.dump([run_job(job) for job in json.load(sys.stdin)], sys.stdout)

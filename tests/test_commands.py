@@ -9,7 +9,7 @@ import torch
 from reward_models.modelling import RewardModel
 from vgf_llm import evaluate, generate
 from vgf_llm.errors import ConfigError, DataError, ModelError, NonFiniteError, OutputError
-from vgf_llm.io import read_jsonl
+from vgf_llm.runs.files import read_jsonl
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_bad_input_is_told_what_to_do(models, prompts, tmp_path, tiny_tokenizer)
 
 def test_an_unwritable_output_folder_is_found_before_any_model_is_loaded(models, prompts, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("vgf_llm.models.load_causal_lm", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vgf_llm.models.loading.load_causal_lm", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(OutputError):
         evaluate.main(arguments(models, prompts, tmp_path, "--output_dir", str(tmp_path / "file" / "run")))
 

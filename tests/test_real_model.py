@@ -5,13 +5,14 @@ import torch
 
 from reward_models.modelling import RewardModel
 from tests.text.moves import make_move
-from vgf_llm.data import encode_prompt
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
+from vgf_llm.data.prompts import encode_prompt
 from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.models import eos_token_ids, fingerprint, load_causal_lm, load_tokenizer
-from vgf_llm.sampling import ReferenceSampler
+from vgf_llm.models.loading import eos_token_ids, fingerprint, load_causal_lm, load_tokenizer
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import ImplicitPolicy, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import PriorDecoder, Reference, row_seeds
+from vgf_llm.text.sampler import ReferenceSampler
 
 pytestmark = pytest.mark.slow
 TEXTS = ["Write one sentence about the sea.", "Describe a wooden chair in one sentence, please."]

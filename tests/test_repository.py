@@ -51,7 +51,7 @@ def test_no_function_is_longer_than_120_lines():
 
 
 def test_people_are_spoken_to_in_one_place():
-    """`vgf_llm.screen` knows where standard error and output lead; a print would end up in the log of libraries."""
+    """`vgf_llm.console.screen` knows where standard error and output lead; a print would end up in a log."""
     direct = re.compile(r"(?<![\w.])print\(|file=sys\.std(err|out)|sys\.std(err|out)\.write|\bConsole\(")
     speaking = {"screen.py", "progress.py", "cli.py", "vllm_processor.py"}  # the last runs in the engine's process
     found = [
@@ -96,14 +96,14 @@ def test_nothing_large_is_kept_in_the_repository():
 
 def test_the_core_path_needs_torch_and_transformers_only():
     """Load, score, transport and decode import in an interpreter that has none of the other packages."""
-    names = ("vgf_llm.flow", "vgf_llm.text", "vgf_llm.sampling", "vgf_llm.models", "vgf_llm.data")
+    names = ("vgf_llm.flow", "vgf_llm.text", "vgf_llm.sampling", "vgf_llm.models.loading", "vgf_llm.data.prompts")
     code = (
         "import importlib, pkgutil, sys\n"
         f"for name in {sorted(HEAVY)}: sys.modules[name] = None\n"  # None: importing it raises, finding it fails
         f"for name in {names}:\n"
         "    module = importlib.import_module(name)\n"
         "    for found in pkgutil.walk_packages(getattr(module, '__path__', []), name + '.'):\n"
-        "        if found.name != 'vgf_llm.sampling.vllm_processor':  # loaded by vLLM alone\n"
+        "        if found.name != 'vgf_llm.engines.vllm_processor':  # loaded by vLLM alone\n"
         "            importlib.import_module(found.name)\n"
         "import reward_models.modelling, reward_models.ensemble, reward_models.losses, reward_models.value_losses\n"
         "import vgf_llm.control.losses, vgf_llm.control.targets, vgf_llm.control.agent\n"

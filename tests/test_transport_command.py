@@ -7,9 +7,9 @@ import pytest
 
 from reward_models.modelling import RewardModel
 from vgf_llm import transport
+from vgf_llm.data.trl import dpo_rows, sft_rows
 from vgf_llm.errors import ConfigError, OutputError
-from vgf_llm.io import read_jsonl
-from vgf_llm.trl_datasets import dpo_rows, sft_rows
+from vgf_llm.runs.files import read_jsonl
 
 WORDS = ("sea", "dog", "tree", "cat", "rain", "day")
 

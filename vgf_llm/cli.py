@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vgf_llm import __version__
+from vgf_llm.distributed.processes import in_process_group, leave_process_group
 from vgf_llm.errors import VGFError
-from vgf_llm.processes import in_process_group, leave_process_group
 
 COMMANDS = {
     "demo": ("vgf_llm.demo", "train a reward model, transport, decode and compare, on a small real model (minutes)"),

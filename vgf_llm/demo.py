@@ -18,17 +18,18 @@ from typing import Any
 
 from reward_models.card import CARD_NAME
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries, stage, stages
+from vgf_llm.console.screen import emit, say, show
 from vgf_llm.errors import ConfigError
 from vgf_llm.evaluate import headline
 from vgf_llm.evaluate import run as run_evaluation
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.io import check_writable, read_jsonl
-from vgf_llm.precision import choose_dtype
-from vgf_llm.progress import load_libraries, stage, stages
-from vgf_llm.screen import emit, library_output, say, show
+from vgf_llm.machine.precision import choose_dtype
+from vgf_llm.machine.speed import expected_sec
+from vgf_llm.runs.files import check_writable, read_jsonl
 from vgf_llm.settings import ModelSettings, SamplingSettings
-from vgf_llm.speed import expected_sec
+from vgf_llm.settings.parse import parse
 
 # TFLOP of 7 million parameters (two layers) on a pair, of a response whose gradient is measured, of the secant head's
 # samples and substitutions, and of a prompt under all arms: what the titles' expected times are made of.
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"recipe {str(recipe)!r} has no demo.yaml; run from the repository's folder or name one")
     plan = _read(settings, recipe, output_dir)
     with library_output(output_dir), stages(len(plan.stages)):
-        load_libraries("reward_models.trainer", "vgf_llm.hf_arguments", "vgf_llm.evaluation.work")
+        load_libraries("reward_models.trainer", "vgf_llm.runs.hf_arguments", "vgf_llm.evaluation.runner")
         for title, tflop, run in plan.stages:
             stage(title, expected_sec(tflop * 1e12, choose_dtype("auto")))
             with stages(0):
@@ -126,7 +127,7 @@ def _read(settings: DemoSettings, recipe: Path, output_dir: Path) -> _Plan:
 
 def _train(recipe: Path, folder: Path) -> tuple[float, Callable[[], Any]]:
     """Return the training of the recipe's reward model, after its TFLOP."""
-    from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
+    from reward_models.settings import RewardModelSettings, RewardScript, RewardTraining
     from reward_models.train import run as train
 
     script, model, training = parse(
@@ -142,7 +143,7 @@ def _train(recipe: Path, folder: Path) -> tuple[float, Callable[[], Any]]:
 
 def _fit_secant_head(recipe: Path, folder: Path) -> Callable[[], Any]:
     """Return the fit of the head whose direction moves the particles."""
-    from reward_models.secant_config import SecantScript, SecantTraining
+    from reward_models.secant_settings import SecantScript, SecantTraining
     from reward_models.train_secant import run as fit
 
     parsed = parse(

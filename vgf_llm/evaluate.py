@@ -16,16 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reward_models.inputs import check_models, check_rewards
 from vgf_llm.cli import run_main
-from vgf_llm.config import dump, parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries
+from vgf_llm.console.screen import emit, say
+from vgf_llm.engines.inputs import check_engine
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.inputs import check_decoder_options, check_engine, check_models, check_rewards
-from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
-from vgf_llm.precision import with_dtype
-from vgf_llm.progress import load_libraries
-from vgf_llm.resume import claim, contents, refuse_rows
-from vgf_llm.screen import emit, library_output, say
-from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.machine.precision import with_dtype
+from vgf_llm.runs.claim import claim, contents, refuse_rows
+from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
+from vgf_llm.settings import ModelSettings, SamplingSettings, check_decoder_options
+from vgf_llm.settings.parse import dump, parse
 
 _RECORDS = Path("docs/results")
 
@@ -59,12 +61,12 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     rows_path = output_dir / "rows.jsonl"
     refuse_rows(rows_path, settings.resume)
     prompts = look_at_inputs(settings, models)
-    load_libraries("vgf_llm.evaluation.work")
+    load_libraries("vgf_llm.evaluation.runner")
     models = with_dtype(models)
     _claim(rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report
+    from vgf_llm.evaluation.runner import finish, work
     from vgf_llm.evaluation.table import equal_cost_lines, print_table
-    from vgf_llm.evaluation.work import finish, work
 
     done = {(row["arm"], row["seed"], row["prompt_index"]) for row in _read(rows_path)}
     for rows in work(settings, models, sampling, prompts, done):
@@ -94,7 +96,7 @@ def look_at_inputs(settings: EvaluateSettings, models: ModelSettings) -> list[An
     Raises:
         VGFError: Something is unusable.
     """
-    from vgf_llm.data import load_prompt_texts
+    from vgf_llm.data.prompts import load_prompt_texts
 
     check_rewards([], settings.gold)
     check_models(models)

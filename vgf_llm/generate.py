@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering import AnswerSettings, answer, look_at_inputs
+from vgf_llm.answering.answer import AnswerSettings, answer, look_at_inputs
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.screen import emit, say
 from vgf_llm.errors import ConfigError, DataError, OutputError
-from vgf_llm.io import append_jsonl, check_writable
-from vgf_llm.screen import emit, library_output, say
+from vgf_llm.runs.files import append_jsonl, check_writable
 from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings.parse import parse
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _prompts(settings: GenerateSettings) -> list[Any]:
     if settings.prompt:
         found: list[Any] = list(settings.prompt)
     elif settings.prompts:
-        from vgf_llm.data import load_prompts
+        from vgf_llm.data.prompts import load_prompts
 
         return load_prompts(
             settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
@@ -92,7 +93,7 @@ def _prompts(settings: GenerateSettings) -> list[Any]:
         found = [line.strip() for line in _standard_input() if line.strip()]
     if not found:
         raise ConfigError("no prompt given; use --prompt, --prompts or standard input")
-    from vgf_llm.data import read_prompt
+    from vgf_llm.data.prompts import read_prompt
 
     asked = enumerate(found[: settings.num_prompts], 1)
     return [read_prompt(prompt, "--prompt", number, "prompt") for number, prompt in asked]

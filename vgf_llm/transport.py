@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering import AnswerSettings, answer, look_at_inputs
+from vgf_llm.answering.answer import AnswerSettings, answer, look_at_inputs
 from vgf_llm.cli import run_main
-from vgf_llm.config import dump, parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries
+from vgf_llm.console.screen import emit, say
 from vgf_llm.errors import ConfigError, ModelError, OutputError
-from vgf_llm.io import append_jsonl, check_writable, read_jsonl
-from vgf_llm.precision import with_dtype
-from vgf_llm.progress import load_libraries
-from vgf_llm.resume import claim, contents, refuse_rows
-from vgf_llm.screen import emit, library_output, say
+from vgf_llm.machine.precision import with_dtype
+from vgf_llm.runs.claim import claim, contents, refuse_rows
+from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl
 from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings.parse import dump, parse
 
 SFT_NAME, DPO_NAME = "sft.parquet", "dpo.parquet"
 
@@ -71,7 +72,7 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
         raise ConfigError("prompts is not set; name a prompt file or a hub dataset with --prompts")
     if importlib.util.find_spec("pyarrow") is None:
         raise ModelError("Parquet files need the package pyarrow; run `pip install vgf-llm[train]`")
-    from vgf_llm.data import load_prompts
+    from vgf_llm.data.prompts import load_prompts
 
     prompts = load_prompts(
         settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column
@@ -81,7 +82,7 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
     _refuse_datasets(output_dir, settings.resume)
     refuse_rows(rows_path, settings.resume)
     look_at_inputs(settings, models)
-    load_libraries("vgf_llm.pipeline", "vgf_llm.text")
+    load_libraries("vgf_llm.answering.pipeline", "vgf_llm.text")
     models = with_dtype(models)
     config = {
         **dump(settings, models, sampling),
@@ -99,8 +100,8 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
 
 def _write(output_dir: Path, prompts: list[Any], answers: list[dict[str, Any]], models: ModelSettings) -> dict:
     """Write both datasets; returns what they hold and what was left out."""
-    from vgf_llm.models import load_tokenizer
-    from vgf_llm.trl_datasets import dpo_rows, sft_rows, trl_prompt, write_parquet
+    from vgf_llm.data.trl import dpo_rows, sft_rows, trl_prompt, write_parquet
+    from vgf_llm.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(
         models.model_name_or_path,

@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries
+from vgf_llm.console.screen import emit, say
 from vgf_llm.errors import ConfigError, OutputError
-from vgf_llm.progress import load_libraries
-from vgf_llm.screen import emit, library_output, say
+from vgf_llm.runs.manifest import verify
 from vgf_llm.settings import SamplingSettings
+from vgf_llm.settings.parse import parse
 from vgf_llm.train import CONFIG_NAME
-from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
-from vgf_llm.training.manifest import verify
+from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
 _SHOWN = 10
 
@@ -81,7 +82,7 @@ def run(settings: VerifySettings) -> list[str]:
     load_libraries("vgf_llm.training.trainer")
     from accelerate import PartialState
 
-    from vgf_llm.training.compare import compare_checkpoints
+    from vgf_llm.runs.compare import compare_checkpoints
 
     folders = [checkpoint.parent / f".verify-resume-{number}" for number in (1, 2)]
     try:
@@ -113,8 +114,8 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     """Train on to a step; returns the checkpoint written there."""
     from transformers import TrainerCallback
 
+    from vgf_llm.console.trainer_screen import shown
     from vgf_llm.train import build_trainer
-    from vgf_llm.trainer_screen import shown
     from vgf_llm.training.finished import finished
     from vgf_llm.training.observing import bar_figures
     from vgf_llm.training.resume import checkpoint_to_resume

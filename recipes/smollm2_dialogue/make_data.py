@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from vgf_llm.cli import run_main
-from vgf_llm.data import PreferencePair, encode_prompt, load_preferences
-from vgf_llm.dialogue import as_messages, as_text
+from vgf_llm.data.dialogue import as_messages, as_text
+from vgf_llm.data.prompts import PreferencePair, encode_prompt, load_preferences
 from vgf_llm.errors import DataError
-from vgf_llm.io import check_writable, write_text_atomic
-from vgf_llm.models import load_tokenizer
+from vgf_llm.models.loading import load_tokenizer
+from vgf_llm.runs.files import check_writable, write_text_atomic
 
 OUTPUT = Path("outputs/smollm2_dialogue/data")
 SEED = 20260414

@@ -17,14 +17,14 @@ import random
 from pathlib import Path
 
 from reward_models.functions import vader_compound
-from vgf_llm.data import encode_prompt
-from vgf_llm.io import append_jsonl, check_writable, read_jsonl, write_text_atomic
-from vgf_llm.models import eos_token_ids, load_causal_lm, load_tokenizer
-from vgf_llm.progress import track
-from vgf_llm.sampling import ReferenceSampler
+from vgf_llm.console.progress import track
+from vgf_llm.data.prompts import encode_prompt
+from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
+from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl, write_text_atomic
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.reference import Reference
+from vgf_llm.text.sampler import ReferenceSampler
 
 HERE = Path(__file__).parent
 TEMPLATES = (

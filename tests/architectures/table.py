@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.architectures.checks import CHECKS, Case
 from tests.architectures.zoo import ZOO, Architecture
 from vgf_llm.errors import ModelError
-from vgf_llm.models import load_causal_lm
+from vgf_llm.models.loading import load_causal_lm
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = "<!-- written by python -m tests.architectures.table -->", "<!-- end of the table -->"

@@ -6,7 +6,7 @@ from tests.architectures.checks import CHECKS
 from tests.architectures.table import listed, row, run
 from tests.architectures.zoo import ZOO
 from vgf_llm.errors import ModelError
-from vgf_llm.models import load_causal_lm, load_skeleton
+from vgf_llm.models.loading import load_causal_lm, load_skeleton
 
 
 @pytest.mark.parametrize("name", ZOO)

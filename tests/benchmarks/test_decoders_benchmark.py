@@ -27,7 +27,7 @@ def flags(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
 
 @pytest.fixture
 def card(flags, tiny_tokenizer):
-    from vgf_llm.models import fingerprint
+    from vgf_llm.models.loading import fingerprint
 
     prints = fingerprint(tiny_tokenizer)
     folder = flags[flags.index("--reward_model") + 1]

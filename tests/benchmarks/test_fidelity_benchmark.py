@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.fidelity import noisy_gradient, rounded, table
 from benchmarks.fidelity_variants import PASSES, Variant, VariantTrainer, _chord, _sobolev, variants
-from reward_models.config import RewardTraining
 from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator
-from vgf_llm.hf_arguments import training_arguments
+from reward_models.settings import RewardTraining
+from vgf_llm.runs.hf_arguments import training_arguments
 
 PAIRS = [EncodedPair([1, 10 + i], [20 + i, 21, 22, 2], [30 + i, 31, 32, 2]) for i in range(8)]
 

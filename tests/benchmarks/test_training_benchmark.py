@@ -70,9 +70,9 @@ def test_our_trainer_takes_steps_under_the_same_clock(models, prompts, recipe, t
 
 
 def test_rewards_are_those_of_the_sampled_tokens(models, prompts):
-    from vgf_llm.pipeline import encode_prompts, load_pipeline
-    from vgf_llm.sampling import ReferenceSampler
+    from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
     from vgf_llm.text import row_seeds
+    from vgf_llm.text.sampler import ReferenceSampler
 
     pipeline = load_pipeline(models, SAMPLING)
     texts = ["write about the sea", "a dog"]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vgf_llm import config
 from vgf_llm.control import train
 from vgf_llm.control.settings import AgentSettings, DataSettings, TrainSettings, training_budget
+from vgf_llm.settings import parse as config
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "control").glob("*.yaml"))

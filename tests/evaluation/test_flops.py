@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reward_models.modelling import RewardModel
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
+from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.pipeline import make_decoder
-from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import ImplicitPolicy, Reference, row_seeds
+from vgf_llm.text import Reference, row_seeds
+from vgf_llm.text.sampler import ReferenceSampler
 
 PROMPT = [3, 4, 5]
 NEVER_DRAWN = 10_000  # no token of the vocabulary, so that every response has its full length

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vgf_llm import config
+from vgf_llm.settings import parse as config
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {

@@ -13,7 +13,7 @@ from reward_models.loading import save_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import PairCollator, encode_pairs
 from tests.conftest import build_neox
-from vgf_llm.data import PreferencePair
+from vgf_llm.data.prompts import PreferencePair
 from vgf_llm.errors import ModelError
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes.smollm2_sentiment import make_data
-from vgf_llm.io import read_jsonl
+from vgf_llm.runs.files import read_jsonl
 
 
 def test_files_are_replaced_at_the_end_or_not_at_all(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from reward_models.train import main as reward
 from tests.conftest import build_neox, build_tokenizer
 from vgf_llm.evaluate import main as evaluate
 from vgf_llm.generate import main as generate
-from vgf_llm.io import read_jsonl
+from vgf_llm.runs.files import read_jsonl
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = {

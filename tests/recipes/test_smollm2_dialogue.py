@@ -13,13 +13,13 @@ from recipes import held_out
 from recipes.smollm2_dialogue import gold, make_data
 from reward_models.train import main as reward
 from tests.conftest import build_llama, build_tokenizer
-from vgf_llm.data import PreferencePair, load_preferences, load_prompts
-from vgf_llm.dialogue import HUMAN
+from vgf_llm.answering.pipeline import prompt_text
+from vgf_llm.data.dialogue import HUMAN
+from vgf_llm.data.prompts import PreferencePair, load_preferences, load_prompts
 from vgf_llm.errors import DataError, ModelError
 from vgf_llm.evaluate import main as evaluate
 from vgf_llm.generate import main as generate
-from vgf_llm.io import read_jsonl
-from vgf_llm.pipeline import prompt_text
+from vgf_llm.runs.files import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT.parent / "shared" / "data" / "hh_harmless_base_test_part.jsonl.gz"

@@ -8,8 +8,8 @@ import pytest
 
 from reward_models import train
 from reward_models.card import read_card
-from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
 from reward_models.loading import load_reward_model
+from reward_models.settings import RewardModelSettings, RewardScript, RewardTraining
 from reward_models.trainer import RewardTrainer
 from vgf_llm.errors import ConfigError, DataError, ModelError, OutputError
 

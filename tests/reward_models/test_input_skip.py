@@ -2,11 +2,11 @@
 
 import torch
 
-from reward_models.config import RewardTraining
 from reward_models.loading import add_lora, load_reward_model, save_reward_model
 from reward_models.modelling import RewardModel
+from reward_models.settings import RewardTraining
 from reward_models.trainer import RewardTrainer
-from vgf_llm.hf_arguments import training_arguments
+from vgf_llm.runs.hf_arguments import training_arguments
 
 PROMPTS = [[1, 10, 11], [1, 20, 21, 22, 23]]
 TOKENS = torch.tensor([[[30, 31, 2, 0], [32, 33, 34, 2]], [[35, 2, 0, 0], [36, 37, 38, 39]]])

@@ -11,7 +11,7 @@ from reward_models.card import RewardCard, write_card
 from reward_models.loading import add_lora, load_reward_model, reward_model, save_reward_model
 from reward_models.modelling import RewardModel
 from vgf_llm.errors import ModelError
-from vgf_llm.models import fingerprint
+from vgf_llm.models.loading import fingerprint
 
 PROMPTS = [[5, 6, 7], [10, 11]]
 TOKENS = torch.tensor([[[12, 13], [15, 2]], [[16, 2], [18, 19]]])

@@ -18,7 +18,6 @@ from reward_models.secant import (
     secant_features,
     secant_gradient,
 )
-from reward_models.secant_config import SecantTraining
 from reward_models.secant_fit import (
     Sampled,
     compare_with_gradient,
@@ -27,6 +26,7 @@ from reward_models.secant_fit import (
     score_substitutions,
     secant_targets,
 )
+from reward_models.secant_settings import SecantTraining
 from reward_models.train_secant import main
 from vgf_llm.cli import run_main
 from vgf_llm.errors import ModelError

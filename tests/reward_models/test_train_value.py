@@ -17,12 +17,12 @@ from reward_models.loading import load_reward_model
 from reward_models.logged import EncodedResponse, LoggedCollator, encode_logged, load_logged, response_pairs
 from reward_models.pooling import prefix_columns
 from reward_models.train_value import main
-from reward_models.value_config import ValueTraining
 from reward_models.value_model import build_value_model
+from reward_models.value_settings import ValueTraining
 from reward_models.value_trainer import TARGET_NAME, ValueTrainer
 from vgf_llm.cli import run_main
 from vgf_llm.errors import ConfigError, DataError
-from vgf_llm.hf_arguments import training_arguments
+from vgf_llm.runs.hf_arguments import training_arguments
 
 ROOT = Path(__file__).parents[2]
 FILLER = ["the", "a", "dog", "sea", "is"]

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from reward_models.card import read_card
-from reward_models.config import RewardModelSettings, RewardScript, RewardTraining
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator, encode_pairs, hold_out
+from reward_models.settings import RewardModelSettings, RewardScript, RewardTraining
 from reward_models.train import main, run
 from reward_models.trainer import RewardTrainer, add_embedding_noise, checkpoint_to_resume
 from vgf_llm.cli import run_main
-from vgf_llm.data import PreferencePair
+from vgf_llm.data.prompts import PreferencePair
 from vgf_llm.errors import ConfigError, DataError
-from vgf_llm.hf_arguments import training_arguments
+from vgf_llm.runs.hf_arguments import training_arguments
 
 GOOD, BAD, FILLER = (
     ["good", "great", "happy", "love"],

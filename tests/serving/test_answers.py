@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.serving.conftest import MODEL, SAMPLING, chat
-from vgf_llm.data import encode_prompt, encode_response
-from vgf_llm.pipeline import make_decoder
-from vgf_llm.sampling import ReferenceSampler
-from vgf_llm.sampling.engine import EngineRequest
-from vgf_llm.text import ImplicitPolicy, row_seeds
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
+from vgf_llm.answering.pipeline import make_decoder
+from vgf_llm.data.prompts import encode_prompt, encode_response
+from vgf_llm.engines.engine import EngineRequest
+from vgf_llm.text import row_seeds
+from vgf_llm.text.sampler import ReferenceSampler
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (it comes with vLLM)")
 CHAT = "/v1/chat/completions"
@@ -77,7 +78,7 @@ def test_greedy_is_the_transformers_models(running, served_pipeline, tiny_greedy
 
 @pytest.fixture
 def tiny_greedy(served_pipeline, served_models):
-    from vgf_llm.models import load_causal_lm
+    from vgf_llm.models.loading import load_causal_lm
 
     model = load_causal_lm(served_models.model_name_or_path)
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.serving.conftest import MODEL, chat, serving, wait_until
-from vgf_llm.sampling.engine import EngineError, RequestRefusedError
+from vgf_llm.engines.engine import EngineError, RequestRefusedError
 from vgf_llm.serving.errors import as_request_error
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (it comes with vLLM)")

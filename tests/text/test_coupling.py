@@ -9,13 +9,14 @@ import torch
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama
 from tests.text.moves import make_move
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import ImplicitPolicy, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import PriorDecoder, Reference, row_seeds
 from vgf_llm.text.coupling import draft_noise, maximally_coupled
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
+from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.text.tilt import kl_divergence, tilt
 
 PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]

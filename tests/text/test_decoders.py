@@ -7,11 +7,12 @@ import torch
 
 from reward_models.modelling import RewardModel
 from tests.text.moves import make_move
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.evaluation.controls import flipped_gradient, random_gradient
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import ImplicitPolicy, NearestDecoder, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import NearestDecoder, PriorDecoder, Reference, row_seeds
+from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.text.tilt import kl_divergence, tilt
 
 PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]

@@ -8,23 +8,15 @@ from torch.nn.functional import pad
 
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama
-from vgf_llm import answering
+from vgf_llm.answering import answer as answering
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.controls import no_gradient
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import (
-    BlockDecoder,
-    EditDecoder,
-    ImplicitPolicy,
-    PivotDecoder,
-    PriorDecoder,
-    Reference,
-    Work,
-    row_seeds,
-)
+from vgf_llm.text import BlockDecoder, EditDecoder, PivotDecoder, PriorDecoder, Reference, Work, row_seeds
 from vgf_llm.text.responses import changed_tokens
+from vgf_llm.text.sampler import ReferenceSampler
 
 PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
 ROWS = 20_000

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
 from vgf_llm.text.law import truncate
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
+from vgf_llm.text.sampler import ReferenceSampler
 
 PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
 

@@ -9,13 +9,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reward_models.modelling import RewardModel
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.evaluation.controls import no_gradient
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling import ReferenceSampler
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import EditDecoder, EditGreedyDecoder, ImplicitPolicy, PivotDecoder, Reference, row_seeds
+from vgf_llm.text import EditDecoder, EditGreedyDecoder, PivotDecoder, Reference, row_seeds
 from vgf_llm.text.particles import exact_gradient
 from vgf_llm.text.responses import concatenate
+from vgf_llm.text.sampler import ReferenceSampler
 
 PAD, EOS, VOCABULARY, LENGTH, ALPHA = 0, 1, 6, 3, 1.0
 PROMPT = [3, 4]

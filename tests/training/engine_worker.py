@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from tests.conftest import build_llama
-from vgf_llm.processes import leave_process_group
-from vgf_llm.training.fsdp import require_sharding, shard_on_cpu
-from vgf_llm.training.gather import full_tensors, whole_weights
+from vgf_llm.distributed.fsdp import require_sharding, shard_on_cpu
+from vgf_llm.distributed.gather import full_tensors, whole_weights
+from vgf_llm.distributed.processes import leave_process_group
 
 STEPS = 3
 # under DDP the Trainer loads the optimiser onto its device, which is cpu:0 here, a name torch.load does not know

@@ -11,11 +11,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
-from reward_models.config import RewardTraining
-from vgf_llm import trainer_names
+from reward_models.settings import RewardTraining
 from vgf_llm.errors import ConfigError
-from vgf_llm.hf_arguments import training_arguments
-from vgf_llm.training.config import OptimSettings
+from vgf_llm.runs.hf_arguments import training_arguments
+from vgf_llm.settings import trainer_names
+from vgf_llm.training.settings import OptimSettings
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_an_unknown_value_is_named(tmp_path, changes: dict[str, Any], message: s
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vgf_llm.trainer_names.is_installed", lambda name: name == "tensorboard")
-    monkeypatch.setattr("vgf_llm.hf_arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("vgf_llm.settings.trainer_names.is_installed", lambda name: name == "tensorboard")
+    monkeypatch.setattr("vgf_llm.runs.hf_arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ConfigError, match="report_to: 'wandb' needs its package.*choose from none, tensorboard"):
         training_arguments(OptimSettings(report_to="wandb"), tmp_path)
     assert training_arguments(OptimSettings(report_to="tensorboard"), tmp_path).report_to == ["tensorboard"]

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tests.training import vgf_worker
 from tests.training.launch import ROOT, launch
 from vgf_llm.errors import CheckpointError, ConfigError
+from vgf_llm.runs.compare import compare_checkpoints
 from vgf_llm.train import build_trainer
-from vgf_llm.training.compare import compare_checkpoints
 from vgf_llm.training.resume import checkpoint_to_resume
 
 pytestmark = pytest.mark.slow

@@ -15,9 +15,9 @@ import yaml
 from torch import nn
 
 from tests.training.launch import ROOT, launch
+from vgf_llm.distributed.fsdp import require_sharding, shard_on_cpu
+from vgf_llm.distributed.gather import full_tensors, whole_weights
 from vgf_llm.errors import ConfigError
-from vgf_llm.training.fsdp import require_sharding, shard_on_cpu
-from vgf_llm.training.gather import full_tensors, whole_weights
 
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
 NAMES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from tests.training.launch import ROOT, free_port
 from tests.training.tiny import settings, tiny_run
 from vgf_llm.cli import run_main
-from vgf_llm.config import dump
-from vgf_llm.io import read_jsonl, write_json_atomic
+from vgf_llm.runs.compare import compare_checkpoints
+from vgf_llm.runs.files import read_jsonl, write_json_atomic
+from vgf_llm.runs.manifest import verify
+from vgf_llm.settings.parse import dump
 from vgf_llm.train import main
-from vgf_llm.training.compare import compare_checkpoints
-from vgf_llm.training.manifest import verify
 
 pytestmark = pytest.mark.slow
 STEPS = 12

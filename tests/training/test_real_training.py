@@ -10,12 +10,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from reward_models.loading import load_reward_model
-from vgf_llm.config import parse
-from vgf_llm.models import load_tokenizer
+from vgf_llm.models.loading import load_tokenizer
 from vgf_llm.settings import SamplingSettings
+from vgf_llm.settings.parse import parse
 from vgf_llm.train import build_trainer
-from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
-from vgf_llm.training.models import response_logps
+from vgf_llm.training.policy_models import response_logps
+from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
 RECIPE = "recipes/smollm2_sentiment/vgf_function.yaml"
 

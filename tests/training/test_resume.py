@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 
 from reward_models import load_reward_model
 from tests.training.tiny import settings, tiny_run, tiny_trainer
+from vgf_llm.distributed.shards import require_state, without_frozen
 from vgf_llm.errors import CheckpointError, ConfigError, OutputError
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.runs.compare import compare_checkpoints
 from vgf_llm.train import build_trainer
-from vgf_llm.training.compare import compare_checkpoints
-from vgf_llm.training.engine_state import require_state, without_frozen
 from vgf_llm.training.resume import checkpoint_to_resume, weights_digest
 
 RUN = {"max_steps": 1, "save_steps": 1}

@@ -9,7 +9,7 @@ from tests.conftest import build_llama, build_tokenizer
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.text.responses import Responses
 from vgf_llm.training.metrics import MetricSums, kl_estimate, nll_a_token, nothing_learns
-from vgf_llm.training.models import response_logps
+from vgf_llm.training.policy_models import response_logps
 from vgf_llm.training.rewards import NamedReward, Rewards, load_rewards
 from vgf_llm.training.rollout import policy_rows, value_rows
 

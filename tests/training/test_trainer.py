@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.training.tiny import tiny_run, tiny_trainer
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.training.models import response_logps
+from vgf_llm.training.policy_models import response_logps
 from vgf_llm.training.rollout import PromptRow, policy_rows
 
 
@@ -134,7 +134,7 @@ def test_an_empty_training_budget_distils_the_best_of_n(tmp_path):
 
 
 def test_a_trained_adapter_is_loaded_by_its_folder_wherever_a_model_is_named(tmp_path):
-    from vgf_llm.models import load_causal_lm, load_tokenizer
+    from vgf_llm.models.loading import load_causal_lm, load_tokenizer
 
     trainer = tiny_trainer(tmp_path)
     trainer.train()
@@ -149,7 +149,7 @@ def test_a_trained_adapter_is_loaded_by_its_folder_wherever_a_model_is_named(tmp
 def test_a_secant_head_is_trained_along_and_drives_the_flow_without_a_backward(tmp_path):
     """Its predictions come to follow the exact changes; it moves particles, and is found in the value's folder."""
     from reward_models import load_reward_model
-    from vgf_llm.pipeline import load_gradient
+    from vgf_llm.answering.pipeline import load_gradient
     from vgf_llm.text.particles import exact_gradient
 
     learned = {"gradient": "secant", "secant_substitutions": 32}

@@ -14,9 +14,9 @@ from reward_models.foreign import foreign_reward
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama, build_tokenizer
 from tests.training.tiny import tiny_run, tiny_trainer, write_inputs
-from vgf_llm.data import encode_prompt, encode_response
+from vgf_llm.data.prompts import encode_prompt, encode_response
 from vgf_llm.errors import ConfigError, DivergedError, ModelError
-from vgf_llm.models import load_tokenizer
+from vgf_llm.models.loading import load_tokenizer
 from vgf_llm.training.rewards import load_rewards
 
 

@@ -20,18 +20,18 @@ from transformers import TrainerCallback
 
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama
-from tests.sampling.conftest import TINY_ENGINE, WIDTH, quiet_vllm
-from tests.sampling.servers import running_server
+from tests.engines.conftest import TINY_ENGINE, WIDTH, quiet_vllm
+from tests.engines.servers import running_server
 from tests.training.launch import ROOT, launch
 from tests.training.test_kills import start, steps_logged, wait_until
 from tests.training.tiny import settings, tiny_run, tiny_trainer, write_inputs
-from vgf_llm.config import dump
+from vgf_llm.engines.engine import EngineError
+from vgf_llm.engines.vllm_engine import WORKER
+from vgf_llm.engines.vllm_table import TABLE_SETTING, save_table
 from vgf_llm.errors import SyncError
-from vgf_llm.io import read_jsonl, write_json_atomic
-from vgf_llm.sampling.engine import EngineError
-from vgf_llm.sampling.vllm_engine import WORKER
-from vgf_llm.sampling.vllm_table import TABLE_SETTING, save_table
+from vgf_llm.runs.files import read_jsonl, write_json_atomic
 from vgf_llm.settings import EngineSettings
+from vgf_llm.settings.parse import dump
 from vgf_llm.training.particle_engine import PUSHED_FOLDER
 
 pytestmark = pytest.mark.slow
@@ -165,7 +165,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
 
 def served_names(url: str) -> list[str]:
-    from vgf_llm.sampling.vllm_server import VLLMServer
+    from vgf_llm.engines.vllm_server import VLLMServer
 
     return [entry["id"] for entry in VLLMServer(EngineSettings(url=url))._ask("/v1/models", None)["data"]]
 
@@ -189,7 +189,7 @@ def test_a_server_is_given_the_policy_and_takes_the_same_steps(
 def test_a_server_of_another_model_ends_the_run_before_anything_is_learned(
     server: tuple[str, Path], tmp_path: Path
 ) -> None:
-    from vgf_llm.sampling.vllm_server import VLLMServer
+    from vgf_llm.engines.vllm_server import VLLMServer
 
     url, folder = server
     build_llama(width=WIDTH, seed=1).save_pretrained(tmp_path / "other")

@@ -14,11 +14,11 @@ import torch
 from transformers import TrainerCallback
 
 from tests.conftest import build_llama
-from tests.sampling.conftest import TINY_ENGINE, WIDTH, quiet_vllm
+from tests.engines.conftest import TINY_ENGINE, WIDTH, quiet_vllm
 from tests.training.tiny import settings, tiny_run, tiny_trainer, write_inputs
+from vgf_llm.engines.engine import EngineError
 from vgf_llm.errors import ConfigError, SyncError
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.sampling.engine import EngineError
 from vgf_llm.settings import EngineSettings
 from vgf_llm.training.particle_engine import PUSHED_FOLDER
 

@@ -10,7 +10,7 @@ from typing import Any
 from tests.conftest import build_llama, build_tokenizer
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.train import build_trainer, run
-from vgf_llm.training.config import LearnedValueSettings, OptimSettings, PolicySettings, TrainScript, VGFSettings
+from vgf_llm.training.settings import LearnedValueSettings, OptimSettings, PolicySettings, TrainScript, VGFSettings
 
 NOUNS = ("dog", "cat", "sea", "rain", "tree", "house", "train", "night")
 

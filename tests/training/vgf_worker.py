@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.training.tiny import settings, write_inputs
-from vgf_llm.config import dump
-from vgf_llm.io import write_json_atomic
-from vgf_llm.processes import leave_process_group
+from vgf_llm.distributed.processes import leave_process_group
+from vgf_llm.runs.files import write_json_atomic
+from vgf_llm.settings.parse import dump
 from vgf_llm.train import CONFIG_NAME, build_trainer
 from vgf_llm.training.resume import checkpoint_to_resume
 

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from vgf_llm.checks import require
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import track
+from vgf_llm.console.screen import emit
 from vgf_llm.control.envs import make_plain
 from vgf_llm.control.oracles import Behaviour, make_behaviour
-from vgf_llm.errors import ConfigError, OutputError
-from vgf_llm.io import check_writable
-from vgf_llm.progress import track
-from vgf_llm.screen import emit, library_output
+from vgf_llm.errors import ConfigError, OutputError, require
+from vgf_llm.runs.files import check_writable
+from vgf_llm.settings.parse import parse
 
 _STATE_KEYS = {"qpos": "prev_qpos", "qvel": "prev_qvel", "button_states": "prev_button_states"}
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from vgf_llm.control.agent import ControlAgent
+from vgf_llm.control.agent_checkpoint import step_generator
 from vgf_llm.control.data import Buffer
 from vgf_llm.control.envs import Bounds, reset
-from vgf_llm.control.saving import step_generator
 from vgf_llm.control.settings import TrainSettings
 
 _SEED = 500_009  # keeps the episodes' seeds of neighbouring runs apart

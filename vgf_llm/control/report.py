@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from vgf_llm.cli import run_main
-from vgf_llm.config import parse
+from vgf_llm.console.screen import emit, say
 from vgf_llm.control.settings import EVALUATIONS_NAME, DataSettings
 from vgf_llm.errors import ConfigError, DataError
-from vgf_llm.io import check_writable, read_jsonl, write_json_atomic
-from vgf_llm.screen import emit, say
+from vgf_llm.runs.files import check_writable, read_jsonl, write_json_atomic
+from vgf_llm.settings.parse import parse
 
 _RESAMPLES = 10_000
 _CONFIG_NAME = "config.json"  # written by the training command

@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Literal
 
-from vgf_llm.checks import require, require_training_seed
+from vgf_llm.errors import require, require_training_seed
 from vgf_llm.flow.budget import TransportBudget
 
 EVALUATIONS_NAME = "evaluations.jsonl"

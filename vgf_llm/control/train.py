@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from vgf_llm.cli import run_main
-from vgf_llm.config import dump, parse
+from vgf_llm.console.library_log import library_output
+from vgf_llm.console.progress import load_libraries, working
+from vgf_llm.console.screen import emit, say
 from vgf_llm.control.inputs import check_names, check_options
 from vgf_llm.control.settings import AgentSettings, DataSettings, TrainSettings
 from vgf_llm.errors import ConfigError
-from vgf_llm.io import check_writable, write_json_atomic
-from vgf_llm.progress import load_libraries, working
-from vgf_llm.screen import emit, library_output, say
-from vgf_llm.settings import resolve_device
-from vgf_llm.training.checkpoint import newest_whole
-from vgf_llm.training.manifest import check_identity, verify
+from vgf_llm.machine.device import resolve_device
+from vgf_llm.runs.checkpoint import newest_whole
+from vgf_llm.runs.files import check_writable, write_json_atomic
+from vgf_llm.runs.manifest import check_identity, verify
+from vgf_llm.settings.parse import dump, parse
 
 CONFIG_NAME = "config.json"
 
@@ -82,7 +83,7 @@ def run(
         trainer = _build(settings, data, agent)
     start = 0
     if checkpoint is not None:
-        from vgf_llm.control.saving import restore
+        from vgf_llm.control.agent_checkpoint import restore
 
         manifest = verify(checkpoint)
         start = manifest.step
@@ -118,7 +119,7 @@ def _build(settings: TrainSettings, data: DataSettings, agent_settings: AgentSet
     from vgf_llm.control.agent import ControlAgent
     from vgf_llm.control.data import Buffer
     from vgf_llm.control.envs import bounds_of, make_env
-    from vgf_llm.control.evaluation import Evaluator
+    from vgf_llm.control.episodes import Evaluator
     from vgf_llm.control.loaders import load
     from vgf_llm.control.online import OnlineEpisodes
     from vgf_llm.control.trainer import Trainer

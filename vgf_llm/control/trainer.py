@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vgf_llm.console.progress import Bar, track
+from vgf_llm.console.screen import say
 from vgf_llm.control.agent import Batch, ControlAgent, Noise
+from vgf_llm.control.agent_checkpoint import save, step_generator
 from vgf_llm.control.data import Buffer
-from vgf_llm.control.evaluation import Evaluator, make_arms, score
+from vgf_llm.control.episodes import Evaluator, make_arms, score
 from vgf_llm.control.online import OnlineEpisodes
-from vgf_llm.control.saving import save, step_generator
 from vgf_llm.control.settings import EVALUATIONS_NAME, DataSettings, TrainSettings
 from vgf_llm.control.trackers import Trackers
 from vgf_llm.errors import DivergedError, NonFiniteError
-from vgf_llm.io import append_jsonl, read_jsonl, write_text_atomic
-from vgf_llm.progress import Bar, track
-from vgf_llm.screen import say
+from vgf_llm.runs.files import append_jsonl, read_jsonl, write_text_atomic
 
 METRICS_NAME = "metrics.jsonl"
 _SHOWN = ("clone_loss", "critic_loss")  # on the bar

@@ -14,7 +14,7 @@ def markdown_report(summary: dict[str, Any], rows: list[Row]) -> str:
     """Return the report of a run.
 
     Args:
-        summary: What ``vgf_llm.evaluation.work.finish`` returned.
+        summary: What ``vgf_llm.evaluation.runner.finish`` returned.
         rows: The rows it was made from, for the texts; empty shows none.
     """
     hardware = ", ".join(f"{key} {value}" for key, value in summary["hardware"].items() if value is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vgf_llm.checks import require_sampling_seed
+from vgf_llm.errors import require_sampling_seed
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import BackendName, EngineSettings

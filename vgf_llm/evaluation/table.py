@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vgf_llm.screen import show
+from vgf_llm.console.screen import show
 
 COLUMNS = (
     ("proxy", "proxy", 2),

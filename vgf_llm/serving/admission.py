@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 
-from vgf_llm.sampling.deadline import Deadline
+from vgf_llm.engines.deadline import Deadline
 from vgf_llm.serving.errors import RequestError
 
 _LOOK_SEC = 0.1

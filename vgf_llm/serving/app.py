@@ -17,17 +17,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from vgf_llm.console.screen import people, say
+from vgf_llm.engines.deadline import AbandonedError
+from vgf_llm.engines.engine import EngineError
 from vgf_llm.errors import VGFError
-from vgf_llm.sampling.deadline import AbandonedError
-from vgf_llm.sampling.engine import EngineError
-from vgf_llm.screen import people, say
 from vgf_llm.serving.answers import Form, event
 from vgf_llm.serving.errors import RequestError, as_request_error
 from vgf_llm.serving.keeper import EngineKeeper
 from vgf_llm.serving.metrics import Metrics
 from vgf_llm.serving.schema import Asked, AskedChat, AskedText, parse
 from vgf_llm.serving.service import Service
-from vgf_llm.serving.work import Job, Patience, Worker, until_done
+from vgf_llm.serving.worker import Job, Patience, Worker, until_done
 
 _SIGN_OF_LIFE_SEC = 5.0  # between comments in a stream whose answer is not there yet
 _METRICS_TYPE = "text/plain; version=0.0.4"

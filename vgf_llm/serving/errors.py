@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vgf_llm.engines.deadline import AbandonedError, DeadlineError
+from vgf_llm.engines.engine import EngineError, RequestRefusedError
 from vgf_llm.errors import ConfigError, DataError, VGFError
-from vgf_llm.sampling.deadline import AbandonedError, DeadlineError
-from vgf_llm.sampling.engine import EngineError, RequestRefusedError
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vgf_llm.sampling.deadline import Deadline
-from vgf_llm.sampling.engine import Engine, EngineRequest, EngineText
+from vgf_llm.engines.deadline import Deadline
+from vgf_llm.engines.engine import Engine, EngineRequest, EngineText
 from vgf_llm.text.particles import GradientSource
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
@@ -68,7 +68,7 @@ class Guard:
 
 
 class GuardedEngine:
-    """An engine as one stage of one request asks it; see :class:`vgf_llm.sampling.engine.Engine`."""
+    """An engine as one stage of one request asks it; see :class:`vgf_llm.engines.engine.Engine`."""
 
     def __init__(self, engine: Engine, guard: Guard, stage: str) -> None:
         self.name, self._engine, self._guard, self._stage = engine.name, engine, guard, stage

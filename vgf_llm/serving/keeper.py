@@ -7,10 +7,10 @@ import time
 import traceback
 from collections.abc import Callable
 
+from vgf_llm.console.screen import people, say
+from vgf_llm.engines.deadline import AbandonedError, Deadline
+from vgf_llm.engines.engine import Engine
 from vgf_llm.errors import VGFError
-from vgf_llm.sampling.deadline import AbandonedError, Deadline
-from vgf_llm.sampling.engine import Engine
-from vgf_llm.screen import people, say
 from vgf_llm.serving.errors import RequestError
 
 _LOOK_SEC = 1.0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vgf_llm.data import encode_prompt, encode_text
+from vgf_llm.data.prompts import encode_prompt, encode_text
 from vgf_llm.errors import DataError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.serving.errors import RequestError, refused

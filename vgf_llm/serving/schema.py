@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from vgf_llm.config_keys import field_hints
+from vgf_llm.answering.implicit_policy import Selection
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.serving.errors import RequestError
 from vgf_llm.serving.neutral import NEUTRAL, OF_A_MESSAGE, OF_A_PART, without_neutral
 from vgf_llm.settings import DecoderName
-from vgf_llm.text.implicit_policy import Selection
+from vgf_llm.settings.keys import field_hints
 
 _SEED = 2**63
 _INTEGER = 2**31 - 1  # what every engine and tensor takes

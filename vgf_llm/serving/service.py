@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgf_llm.answering import outcome_rows
-from vgf_llm.architecture import max_positions, vocabulary_rows
-from vgf_llm.pipeline import Pipeline, make_decoder
-from vgf_llm.sampling import ReferenceSampler, Sampler
-from vgf_llm.sampling.deadline import Deadline
-from vgf_llm.sampling.engine import Engine, EngineRequest
-from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.answering.answer import outcome_rows
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
+from vgf_llm.answering.pipeline import Pipeline, make_decoder
+from vgf_llm.engines.deadline import Deadline
+from vgf_llm.engines.engine import Engine, EngineRequest
+from vgf_llm.engines.engine_reference import EngineReference
+from vgf_llm.models.architecture import max_positions, vocabulary_rows
 from vgf_llm.serving.guards import Guard, GuardedEngine, GuardedValue, guarded_gradient
 from vgf_llm.serving.question import Question, Questions
 from vgf_llm.serving.settings import ServeSettings
 from vgf_llm.serving.stopping import StoppedPolicy, StoppedValue, cut
-from vgf_llm.text import ImplicitPolicy, row_seeds
+from vgf_llm.text import row_seeds
 from vgf_llm.text.particles import token_spacing
 from vgf_llm.text.protocols import check_no_kernel
 from vgf_llm.text.responses import Responses
+from vgf_llm.text.sampler import ReferenceSampler, Sampler
 
 _WITH_KERNEL = ("prior", "block", "nearest")
 
@@ -192,7 +193,7 @@ class PlainSampler:
         self.engine, self.like, self.question = engine, like, question
 
     def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:
-        """Return one response; see :class:`vgf_llm.sampling.protocol.Sampler`."""
+        """Return one response; see :class:`vgf_llm.text.sampler_protocol.Sampler`."""
         own, like = self.question, self.like
         request = EngineRequest(
             own.prompt,

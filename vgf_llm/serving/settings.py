@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from math import inf, isfinite
 from typing import Any, Literal
 
-from vgf_llm.answering import ImplicitPolicySettings
+from vgf_llm.answering.answer import ImplicitPolicySettings
 from vgf_llm.settings import EngineSettings
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vgf_llm.data import encode_response
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
+from vgf_llm.data.prompts import encode_response
 from vgf_llm.serving.guards import GuardedValue
-from vgf_llm.text import ImplicitPolicy
 from vgf_llm.text.protocols import Moved
 from vgf_llm.text.responses import Responses
 

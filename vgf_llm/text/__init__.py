@@ -8,7 +8,6 @@ from vgf_llm.text.decoders import (
     PivotDecoder,
     PriorDecoder,
 )
-from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.protocols import Decoded, Decoder, Move, Moved, Value, Work
 from vgf_llm.text.reference import Reference
@@ -20,11 +19,9 @@ __all__ = [
     "Decoder",
     "EditDecoder",
     "EditGreedyDecoder",
-    "ImplicitPolicy",
     "Move",
     "Moved",
     "NearestDecoder",
-    "Outcome",
     "PivotDecoder",
     "PriorDecoder",
     "Reference",

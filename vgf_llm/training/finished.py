@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerState
 
-from vgf_llm.screen import say
-from vgf_llm.training.checkpoint import writing
-from vgf_llm.training.config import OptimSettings
+from vgf_llm.console.screen import say
+from vgf_llm.runs.checkpoint import writing
 from vgf_llm.training.saving import VALUE_FOLDER
+from vgf_llm.training.settings import OptimSettings
 
 if TYPE_CHECKING:
     from vgf_llm.training.trainer import VGFTrainer

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vgf_llm.console.screen import say
 from vgf_llm.errors import OutputError
-from vgf_llm.io import append_jsonl, read_jsonl, write_text_atomic
-from vgf_llm.screen import say
+from vgf_llm.runs.files import append_jsonl, read_jsonl, write_text_atomic
 from vgf_llm.training.metrics import nothing_learns
 from vgf_llm.training.rollout import Rollout, completions
 

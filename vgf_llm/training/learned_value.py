@@ -21,8 +21,8 @@ from reward_models.value_model import EmaTarget
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.responses import Responses
-from vgf_llm.training.config import LearnedValueSettings
 from vgf_llm.training.rollout import Rollout, policy_rows, value_rows
+from vgf_llm.training.settings import LearnedValueSettings
 
 _HEADS = {"head", "skip_head"}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from vgf_llm.io import write_json_atomic
+from vgf_llm.runs.files import write_json_atomic
 
 if TYPE_CHECKING:
     from vgf_llm.training.trainer import VGFTrainer

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from vgf_llm.progress import Bar, duration
-from vgf_llm.screen import say
+from vgf_llm.console.progress import Bar, duration
+from vgf_llm.console.screen import say
 from vgf_llm.text.protocols import Value
 from vgf_llm.training.metrics import flow_metrics, kl_estimate, nll_a_token, peak_memory_gib
 from vgf_llm.training.rollout import Rollout

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vgf_llm.architecture import max_positions
+from vgf_llm.distributed.gather import full_tensors
+from vgf_llm.distributed.processes import of_first
+from vgf_llm.engines.engine import EngineRequest, EngineText, TakesWeights
+from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.errors import ConfigError
-from vgf_llm.processes import of_first
-from vgf_llm.sampling.engine import EngineRequest, EngineText, TakesWeights
-from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.models.architecture import max_positions
+from vgf_llm.runs.checkpoint import writing
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.training.checkpoint import writing
-from vgf_llm.training.config import PolicySettings, VGFSettings
-from vgf_llm.training.gather import full_tensors
 from vgf_llm.training.saving import under
+from vgf_llm.training.settings import PolicySettings, VGFSettings
 from vgf_llm.training.sync_proof import require_sync, sync_bound, sync_distance
 
 if TYPE_CHECKING:
@@ -174,9 +174,9 @@ def engine_maker(
     """
     if method.backend != "vllm":
         return None
-    from vgf_llm.models import base_model_name
-    from vgf_llm.sampling.backend import adapter_of, start_engine
-    from vgf_llm.sampling.vllm_engine import lora_room
+    from vgf_llm.engines.start import adapter_of, start_engine
+    from vgf_llm.engines.vllm_engine import lora_room
+    from vgf_llm.models.loading import base_model_name
     from vgf_llm.settings import ModelSettings
 
     pushes, own = method.particles_from == "policy", method.engine.url is None

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vgf_llm.config import dump
+from vgf_llm.console.screen import say
+from vgf_llm.distributed.processes import of_first
+from vgf_llm.distributed.shards import engine_name, require_state
 from vgf_llm.errors import CheckpointError, ConfigError
-from vgf_llm.models import fingerprint
-from vgf_llm.processes import of_first
-from vgf_llm.screen import say
+from vgf_llm.models.loading import fingerprint
+from vgf_llm.runs.checkpoint import beyond, newest_whole, supersede
+from vgf_llm.runs.manifest import check_identity, verify
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.training.checkpoint import beyond, newest_whole, supersede
-from vgf_llm.training.config import OptimSettings, PolicySettings, TrainScript, VGFSettings
-from vgf_llm.training.engine_state import engine_name, require_state
-from vgf_llm.training.manifest import check_identity, verify
+from vgf_llm.settings.parse import dump
 from vgf_llm.training.rollout import PromptRow
+from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
 if TYPE_CHECKING:
     from vgf_llm.training.trainer import VGFTrainer

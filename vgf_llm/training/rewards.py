@@ -22,8 +22,8 @@ from reward_models.functions import RewardFunction, call_function, further_argum
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.weighted import WeightedRewards
+from vgf_llm.answering.pipeline import load_gradient
 from vgf_llm.errors import ConfigError, ModelError
-from vgf_llm.pipeline import load_gradient
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses

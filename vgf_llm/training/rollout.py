@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgf_llm.text.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
 from vgf_llm.text.protocols import Moved
 from vgf_llm.text.responses import Responses, changed_tokens, concatenate
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reward_models.value_model import save_value_model
+from vgf_llm.distributed.fsdp import require_sharding
+from vgf_llm.distributed.gather import full_tensors
+from vgf_llm.distributed.shards import copy_whole, save_engine_state, without_frozen
 from vgf_llm.errors import CheckpointError, ConfigError
-from vgf_llm.provenance import write_base
-from vgf_llm.training.checkpoint import publish, rotate, saving, staging_folder, writing
-from vgf_llm.training.engine_state import copy_whole, save_engine_state, without_frozen
-from vgf_llm.training.fsdp import require_sharding
-from vgf_llm.training.gather import full_tensors
+from vgf_llm.runs.checkpoint import publish, rotate, saving, staging_folder, writing
+from vgf_llm.runs.provenance import write_base
 from vgf_llm.training.log_state import GoesOnLogging, save_log_state
 from vgf_llm.training.resume import identity_of_trainer
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vgf_llm.engines.engine import EngineRequest, EngineText
 from vgf_llm.errors import SyncError
-from vgf_llm.sampling.engine import EngineRequest, EngineText
 from vgf_llm.text.responses import Responses
-from vgf_llm.training.models import response_logps
+from vgf_llm.training.policy_models import response_logps
 from vgf_llm.training.rollout import policy_rows
 
 SYNC_BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # nats per token

@@ -21,30 +21,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from vgf_llm.architecture import vocabulary_rows
-from vgf_llm.endings import padding_id
+from vgf_llm.answering.implicit_policy import Outcome
+from vgf_llm.answering.pipeline import make_decoder
+from vgf_llm.data.endings import padding_id
+from vgf_llm.distributed.gather import whole_weights
+from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.errors import DivergedError
-from vgf_llm.pipeline import make_decoder
-from vgf_llm.precision import require_float32
-from vgf_llm.sampling import ReferenceSampler
-from vgf_llm.sampling.engine_reference import EngineReference
+from vgf_llm.machine.precision import require_float32
+from vgf_llm.models.architecture import vocabulary_rows
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, row_seeds
-from vgf_llm.text.implicit_policy import Outcome
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.noise import combine_seeds
 from vgf_llm.text.particles import GradientSource, token_spacing
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
-from vgf_llm.training.config import VGFSettings
-from vgf_llm.training.gather import whole_weights
+from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.training.journal import Journal
 from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.losses import dpo, group_weights, kl_anchor, weighted_nll
 from vgf_llm.training.metrics import MetricSums, responses_tokens, rollout_metrics
-from vgf_llm.training.models import PolicyAndValue, PolicyModels, response_logps
 from vgf_llm.training.observing import Observes
 from vgf_llm.training.particle_engine import EngineMaker, SamplesInEngine
+from vgf_llm.training.policy_models import PolicyAndValue, PolicyModels, response_logps
 from vgf_llm.training.rewards import Rewards
 from vgf_llm.training.rollout import (
     ObservedPolicy,
@@ -57,6 +56,7 @@ from vgf_llm.training.rollout import (
     without_effect,
 )
 from vgf_llm.training.saving import SavesWhole
+from vgf_llm.training.settings import VGFSettings
 
 _SECANT_STREAM = 0x5EC  # the token changes that a secant head learns from
 _SHORTLIST = 50  # likeliest tokens these come from, where the sampler's own law is too wide to be kept

@@ -1,0 +1,1 @@
+"""Several processes, and weights that DeepSpeed or FSDP has split over them."""

@@ -1,0 +1,1 @@
+"""Language models as they are found: loading, what an architecture does, adapters, attention, prompts cached."""

@@ -1,0 +1,105 @@
+"""A run that can be stopped and gone on with: who may write into a folder, and whether the run is the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vgf_llm.data.sources import local_files
+from vgf_llm.errors import ConfigError, OutputError
+from vgf_llm.runs.files import write_json_atomic
+
+Config = dict[str, Any]
+_HOW = ("resume", "record", "batch_prompts", "output_dir", "engine")  # how a run is made, not what it makes
+
+
+def no_changes(before: Config, now: Config) -> list[str]:
+    """Find nothing to object to beyond the keys themselves."""
+    return []
+
+
+def refuse_rows(rows_path: Path, resume: bool) -> None:
+    """Refuse rows that are there already; cheap, so that it can come before anything is loaded.
+
+    Raises:
+        OutputError: There are rows and ``resume`` is off.
+    """
+    if rows_path.exists() and not resume:
+        raise OutputError(f"{rows_path} exists; add --resume to go on with it, or name another output_dir")
+
+
+def claim(
+    rows_path: Path,
+    config: Config,
+    *,
+    resume: bool,
+    free: Sequence[str] = (),
+    changes: Callable[[Config, Config], list[str]] = no_changes,
+) -> None:
+    """Refuse to mix the rows of two runs; record the configuration of this one in config.json beside the rows.
+
+    Args:
+        rows_path: The run's rows, in its output folder.
+        config: Everything that decides what a row holds; keys that only say how it is made are left out here.
+        resume: Whether the user asked to go on with rows that are there.
+        free: Keys that may change, because they only add rows.
+        changes: Given the old and the new configuration, names what else has changed.
+
+    Raises:
+        OutputError: There are rows and ``resume`` is off, or they stand without their configuration, or it is broken.
+        ConfigError: ``resume`` is on and the configuration is another one.
+    """
+    output_dir, config_path = rows_path.parent, rows_path.parent / "config.json"
+    config = {key: value for key, value in config.items() if key not in _HOW}
+    refuse_rows(rows_path, resume)
+    if rows_path.exists():
+        if not config_path.exists():
+            raise OutputError(f"{rows_path} exists without its config.json; name another output_dir")
+        before = _read_config(config_path)
+        changed = [k for k in config if k not in free and before.get(k) != config[k]] + changes(before, config)
+        if changed:
+            raise ConfigError(
+                f"{output_dir} was started with other settings ({', '.join(changed)}; the old ones are in its "
+                "config.json); resume with those, or name another output_dir"
+            )
+    write_json_atomic(config_path, config)
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} cannot be read ({error}); name another output_dir") from error
+    if not isinstance(found, dict):
+        raise OutputError(f"{path} holds a {type(found).__name__} where settings are expected; name another output_dir")
+    return found
+
+
+def contents(prompts: str, reward_model: str | None, base_model: str | None = None) -> dict[str, str]:
+    """Return the SHA-256 of the local files that decide every number: prompts, reward model and base model."""
+    from vgf_llm.runs.provenance import folder_mark
+
+    read = local_files(prompts, "train")
+    files = [] if read is None else list(read.paths)
+    if reward_model is not None:
+        files += sorted(Path(reward_model).glob("*.safetensors"))
+    found = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    base = None if base_model is None else folder_mark(base_model)
+    return found if base is None else found | {str(base_model): base}
+
+
+def check_resumes(wanted: Any, output_dir: str | Path) -> None:
+    """Refuse to resume from a checkpoint folder that does not exist.
+
+    Args:
+        wanted: A folder; ``"last"``, true, false and None name none.
+        output_dir: Where the newest checkpoint is looked for.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    if isinstance(wanted, str) and wanted != "last" and not Path(wanted).is_dir():
+        raise ConfigError(f"resume_from_checkpoint: '{wanted}' is not a folder; name one of those in '{output_dir}'")

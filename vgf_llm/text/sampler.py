@@ -1,0 +1,51 @@
+"""Sampling from a reference: Gumbel-max over the truncated law, with noise hashed from a seed a row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+from torch import Tensor
+
+from vgf_llm.text.choosing import Draws
+from vgf_llm.text.law import Shortlist
+from vgf_llm.text.reference import Reference
+from vgf_llm.text.responses import Responses
+
+_KEPT_COLUMNS = 512  # a longer shortlist is not kept: 12 bytes a column and token
+
+
+class Sampler(Protocol):
+    """Draws responses from the reference law."""
+
+    def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:
+        """Return N responses to each of B prompts.
+
+        Args:
+            prompts: B lists of token ids.
+            seeds_BN: int64, one seed a response. A response depends on its prompt and its own seed alone, never on
+                the batch that it was drawn in.
+        """
+        ...
+
+
+class ReferenceSampler:
+    """Draws where the reference runs: a model of transformers in this process, or an engine.
+
+    Args:
+        reference: The frozen base model and its law (:class:`vgf_llm.engines.engine_reference.EngineReference` too).
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+
+    def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:
+        """Return N responses to each of B prompts, with the laws of their tokens where these are short.
+
+        See :class:`Sampler`.
+        """
+        seeds_R = seeds_BN.flatten().to(self.reference.device)
+        draws = Draws(self.reference.sampling, seeds_R, kept_columns=_KEPT_COLUMNS)
+        written = self.reference.write(self.reference.prefix(prompts), seeds_BN.shape[1], draws)
+        law, shape = draws.law(), (*written.tokens_BNT.shape, -1)
+        return written if law is None else replace(written, law=Shortlist(law.ids.view(shape), law.logps.view(shape)))
