@@ -20,9 +20,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.cost_models import CostModels
 from reward_models import modelling
+from vgf_llm.answering import implicit_policy
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.models.prefix import PromptPrefix
-from vgf_llm.text import choosing, implicit_policy, tilted_path, tilted_step
+from vgf_llm.text import choosing, tilted_path, tilted_step
 from vgf_llm.text import reference as reference_module
 from vgf_llm.text.tilted_path import TiltedPath
 

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from vgf_llm.cli import run_main
 from vgf_llm.console.progress import track
+from vgf_llm.data.contents import contents
 from vgf_llm.errors import ModelError
 from vgf_llm.machine.precision import with_dtype
-from vgf_llm.runs.claim import contents
 from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.settings.parse import dump, parse

@@ -34,9 +34,10 @@ from reward_models.body import (
 )
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
 from vgf_llm.errors import ModelError
-from vgf_llm.models.architecture import check_config, check_decoder, decoder_class, num_layers, text_config
+from vgf_llm.models.architecture import check_config, decoder_class, num_layers, text_config
 from vgf_llm.models.attention import caps_scores, settle_attention
 from vgf_llm.models.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
+from vgf_llm.models.probe import check_decoder
 from vgf_llm.models.whole import loaded_whole
 from vgf_llm.runs.provenance import model_mark
 

@@ -96,7 +96,7 @@ def test_nothing_large_is_kept_in_the_repository():
 
 def test_the_core_path_needs_torch_and_transformers_only():
     """Load, score, transport and decode import in an interpreter that has none of the other packages."""
-    names = ("vgf_llm.flow", "vgf_llm.text", "vgf_llm.sampling", "vgf_llm.models.loading", "vgf_llm.data.prompts")
+    names = ("vgf_llm.flow", "vgf_llm.text", "vgf_llm.engines", "vgf_llm.models.loading", "vgf_llm.data.prompts")
     code = (
         "import importlib, pkgutil, sys\n"
         f"for name in {sorted(HEAVY)}: sys.modules[name] = None\n"  # None: importing it raises, finding it fails

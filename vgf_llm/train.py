@@ -143,10 +143,10 @@ def build_trainer(
     from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
     from vgf_llm.models.whole import loaded_whole
     from vgf_llm.runs.hf_arguments import training_arguments
+    from vgf_llm.training.identity import identity_of
     from vgf_llm.training.learned_value import LearnedValue
     from vgf_llm.training.particle_engine import engine_maker
     from vgf_llm.training.policy_models import PolicyModels
-    from vgf_llm.training.resume import identity_of
     from vgf_llm.training.rewards import load_rewards
     from vgf_llm.training.trainer import VGFTrainer
 

@@ -25,9 +25,10 @@ from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries
 from vgf_llm.console.screen import emit, say
+from vgf_llm.data.contents import contents
 from vgf_llm.errors import ConfigError, ModelError, OutputError
 from vgf_llm.machine.precision import with_dtype
-from vgf_llm.runs.claim import claim, contents, refuse_rows
+from vgf_llm.runs.claim import claim, refuse_rows
 from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.settings.parse import dump, parse

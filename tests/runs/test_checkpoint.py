@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from vgf_llm.errors import CheckpointError, ConfigError, OutputError
+from vgf_llm.runs import checkpoint
 from vgf_llm.runs.checkpoint import newest_whole, publish, rotate, saving, staging_folder, verify
 from vgf_llm.runs.compare import compare_checkpoints
 from vgf_llm.runs.manifest import check_identity
-from vgf_llm.training import checkpoint
 
 IDENTITY: dict[str, Any] = {"budget": {"nats": 2.0, "rounds": 1}, "dataset": "ab12", "world_size": 2}
 

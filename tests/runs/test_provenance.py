@@ -12,9 +12,10 @@ from reward_models.modelling import RewardModel
 from tests.conftest import build_llama, build_tokenizer
 from tests.training.tiny import tiny_run
 from vgf_llm.answering.pipeline import load_pipeline
+from vgf_llm.data.contents import contents
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.models.loading import load_causal_lm
-from vgf_llm.runs.claim import claim, contents
+from vgf_llm.runs.claim import claim
 from vgf_llm.runs.provenance import BASE_NAME, folder_mark, model_mark
 from vgf_llm.settings import ModelSettings, SamplingSettings
 

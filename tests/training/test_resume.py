@@ -19,7 +19,8 @@ from vgf_llm.errors import CheckpointError, ConfigError, OutputError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.runs.compare import compare_checkpoints
 from vgf_llm.train import build_trainer
-from vgf_llm.training.resume import checkpoint_to_resume, weights_digest
+from vgf_llm.training.identity import weights_digest
+from vgf_llm.training.resume import checkpoint_to_resume
 
 RUN = {"max_steps": 1, "save_steps": 1}
 KINDS = {

@@ -32,7 +32,7 @@ from vgf_llm.data.encoding import set_in_template
 from vgf_llm.data.endings import eos_ids_of, remember_eos_ids
 from vgf_llm.errors import ModelError
 from vgf_llm.models.adapters import adapter_base, refuse_scoring_adapter, with_adapter
-from vgf_llm.models.architecture import check_config, check_decoder, check_structure
+from vgf_llm.models.architecture import check_config, check_structure
 from vgf_llm.models.attention import group_attention
 from vgf_llm.models.embedded import (
     DEFAULT_HUB_NAME,
@@ -42,6 +42,7 @@ from vgf_llm.models.embedded import (
     EMBEDDED_PACKAGE,
     cache_folder,
 )
+from vgf_llm.models.probe import check_decoder
 from vgf_llm.models.whole import loaded_whole
 from vgf_llm.runs.provenance import model_mark, read_base, tell_if_changed
 

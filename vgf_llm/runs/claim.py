@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.data.sources import local_files
 from vgf_llm.errors import ConfigError, OutputError
 from vgf_llm.runs.files import write_json_atomic
 
@@ -76,19 +74,6 @@ def _read_config(path: Path) -> Config:
     if not isinstance(found, dict):
         raise OutputError(f"{path} holds a {type(found).__name__} where settings are expected; name another output_dir")
     return found
-
-
-def contents(prompts: str, reward_model: str | None, base_model: str | None = None) -> dict[str, str]:
-    """Return the SHA-256 of the local files that decide every number: prompts, reward model and base model."""
-    from vgf_llm.runs.provenance import folder_mark
-
-    read = local_files(prompts, "train")
-    files = [] if read is None else list(read.paths)
-    if reward_model is not None:
-        files += sorted(Path(reward_model).glob("*.safetensors"))
-    found = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
-    base = None if base_model is None else folder_mark(base_model)
-    return found if base is None else found | {str(base_model): base}
 
 
 def check_resumes(wanted: Any, output_dir: str | Path) -> None:

@@ -26,8 +26,8 @@ from vgf_llm.distributed.shards import copy_whole, save_engine_state, without_fr
 from vgf_llm.errors import CheckpointError, ConfigError
 from vgf_llm.runs.checkpoint import publish, rotate, saving, staging_folder, writing
 from vgf_llm.runs.provenance import write_base
+from vgf_llm.training.identity import identity_of_trainer
 from vgf_llm.training.log_state import GoesOnLogging, save_log_state
-from vgf_llm.training.resume import identity_of_trainer
 
 TRAINED_NAME, TARGET_NAME, VALUE_FOLDER = "trained.safetensors", "target.safetensors", "value"
 
