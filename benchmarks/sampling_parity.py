@@ -38,9 +38,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
-from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, make_decoder
+from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
 from vgf_llm.data.prompts import load_prompts
+from vgf_llm.engines.backend import Backend
+from vgf_llm.engines.transformers_backend import TransformersBackend
+from vgf_llm.engines.vllm_backend import VLLMBackend
 from vgf_llm.evaluation.bootstrap import bootstrap_mean
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.machine.precision import choose_dtype
@@ -48,7 +52,7 @@ from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
 from vgf_llm.text import Responses, row_seeds
 from vgf_llm.text.noise import gumbel_noise
-from vgf_llm.text.sampler import ReferenceSampler
+from vgf_llm.text.protocols import Reference
 
 _RECORD = "docs/results/sampling_parity.json"
 _PADDING = -1
@@ -73,18 +77,15 @@ class Answers:
         return torch.cat(found).float().view(self.num_seeds, -1).mean(0).tolist()
 
 
-def answers(arguments: argparse.Namespace, engine: EngineSettings | None) -> tuple[Answers, list[Tensor]]:
+def answers(arguments: argparse.Namespace, backend: Backend[Reference]) -> tuple[Answers, list[Tensor]]:
     """Answer the prompts with one backend; returns the seeds of each batch too."""
     models = ModelSettings(arguments.model_name_or_path, arguments.reward_model, arguments.dtype, arguments.device)
     sampling = SamplingSettings(max_new_tokens=arguments.max_new_tokens)
-    with closing(load_pipeline(models, sampling, engine)) as pipeline:
+    with closing(load_pipeline(models, sampling, backend)) as pipeline:
         prompts = encode_prompts(pipeline, load_prompts(arguments.prompts, "prompt", limit=arguments.num_prompts))
-        policy = ImplicitPolicy(
-            ReferenceSampler(pipeline.reference),
-            pipeline.value,
-            make_decoder("prior", pipeline.reference, pipeline.value),
-            TransportBudget(nats=arguments.nats),
-            gradient=pipeline.gradient,
+        budget = TransportBudget(nats=arguments.nats)
+        policy = make_policy(
+            ImplicitPolicy, pipeline.reference, pipeline.value, budget, gradient=pipeline.gradient
         )
         batches = [range(start, min(start + 10, len(prompts))) for start in range(0, len(prompts), 10)]
         seeds, outcomes, started = [], [], time.perf_counter()
@@ -171,8 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if arguments.record:
         check_writable(str(Path(_RECORD).parent))
-    here, seeds = answers(arguments, None)
-    there, _ = answers(arguments, EngineSettings(kv_cache_gib=arguments.kv_cache_gib, eager=True, timeout_sec=900))
+    here, seeds = answers(arguments, TransformersBackend())
+    engine = EngineSettings(kv_cache_gib=arguments.kv_cache_gib, eager=True, timeout_sec=900)
+    there, _ = answers(arguments, VLLMBackend(engine))
     setting = {key: value for key, value in vars(arguments).items() if key != "record"}
     figures = {
         **compare(here, there, seeds),

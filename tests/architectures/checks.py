@@ -22,7 +22,8 @@ from reward_models.modelling import RewardModel
 from reward_models.secant import SecantHead, save_secant_head
 from tests.architectures.zoo import EOS_IDS, LAYERS, PAD_ID, Architecture
 from vgf_llm.answering.implicit_policy import ImplicitPolicy
-from vgf_llm.answering.pipeline import load_gradient, make_decoder
+from vgf_llm.answering.pipeline import load_gradient
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models.architecture import decoder_layers, decoder_of, layer_outputs, max_positions, vocabulary_rows

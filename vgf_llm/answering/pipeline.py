@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,34 +15,29 @@ from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
 from vgf_llm.data.endings import check_ids, padding_id
-from vgf_llm.engines.start import engine_reference
+from vgf_llm.engines.backend import Backend, Tokens
+from vgf_llm.engines.transformers_backend import TransformersBackend
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.machine.precision import with_dtype
 from vgf_llm.models.architecture import decoder_layers, max_positions
-from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer
-from vgf_llm.settings import DecoderName, EngineSettings, ModelSettings, SamplingSettings
-from vgf_llm.text.decoders import (
-    BlockDecoder,
-    EditDecoder,
-    EditGreedyDecoder,
-    NearestDecoder,
-    PivotDecoder,
-    PriorDecoder,
-)
+from vgf_llm.models.loading import eos_token_ids, load_tokenizer
+from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text.particles import GradientSource, exact_gradient
-from vgf_llm.text.protocols import Decoder, Reference, Value
+from vgf_llm.text.protocols import Reference, Value
 from vgf_llm.text.reference import TorchReference
+
+R_co = TypeVar("R_co", bound=Reference, covariant=True)
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class Pipeline(Generic[R_co]):
     """A reference, a value in the same token space with its gradient, and their tokenizer.
 
     The gradient is the reward model's secant head where its folder has one, else the exact one.
     """
 
-    reference: Reference
+    reference: R_co
     value: RewardModel
     tokenizer: PreTrainedTokenizerBase
     gradient: GradientSource
@@ -55,18 +47,29 @@ class Pipeline:
         self.reference.close()
 
 
-def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: EngineSettings | None = None) -> Pipeline:
+@overload
+def load_pipeline(models: ModelSettings, sampling: SamplingSettings) -> Pipeline[TorchReference]: ...
+
+
+@overload
+def load_pipeline(models: ModelSettings, sampling: SamplingSettings, backend: Backend[R_co]) -> Pipeline[R_co]: ...
+
+
+def load_pipeline(
+    models: ModelSettings, sampling: SamplingSettings, backend: Backend[Any] | None = None
+) -> Pipeline[Any]:
     """Load the base model and the reward model.
 
     Args:
         models: Their names, dtype and device.
         sampling: The reference law.
-        engine: Runs the base model in a vLLM engine; in this process without it.
+        backend: Runs the base model; transformers in this process by default.
 
     Raises:
         ConfigError: If no reward model is named.
         ModelError: If one cannot be loaded, the reward model's tokenizer or template differs from the base's, or its
             embedding table is smaller than the vocabulary.
+        VGFError: If the backend does not start.
     """
     if models.reward_model is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
@@ -83,22 +86,14 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
         chat_template_kwargs=models.chat_template_kwargs,
     )
     value = load_reward_model(models.reward_model, tokenizer=tokenizer, dtype=dtype, device=device)
-    if engine is None:
-        base = load_causal_lm(
-            models.model_name_or_path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code
-        )
-    else:
-        base = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
-    table_V, own_V = len(value.embedding_table_VD), base.get_input_embeddings().weight.shape[0]
-    vocabulary = check_table(value, tokenizer, own_V)
+    backend = backend or TransformersBackend()
+    base, table_VD = backend.load(models, device), value.embedding_table_VD
+    rows = base.get_input_embeddings().weight.shape[0]
+    vocabulary = check_table(value, tokenizer, rows)
     tell_other_table(value, base, models.reward_model)
     gradient = load_gradient(models.reward_model, value)  # what can fail comes before an engine is started
-    if engine is None:
-        eos_ids, pad_id = eos_token_ids(base, tokenizer), padding_id(tokenizer, min(own_V, table_V))
-        reference: Reference = TorchReference(base, sampling, eos_ids, pad_id, vocabulary)
-    else:
-        reference = engine_reference(models, sampling, engine, tokenizer, value.embedding_table_VD, device)
-    return Pipeline(reference, value, tokenizer, gradient)
+    tokens = Tokens(eos_token_ids(base, tokenizer), padding_id(tokenizer, min(rows, len(table_VD))), vocabulary)
+    return Pipeline(backend.start(base, models, sampling, tokens, table_VD), value, tokenizer, gradient)
 
 
 def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int) -> int:
@@ -148,40 +143,6 @@ def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
     source = secant_gradient(head)
     body = sum(parameter.numel() for parameter in decoder_layers(value.body)[1].parameters())
     return replace(source, passes=source.passes + sum(p.numel() for p in head.parameters()) / body)
-
-
-def make_decoder(
-    name: DecoderName, reference: Reference, value: Value, options: dict[str, Any] | None = None
-) -> Decoder:
-    """Return the decoder of that name.
-
-    Raises:
-        ConfigError: If it has no such option, or the option no such value.
-    """
-    options = options or {}
-    makers: dict[str, Callable[..., Decoder]] = {
-        "prior": PriorDecoder,
-        "block": BlockDecoder,
-        "edit": EditDecoder,
-        "edit_greedy": EditGreedyDecoder,
-        "pivot": PivotDecoder,
-    }
-    if name == "nearest":
-        maker = partial(
-            NearestDecoder, value.embedding_table_VD, (*reference.eos_ids, reference.pad_id), reference.vocabulary
-        )
-    else:
-        maker = partial(makers[name], reference, value.embedding_table_VD)
-    known = [key for key, one in signature(maker).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"decoder_options: the decoder {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
-        )
-    try:
-        return maker(**options)
-    except (ValueError, TypeError) as error:  # out of range, or of another type
-        raise ConfigError(f"decoder_options {options} of {name!r}: {error}") from error
 
 
 def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:

@@ -49,6 +49,18 @@ class EnginePrefix:
         return EnginePrefix([self.prompts[row] for row in rows], [self.written[row] for row in rows])
 
 
+def check_truncated(sampling: SamplingSettings) -> None:
+    """Refuse a law that an engine cannot report: it lists some tokens per place, not all of them.
+
+    To be called before an engine is started, which takes minutes; :class:`EngineReference` calls it too.
+
+    Raises:
+        ConfigError: If ``top_k`` is 0.
+    """
+    if not sampling.top_k:
+        raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
+
+
 class EngineReference:
     """A frozen base model in an engine, under a sampling law.
 
@@ -70,7 +82,7 @@ class EngineReference:
         on_written: Is shown whatever the engine has written, before anything is made of it.
 
     Raises:
-        ConfigError: If the law is not truncated: an engine reports a list of tokens a place, not all of them.
+        ConfigError: If the law is not truncated (:func:`check_truncated`).
     """
 
     reserved_positions = 1
@@ -87,8 +99,7 @@ class EngineReference:
         stop: Sequence[str] = (),
         vocabulary: int | None = None,
     ) -> None:
-        if not sampling.top_k:
-            raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
+        check_truncated(sampling)
         self.engine = engine
         self.model = model
         self.sampling = sampling

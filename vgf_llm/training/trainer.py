@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from vgf_llm.answering.implicit_policy import Outcome
-from vgf_llm.answering.pipeline import make_decoder
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.data.endings import padding_id
 from vgf_llm.distributed.gather import whole_weights
 from vgf_llm.errors import DivergedError
