@@ -26,6 +26,9 @@ COMMANDS = {
     "serve": ("vgf_llm.serve", "serve an OpenAI-compatible interface with a transport budget per request"),
     "transport": ("vgf_llm.transport", "write transported responses as datasets for SFT and DPO training"),
     "evaluate": ("vgf_llm.evaluate", "compare budgets with best-of-N and controls"),
+    "control-collect": ("vgf_llm.control.collect", "record episodes of a control task as data"),
+    "control-train": ("vgf_llm.control.train", "train and evaluate an agent on control data"),
+    "control-report": ("vgf_llm.control.report", "join the seeds of a control task"),
 }
 
 

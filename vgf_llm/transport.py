@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering.answer import AnswerSettings, answer, look_at_inputs
+from vgf_llm.answering.answer import answer, look_at_inputs
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries
@@ -30,7 +30,7 @@ from vgf_llm.errors import ConfigError, ModelError, OutputError
 from vgf_llm.machine.precision import with_dtype
 from vgf_llm.runs.claim import claim, refuse_rows
 from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl
-from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings import AnswerSettings, ModelSettings, SamplingSettings
 from vgf_llm.settings.parse import dump, parse
 
 SFT_NAME, DPO_NAME = "sft.parquet", "dpo.parquet"
