@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vgf_llm.errors import ModelError
-from vgf_llm.models.architecture import decoder_of, difference, is_whole, text_config, tolerance
+from vgf_llm.models.architecture import decoder_of, difference, input_table, is_whole, text_config, tolerance
 
 NAME = "grouped_sdpa"
 _PROBE = "vgf_probe_sdpa"
@@ -167,7 +167,7 @@ def _drops_something(decoder: PreTrainedModel) -> bool:
     if not is_whole(decoder) or not decoder._can_set_attn_implementation():
         return False
     before, was_training = decoder.config._attn_implementation, decoder.training
-    rows = decoder.get_input_embeddings().weight.shape[0]
+    rows = input_table(decoder).shape[0]
     ids_1S = (1 + torch.arange(6, device=next(decoder.parameters()).device)[None] * max(1, rows // 7)).remainder(rows)
     decoder.eval()
     try:

@@ -76,12 +76,10 @@ def choices(field: str) -> tuple[str, ...]:
 def trackers() -> tuple[str, ...]:
     """Return the trackers that transformers can report to, sorted."""
     for node in _source("integrations/integration_utils.py").body:
-        named = isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "INTEGRATION_TO_CALLBACK" for target in node.targets
-        )
-        if named and isinstance(node.value, ast.Dict):  # type: ignore[union-attr]
-            keys = node.value.keys  # type: ignore[union-attr]
-            return tuple(sorted(str(key.value) for key in keys if isinstance(key, ast.Constant)))
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)):
+            continue
+        if any(isinstance(target, ast.Name) and target.id == "INTEGRATION_TO_CALLBACK" for target in node.targets):
+            return tuple(sorted(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)))
     return ()
 
 
