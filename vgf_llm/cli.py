@@ -69,7 +69,7 @@ def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str
     Returns:
         The command's code; 2 after a VGFError; 130 after Ctrl-C.
     """
-    found_group = in_process_group()  # of an engine in this process, say, which goes on after the command
+    found_group = in_process_group()  # of an engine in this process, say, which outlives the command
     try:
         code = command_main(None if argv is None else list(argv)) or 0
         if not found_group:

@@ -51,7 +51,7 @@ class NonFiniteError(VGFError):
     """
 
     def __init__(self, message: str, group: int, step: int) -> None:
-        """Keep the position beside the message."""
+        """Store the position with the message."""
         super().__init__(message)
         self.group = group
         self.step = step
@@ -71,7 +71,7 @@ class SettingError(ValueError):
     """
 
     def __init__(self, key: str, value: Any, valid: str) -> None:
-        """Keep the parts beside the sentence."""
+        """Store the parts with the sentence."""
         shown = repr(value) if isinstance(value, str) else value
         hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if _is_number(value) else ""
         super().__init__(f"{key} must be {valid}, got {shown}{hint}")

@@ -6,8 +6,8 @@
 rejected) the selected response against the sample that it was moved from; both with value, source_value (of that
 sample), original_value (of the best sample), nats and whether the response ended by itself. A pair whose texts are the
 same or whose value does not rise is left out and counted. Every answered prompt is a line of ``rows.jsonl``: Ctrl-C or
-a kill loses at most the batch in progress, ``--resume`` goes on, and the datasets are written at the end. The last line
-of standard output is one JSON object.
+a kill loses at most the batch in progress, ``--resume`` continues, and the datasets are written at the end. The last
+line of standard output is one JSON object.
 """
 
 from __future__ import annotations

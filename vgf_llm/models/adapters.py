@@ -1,8 +1,8 @@
 """PEFT adapters as base models: whose they are, how many rows their tables have, and the merge into plain weights.
 
 An adapter that was trained after tokens were added (or a padded table was cut) holds whole tables of another number of
-rows than its base, so the base is resized before the adapter goes on. After the merge the logits on a few ids must be
-those of the model with the adapter.
+rows than its base, so the base is resized before the adapter is applied. After the merge the logits on a few ids must
+be those of the model with the adapter.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _table_names(base: PreTrainedModel) -> list[str]:
 
 
 def _untie(base: PreTrainedModel) -> None:
-    """Give tied tables of their own data, so that an adapter on one of them is not merged into both."""
+    """Untie tied tables, so that an adapter on one of them is not merged into both."""
     tables: list[Any] = [
         getattr(module, "base_layer", module) for module in (base.get_input_embeddings(), base.get_output_embeddings())
     ]

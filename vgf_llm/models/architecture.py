@@ -85,7 +85,7 @@ def decoder_layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of a decoder's layers.
 
     Raises:
-        ModelError: There is no list of as many modules as the configuration has layers.
+        ModelError: The decoder has no module list with one entry per configured layer.
     """
     count = num_layers(decoder.config)
     lists = [
@@ -189,7 +189,7 @@ def check_structure(model: PreTrainedModel, name: str) -> None:
     check_config(model.config, name)
     wanted = decoder_class(model.config)
     if wanted is not None and not any(type(module) is wanted for module in model.modules()):
-        reason = f"a {type(model).__name__} holds no {wanted.__name__}, so there is no decoder that stands alone"
+        reason = f"a {type(model).__name__} does not contain a {wanted.__name__}, so it has no separate decoder"
         raise refusal(text_config(model.config), name, reason)
     try:
         decoder_layers(decoder_of(model))

@@ -1,7 +1,7 @@
 """Grouped-query attention that does not copy the cache.
 
 With a padding mask, transformers' sdpa attention repeats keys and values once per query head of a group before every
-call: at one new token a step and a long shared prompt that copy is most of the time. Here the query heads of a group
+call: at one new token per step and a long shared prompt that copy is most of the time. Here the query heads of a group
 stand side by side as queries of their one key-value head,
 
     q [R, H_kv G, T, Dh] -> [R, H_kv, G T, Dh],        mask [R, 1, T, S] -> [R, 1, G T, S],
@@ -180,7 +180,7 @@ def _drops_something(decoder: PreTrainedModel) -> bool:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-        return False  # it does not run at all, which `check_decoder` reports
+        return False  # attention not looked up by name (Falcon): the default stands, and `check_decoder` judges it
     finally:
         decoder.set_attn_implementation(before)
         decoder.train(was_training)

@@ -293,8 +293,8 @@ def _not_loaded(what: str, name: str, error: Exception) -> str:
 def embedded_model_folder() -> Path:
     """Return the folder of the embedded default in safetensors, dequantising it on first use.
 
-    The copy is built beside its place and published by one rename, so a kill leaves no half-written model and two
-    processes may race.
+    The copy is built next to its final place and published by one rename, so a kill leaves no half-written model and
+    two processes may race.
 
     Raises:
         ModelError: If the package that ships the weights is not installed.

@@ -37,7 +37,7 @@ def field_hints(cls: type) -> dict[str, Any]:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """List the alternatives of a union without None, or the hint itself where it is no union."""
+    """List the alternatives of a union without None, or the hint itself if it is not a union."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(member for member in typing.get_args(hint) if member is not type(None))
     return (hint,)

@@ -151,8 +151,8 @@ class ParticleSettings:
     num_particles: int = 8
     """Responses per prompt that are sampled and moved, at least 1."""
     draws: int = 3
-    """Texts decoded from each moved response, at least 1; alike with the decoder nearest, chains of their own with edit
-    and pivot."""
+    """Texts decoded from each moved response, at least 1; equal with the decoder nearest, separate chains with edit and
+    pivot."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""

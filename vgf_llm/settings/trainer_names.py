@@ -119,7 +119,7 @@ def key_of(name: str, own: Collection[str]) -> str:
 def _check_fields(given: dict[str, Any], own: set[str], known: Collection[str], fixed: Collection[str]) -> None:
     for name in given:
         if name in own | FIXED | set(fixed):
-            raise ConfigError(f"trainer_arguments: {name!r} has a key of its own here, or is fixed; set that one")
+            raise ConfigError(f"trainer_arguments: {name!r} is set by a key of ours, or is fixed; use that key")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"trainer_arguments: transformers' TrainingArguments has no {name!r} (nearest: {near!r})")
