@@ -84,9 +84,7 @@ def answers(arguments: argparse.Namespace, backend: Backend[Reference]) -> tuple
     with closing(load_pipeline(models, sampling, backend)) as pipeline:
         prompts = encode_prompts(pipeline, load_prompts(arguments.prompts, "prompt", limit=arguments.num_prompts))
         budget = TransportBudget(nats=arguments.nats)
-        policy = make_policy(
-            ImplicitPolicy, pipeline.reference, pipeline.value, budget, gradient=pipeline.gradient
-        )
+        policy = make_policy(ImplicitPolicy, pipeline.reference, pipeline.value, budget, gradient=pipeline.gradient)
         batches = [range(start, min(start + 10, len(prompts))) for start in range(0, len(prompts), 10)]
         seeds, outcomes, started = [], [], time.perf_counter()
         for seed in arguments.seeds:

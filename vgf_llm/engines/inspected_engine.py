@@ -1,4 +1,4 @@
-"""An engine whose texts are shown to an inspector before the caller gets them: how a run proves its engine's weights."""
+"""An engine whose texts are shown to an inspector before the caller gets them, for a proof of its weights."""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ class Service:
         engine: Returns the engine that is running; raises where there is none.
     """
 
-    def __init__(self, pipeline: Pipeline[EngineReference], settings: ServeSettings, engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, pipeline: Pipeline[EngineReference], settings: ServeSettings, engine: Callable[[], Engine]
+    ) -> None:
         self.pipeline, self.settings, self.engine = pipeline, settings, engine
         reference, config = pipeline.reference, pipeline.reference.model.config
         positions = max_positions(config)

@@ -76,12 +76,10 @@ def choices(field: str) -> tuple[str, ...]:
 def trackers() -> tuple[str, ...]:
     """Return the trackers that transformers can report to, sorted."""
     for node in _source("integrations/integration_utils.py").body:
-        named = isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "INTEGRATION_TO_CALLBACK" for target in node.targets
-        )
-        if named and isinstance(node.value, ast.Dict):  # type: ignore[union-attr]
-            keys = node.value.keys  # type: ignore[union-attr]
-            return tuple(sorted(str(key.value) for key in keys if isinstance(key, ast.Constant)))
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)):
+            continue
+        if any(isinstance(target, ast.Name) and target.id == "INTEGRATION_TO_CALLBACK" for target in node.targets):
+            return tuple(sorted(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)))
     return ()
 
 
@@ -121,7 +119,7 @@ def key_of(name: str, own: Collection[str]) -> str:
 def _check_fields(given: dict[str, Any], own: set[str], known: Collection[str], fixed: Collection[str]) -> None:
     for name in given:
         if name in own | FIXED | set(fixed):
-            raise ConfigError(f"trainer_arguments: {name!r} has a key of its own here, or is fixed; set that one")
+            raise ConfigError(f"trainer_arguments: {name!r} is set by a key of ours, or is fixed; use that key")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"trainer_arguments: transformers' TrainingArguments has no {name!r} (nearest: {near!r})")

@@ -1,10 +1,10 @@
 """Choosers: they pick every row's next token, here from logits, or in an engine's own process from a plan.
 
 A chooser is called with the logits of a position wherever the model runs in this process. An engine (vLLM) runs it in
-another one: it is given each row's :class:`vgf_llm.text.plans.RowPlan`, numbers that say all there is to know, picks by the same functions
-of tensors, and hands back tokens and laws. The chooser then follows what was picked, which brings its own state (nats
-spent, laws met) to where calling it would have brought it, and says what it would have picked itself, so that an engine
-that does something else is noticed.
+another one. It is given each row's :class:`vgf_llm.text.plans.RowPlan`, numbers that say all there is to know, picks by
+the same functions of tensors, and hands back tokens and laws. The chooser then follows what was picked, which brings
+its own state (nats spent, laws met) to where calling it would have brought it. It also says what it would have picked
+itself, so that an engine that does something else is noticed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vgf_llm.text.law import Shortlist, ends_here, truncate
 from vgf_llm.text.noise import gumbel_noise
 from vgf_llm.text.plans import PlanKind, PlannedRows, PlanTensor, RowPlan, law_rule
 from vgf_llm.text.responses import is_any_of
+
 
 class Chooser(Protocol):
     """Picks the next token of R rows."""

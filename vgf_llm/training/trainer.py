@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from vgf_llm.answering.implicit_policy import Outcome
-from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.data.endings import padding_id
 from vgf_llm.distributed.gather import whole_weights
 from vgf_llm.errors import DivergedError
@@ -30,6 +29,7 @@ from vgf_llm.machine.precision import require_float32
 from vgf_llm.models.architecture import vocabulary_rows
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Reference, TorchReference, row_seeds
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.noise import combine_seeds
 from vgf_llm.text.particles import GradientSource, token_spacing
