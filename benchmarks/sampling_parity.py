@@ -45,6 +45,7 @@ from vgf_llm.data.prompts import load_prompts
 from vgf_llm.engines.backend import Backend
 from vgf_llm.engines.transformers_backend import TransformersBackend
 from vgf_llm.engines.vllm_backend import VLLMBackend
+from vgf_llm.engines.vllm_env import ERRORS_ALONE, IN_THIS_PROCESS, set_defaults
 from vgf_llm.evaluation.bootstrap import bootstrap_mean
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.machine.precision import choose_dtype
@@ -166,8 +167,7 @@ def _differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, record if asked, and print the JSON line."""
     arguments = _arguments(argv)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    set_defaults(os.environ, IN_THIS_PROCESS, ERRORS_ALONE)
     if arguments.record:
         check_writable(str(Path(_RECORD).parent))
     here, seeds = answers(arguments, TransformersBackend())

@@ -87,10 +87,11 @@ def run(
     from vgf_llm.engines.engine import Engine
     from vgf_llm.engines.start import start_engine
     from vgf_llm.engines.vllm_backend import VLLMBackend
+    from vgf_llm.engines.vllm_env import SPAWNED_WORKERS, set_defaults
     from vgf_llm.serving.keeper import EngineKeeper
     from vgf_llm.serving.service import Service
 
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # a restart must not fork a threaded process
+    set_defaults(os.environ, SPAWNED_WORKERS)
     died = False
 
     def another(deadline: Deadline) -> Engine:

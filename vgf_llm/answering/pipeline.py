@@ -20,7 +20,7 @@ from vgf_llm.engines.transformers_backend import TransformersBackend
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.machine.precision import with_dtype
-from vgf_llm.models.architecture import decoder_layers, max_positions
+from vgf_llm.models.architecture import decoder_layers, input_table, max_positions
 from vgf_llm.models.loading import eos_token_ids, load_tokenizer
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text.particles import GradientSource, exact_gradient
@@ -71,11 +71,12 @@ def load_pipeline(
             embedding table is smaller than the vocabulary.
         VGFError: If the backend does not start.
     """
-    if models.reward_model is None:
+    folder = models.reward_model
+    if folder is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
-    if not Path(models.reward_model).is_dir():
+    if not Path(folder).is_dir():
         raise ModelError(
-            f"reward_model {models.reward_model!r} is not a folder; train one with `vgf-llm reward` and name its folder"
+            f"reward_model {folder!r} is not a folder; train one with `vgf-llm reward` and name its folder"
         )
     models = with_dtype(models)
     device, dtype = resolve_device(models.device), getattr(torch, models.dtype)
@@ -85,13 +86,13 @@ def load_pipeline(
         trust_remote_code=models.trust_remote_code,
         chat_template_kwargs=models.chat_template_kwargs,
     )
-    value = load_reward_model(models.reward_model, tokenizer=tokenizer, dtype=dtype, device=device)
+    value = load_reward_model(folder, tokenizer=tokenizer, dtype=dtype, device=device)
     backend = backend or TransformersBackend()
     base, table_VD = backend.load(models, device), value.embedding_table_VD
-    rows = base.get_input_embeddings().weight.shape[0]
+    rows = len(input_table(base))
     vocabulary = check_table(value, tokenizer, rows)
-    tell_other_table(value, base, models.reward_model)
-    gradient = load_gradient(models.reward_model, value)  # what can fail comes before an engine is started
+    tell_other_table(value, base, folder)
+    gradient = load_gradient(folder, value)  # what can fail comes before an engine is started
     tokens = Tokens(eos_token_ids(base, tokenizer), padding_id(tokenizer, min(rows, len(table_VD))), vocabulary)
     return Pipeline(backend.start(base, models, sampling, tokens, table_VD), value, tokenizer, gradient)
 
@@ -119,7 +120,7 @@ def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> 
         base: The base model; one without weights is not compared.
         folder: Of the reward model, for the message.
     """
-    own_VD, base_VD = value.get_input_embeddings().weight, base.get_input_embeddings().weight
+    own_VD, base_VD = input_table(value), input_table(base)
     if base_VD.is_meta or value.config.train_embeddings:
         return
     rows = min(len(own_VD), len(base_VD))

@@ -93,6 +93,17 @@ class EngineText:
     prompt: TopLogps | None = None
 
 
+def reported(logps: TopLogps | None, engine: str) -> TopLogps:
+    """Return log-probabilities that an engine was asked for.
+
+    Raises:
+        EngineError: If it reported none.
+    """
+    if logps is None:
+        raise EngineError(f"the {engine} did not report the log-probabilities that it was asked for")
+    return logps
+
+
 def engine_seed(seed: int | None) -> int | None:
     """Return a seed in the 63 bits that every engine takes; vLLM takes -1 for none, which nothing reproduces."""
     return None if seed is None else seed & (2**63 - 1)

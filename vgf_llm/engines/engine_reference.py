@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from vgf_llm.engines.engine import Engine, EngineError, EngineRequest, EngineText, TopLogps
+from vgf_llm.engines.engine import Engine, EngineError, EngineRequest, EngineText, TopLogps, reported
 from vgf_llm.errors import ConfigError
 from vgf_llm.models.architecture import vocabulary_rows
 from vgf_llm.settings import SamplingSettings
@@ -220,8 +220,9 @@ class EngineReference:
         ]
         found = []
         for (_, tokens), text in zip(texts, self.engine.run(requests), strict=True):
-            along = slice(len(text.prompt.own_T) - len(tokens), None)
-            found.append(TopLogps(text.prompt.own_T[along], text.prompt.ids_TK[along], text.prompt.logps_TK[along]))
+            prompt = reported(text.prompt, self.engine.name)
+            along = slice(len(prompt.own_T) - len(tokens), None)
+            found.append(TopLogps(prompt.own_T[along], prompt.ids_TK[along], prompt.logps_TK[along]))
         return found
 
     def _write(
@@ -283,7 +284,8 @@ class EngineReference:
         for row, text in texts.items():
             here = slice(0, len(text.tokens))
             tokens_RT[row, here], inside_RT[row, here] = torch.tensor(text.tokens), True
-            ids_RTK[row, here], raw_RTK[row, here] = text.written.ids_TK, text.written.logps_TK
+            written = reported(text.written, self.engine.name)
+            ids_RTK[row, here], raw_RTK[row, here] = written.ids_TK, written.logps_TK
         ids_RTK, raw_RTK = self._known(ids_RTK, raw_RTK, self.columns)
         law = normalised(ids_RTK, raw_RTK / self.sampling.temperature, self.sampling.top_p)
         law = Shortlist(law.ids.to(self.device), law.logps.to(self.device))

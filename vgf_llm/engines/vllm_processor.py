@@ -106,7 +106,7 @@ class PlanProcessor(LogitsProcessor):
 
     def _picked(self, indices: list[int], logits_RV: Tensor) -> Tensor:
         """Return the tokens of rows that share a key; a row whose plan cannot be followed is refused alone."""
-        rows = [self.rows[index][0] for index in indices]
+        rows = [row for index in indices if (row := self.rows[index][0]) is not None]
         offsets = [len(self.rows[index][1]) for index in indices]
         try:
             return step(rows, offsets, logits_RV, self.table_VD)

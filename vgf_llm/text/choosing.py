@@ -26,7 +26,7 @@ from vgf_llm.text.responses import is_any_of
 class Chooser(Protocol):
     """Picks the next token of R rows."""
 
-    def __call__(self, logits_RV: Tensor, position: Any) -> Tensor:
+    def __call__(self, logits_RV: Tensor, position: Any, /) -> Tensor:
         """Return the tokens, int64 [R], at ``position`` (one for all rows, or int64 [R])."""
         ...
 
@@ -34,7 +34,7 @@ class Chooser(Protocol):
         """Return the plan of each row for at most ``tokens`` tokens from its place ``start_R`` in the response on."""
         ...
 
-    def follow(self, law: Shortlist, position: Any, token_R: Tensor, live_R: Tensor) -> Tensor:
+    def follow(self, law: Shortlist, position: Any, token_R: Tensor, live_R: Tensor, /) -> Tensor:
         """Take over the tokens that were picked at ``position``; returns those that this chooser would have picked.
 
         Args:
