@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vgf_llm.errors import require, require_training_seed
+from vgf_llm.runs.resume import require_resume
 from vgf_llm.settings import DtypeName
 
 
@@ -155,8 +156,12 @@ class TrainerSettings:
     """Steps between evaluations; null evaluates at the end."""
     save_steps: int | None = None
     """Steps between checkpoints; null saves at the end."""
-    resume_from_checkpoint: str | None = None
-    """Checkpoint folder to go on from, or "last" for the newest of output_dir; null starts anew."""
+    save_total_limit: int | None = None
+    """Checkpoints kept, at least 1; null keeps all."""
+    resume: bool | str = False
+    """true continues from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Names of settings that may differ from the checkpoint's on resume, as the error names them."""
     seed: int = 0
     """Of head, data order and noise; 0 to 2**32 - 1."""
     report_to: str = "none"
@@ -167,6 +172,7 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         """Validate ranges; raises ValueError naming the key and the value."""
         require_training_seed("seed", self.seed)
+        require_resume(self.resume)
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         head_rate = self.head_learning_rate
         require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
@@ -180,7 +186,7 @@ class TrainerSettings:
         )
         for key in counts:
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("eval_steps", "save_steps"):
+        for key in ("eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "null or at least 1")
         require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vgf_llm.errors import require_sampling_seed
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.runs.resume import require_resume_rows
 from vgf_llm.settings import BackendName, EngineSettings
 
 
@@ -46,8 +47,8 @@ class EvaluateSettings:
     """What runs the base model: transformers in this process, or a vllm engine."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     """The vllm engine."""
-    resume: bool = False
-    """Go on with the rows that output_dir already holds; without it they are an error."""
+    resume: bool | str = False
+    """true continues the rows that output_dir already holds; without it they are an error."""
     record: str | None = None
     """Also write the summary to docs/results/<record>.json and its tables to <record>.md."""
 
@@ -57,6 +58,7 @@ class EvaluateSettings:
         Raises:
             ValueError: Naming the key and the value seen.
         """
+        require_resume_rows(self.resume)
         if self.num_prompts is not None and self.num_prompts < 1:
             raise ValueError(f"num_prompts must be null or at least 1, got {self.num_prompts}")
         if self.draws < 1:

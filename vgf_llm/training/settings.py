@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from vgf_llm.errors import require, require_training_seed
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.runs.resume import require_resume
 from vgf_llm.settings import BackendName, DecoderName, DtypeName, EngineSettings
 
 
@@ -197,8 +198,8 @@ class OptimSettings:
     """Steps between checkpoints; null saves the result only."""
     save_total_limit: int | None = 2
     """Checkpoints kept; null keeps all."""
-    resume_from_checkpoint: bool | str = False
-    """true goes on from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
+    resume: bool | str = False
+    """true continues from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
     allow_changes: list[str] = field(default_factory=list)
     """Names of settings that may differ from the checkpoint's on resume, as the error names them."""
     seed: int = 0
@@ -211,6 +212,7 @@ class OptimSettings:
     def __post_init__(self) -> None:
         """Validate; raises ValueError naming the key and the value."""
         require_training_seed("seed", self.seed)
+        require_resume(self.resume)
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
         require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
