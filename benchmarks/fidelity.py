@@ -56,7 +56,7 @@ from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.runs.hf_arguments import training_arguments
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.statistics.intervals import wilson_interval
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.reference import TorchReference
 
 DATA = Path("recipes/smollm2_sentiment/data")
 SUBSTITUTIONS, RESPONSES_A_PROMPT, SHORTLIST = 120, 2, 30
@@ -86,7 +86,7 @@ def load_bench(work: Path) -> Bench:
         over_length="truncate",
     )
     train_pairs, held_out, _ = load_pairs(script, tokenizer, seed=0)
-    reference = Reference(lm, SamplingSettings(), eos_token_ids(lm, tokenizer), tokenizer.pad_token_id)
+    reference = TorchReference(lm, SamplingSettings(), eos_token_ids(lm, tokenizer), tokenizer.pad_token_id)
     sampled = []
     for seed, split in enumerate(("train", "validation")):
         path = work / f"sampled_{split}.pt"

@@ -22,7 +22,7 @@ from vgf_llm.console.progress import track
 from vgf_llm.flow.trajectory import ValueGradient, autograd_value
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.statistics.intervals import normal_half_width
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses, is_any_of
 
 _TOP = 8
@@ -237,7 +237,7 @@ def reference_shortlist(
         vocabulary: only ids below it are listed; None lists any row of the model's table.
     """
     law = SamplingSettings(top_k=k)
-    reference = Reference(lm, law, eos_ids=(), pad_id=pad_token_id, vocabulary=vocabulary)
+    reference = TorchReference(lm, law, eos_ids=(), pad_id=pad_token_id, vocabulary=vocabulary)
     everywhere_BNT = torch.ones_like(tokens_BNT, dtype=torch.bool)
     responses = Responses([list(prompt) for prompt in prompts], tokens_BNT, everywhere_BNT, (), pad_token_id)
     ids_RTK = reference.shortlists(reference.prefix(responses.prompts), responses).ids[..., :k]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from vgf_llm.errors import require, require_sampling_seed, require_training_seed
-from vgf_llm.settings import DtypeName
+from vgf_llm.settings import BaseModelSettings, DtypeName
 
 
-@dataclass(frozen=True)
-class SecantScript:
+@dataclass(frozen=True, kw_only=True)
+class SecantScript(BaseModelSettings):
     """Reward model, prompts and output."""
 
     reward_model: str
@@ -27,14 +27,6 @@ class SecantScript:
     """Prompts fitted to, from the first; null takes all."""
     num_validation_prompts: int | None = 30
     """Prompts measured on, from the first; null takes all."""
-    model_name_or_path: str = "default"
-    """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
-    pad_token: str | None = None
-    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
-    """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
-    trust_remote_code: bool = False
-    """Whether code in a model's repository may run."""
     dtype: DtypeName = "auto"
     """Parameter dtype of the base model, which only samples; "auto": bfloat16 where the device has units for it. The
     reward model is float32: the changes that the head learns from are small."""
@@ -50,7 +42,7 @@ class SecantScript:
     """Of the sampled responses and substitutions."""
 
     def __post_init__(self) -> None:
-        """Validate ranges; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
         require_sampling_seed("seed", self.seed, runs=2)
         require(self.responses >= 1, "responses", self.responses, "at least 1")
         found = self.validation_substitutions
@@ -85,7 +77,7 @@ class SecantTraining:
     """Of the first layer and the batches."""
 
     def __post_init__(self) -> None:
-        """Validate ranges; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
         require_training_seed("fit_seed", self.fit_seed)
         require(self.base in ("skip", "gradient", "none"), "base", self.base, '"skip", "gradient" or "none"')
         for key in ("substitutions", "steps", "batch_size", "hidden"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from vgf_llm.errors import require, require_training_seed
+from vgf_llm.errors import require
 from vgf_llm.runs.resume import require_resume
-from vgf_llm.settings import DtypeName
+from vgf_llm.settings import BaseModelSettings, DtypeName
+from vgf_llm.settings.training import LoraSettings, OptimiserSettings
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TrainingData:
     """Length of the base model's shortlist that substitutions come from, at least 2."""
 
     def __post_init__(self) -> None:
-        """Validate ranges; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
         require(0 < self.eval_share <= 0.5, "eval_share", self.eval_share, "in (0, 0.5]")
         require(0 <= self.max_dropped_share <= 1, "max_dropped_share", self.max_dropped_share, "in [0, 1]")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
@@ -77,11 +78,9 @@ class RewardScript(TrainingData):
 
 
 @dataclass(frozen=True)
-class RewardModelSettings:
+class RewardModelSettings(LoraSettings, BaseModelSettings):
     """What is trained."""
 
-    model_name_or_path: str = "default"
-    """Base causal LM: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
     num_layers: int | Literal["auto"] | None = "auto"
     """Decoder layers kept, from the first; "auto" keeps six, or all of a shallower base; null keeps all."""
     pooling: Literal["last", "mean"] = "mean"
@@ -93,105 +92,54 @@ class RewardModelSettings:
     dtype: DtypeName = "auto"
     """Parameter dtype of the body (the head is float32); "auto": float32 where all weights are trained, under a LoRA
     bfloat16 where the device has units for it."""
-    lora_r: int = 0
-    """LoRA rank; 0 trains all weights."""
-    lora_alpha: float = 32.0
-    """LoRA scale; updates count lora_alpha / lora_r."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapters' inputs, in [0, 1)."""
     lora_target_modules: list[str] = field(default_factory=list)
     """Leaf names of linear layers; empty takes all of the body."""
-    pad_token: str | None = None
-    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
-    """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
-    trust_remote_code: bool = False
-    """Whether code in a model's repository may run."""
 
     def __post_init__(self) -> None:
-        """Validate ranges; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
+        super().__post_init__()
         layers = self.num_layers
         in_range = layers in (None, "auto") or (isinstance(layers, int) and layers >= 1)
         require(in_range, "num_layers", layers, '"auto", null or at least 1')
         require(self.pooling in ("last", "mean"), "pooling", self.pooling, '"last" or "mean"')
-        require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
-        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
-        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
-        if self.lora_r and self.train_embeddings:
-            raise ValueError("train_embeddings cannot be combined with lora_r > 0: a LoRA leaves the table alone")
+        both = bool(self.lora_r) and self.train_embeddings
+        require(not both, "train_embeddings", True, "false with lora_r > 0: a LoRA leaves the table alone")
 
 
 @dataclass(frozen=True)
-class TrainerSettings:
+class TrainerSettings(OptimiserSettings):
     """How a reward or value model is trained, whatever the loss."""
 
-    learning_rate: float = 2e-5
-    """Peak learning rate of AdamW, above 0."""
     head_learning_rate: float | None = 1e-2
     """Peak learning rate of the linear heads, which start at 0; above 0, null takes learning_rate. A fast head and a
     slow body keep most of the reward in the input skip, where the gradient holds between tokens."""
-    max_steps: int = -1
-    """Optimiser steps; -1 trains num_train_epochs."""
-    num_train_epochs: float = 1.0
-    """Passes over the rows where max_steps is -1."""
     per_device_train_batch_size: int = 8
     """Pairs (values: responses) per device and forward."""
     per_device_eval_batch_size: int = 16
     """Held-out pairs (values: responses) per device and forward."""
-    gradient_accumulation_steps: int = 1
-    """Forwards per optimiser step."""
-    warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises, in [0, 1)."""
-    weight_decay: float = 0.0
-    """AdamW weight decay, at least 0."""
-    bf16: bool | Literal["auto"] = "auto"
-    """Autocast to bfloat16 (parameters keep their dtype); "auto": where the device has units for it."""
     embedding_noise: float = 0.0
     """Gaussian noise on input embeddings in training, in root mean squares of the embedding table, at least 0."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, a third more time."""
-    logging_steps: int = 10
-    """Steps between log lines."""
     eval_steps: int | None = None
     """Steps between evaluations; null evaluates at the end."""
-    save_steps: int | None = None
-    """Steps between checkpoints; null saves at the end."""
     save_total_limit: int | None = None
     """Checkpoints kept, at least 1; null keeps all."""
     resume: bool | str = False
     """true continues from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
     allow_changes: list[str] = field(default_factory=list)
     """Names of settings that may differ from the checkpoint's on resume, as the error names them."""
-    seed: int = 0
-    """Of head, data order and noise; 0 to 2**32 - 1."""
-    report_to: str = "none"
-    """Where metrics go besides the log: none, tensorboard, wandb, ..."""
-    trainer_arguments: dict[str, Any] = field(default_factory=dict)
-    """Further fields of transformers' TrainingArguments, by name."""
 
     def __post_init__(self) -> None:
-        """Validate ranges; raises ValueError naming the key and the value."""
-        require_training_seed("seed", self.seed)
+        """Validate ranges; raises SettingError."""
+        super().__post_init__()
         require_resume(self.resume)
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         head_rate = self.head_learning_rate
         require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
-        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
-        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
-        counts = (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-        )
-        for key in counts:
-            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("eval_steps", "save_steps", "save_total_limit"):
+        key = "per_device_eval_batch_size"
+        require(self.per_device_eval_batch_size >= 1, key, self.per_device_eval_batch_size, "at least 1")
+        for key in ("eval_steps", "save_total_limit"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "null or at least 1")
-        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
-        for key in ("weight_decay", "embedding_noise"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+        require(self.embedding_noise >= 0, "embedding_noise", self.embedding_noise, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -206,7 +154,7 @@ class RewardTraining(TrainerSettings):
     """Weight of (chosen + rejected)^2, at least 0; holds the scores around 0."""
 
     def __post_init__(self) -> None:
-        """Validate ranges; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
         super().__post_init__()
         require(self.centring >= 0, "centring", self.centring, "at least 0")
         require(self.margin_scale > 0, "margin_scale", self.margin_scale, "above 0")

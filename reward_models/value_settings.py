@@ -35,7 +35,7 @@ class ValueTraining(TrainerSettings):
     """Share of the value that the target network takes over at every step, in (0, 1]."""
 
     def __post_init__(self) -> None:
-        """Validate ranges; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
         super().__post_init__()
         require(0 <= self.td_lambda <= 1, "td_lambda", self.td_lambda, "in [0, 1]")
         require(0 < self.expectile < 1, "expectile", self.expectile, "in (0, 1)")

@@ -10,8 +10,9 @@ from typing import get_args
 
 import pytest
 
-from vgf_llm import inputs
+from vgf_llm.engines.inputs import check_engine
 from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.models.inputs import check_base_model
 from vgf_llm.settings import DECODER_OPTIONS, DecoderName
 
 ROOT = Path(__file__).parents[1]
@@ -170,15 +171,15 @@ def test_the_known_options_are_those_of_the_decoders():
 
 
 def test_a_name_of_the_hub_is_taken_as_it_is(folder, monkeypatch):
-    inputs.check_base_model("owner/name")
-    inputs.check_base_model("gpt2")
-    inputs.check_base_model(str(folder / "adapter"))
+    check_base_model("owner/name")
+    check_base_model("gpt2")
+    check_base_model(str(folder / "adapter"))
     with pytest.raises(ModelError, match="is a file"):
-        inputs.check_base_model(str(folder / "a_file"))
+        check_base_model(str(folder / "a_file"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("VGF_LLM_CACHE", str(folder / "no_cache"))
     with pytest.raises(ModelError, match="embedded model's weights are not installed"):
-        inputs.check_base_model("default")
+        check_base_model("default")
     with pytest.raises(ConfigError, match="backend: vllm is not installed"):
-        inputs.check_engine("vllm", None)
-    inputs.check_engine("vllm", "http://127.0.0.1:8000")
+        check_engine("vllm", None)
+    check_engine("vllm", "http://127.0.0.1:8000")

@@ -7,12 +7,12 @@ import pytest
 from reward_models.secant_settings import SecantScript, SecantTraining
 from reward_models.settings import RewardTraining
 from reward_models.value_settings import ValueTraining
-from vgf_llm.answering.answer import AnswerSettings
 from vgf_llm.control.collect import CollectSettings
 from vgf_llm.control.settings import TrainSettings
 from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.generate import GenerateSettings
+from vgf_llm.settings import AnswerSettings
 from vgf_llm.settings.parse import parse
 from vgf_llm.training.settings import OptimSettings
 from vgf_llm.transport import TransportSettings

@@ -26,6 +26,9 @@ COMMANDS = {
     "serve": ("vgf_llm.serve", "serve an OpenAI-compatible interface with a transport budget per request"),
     "transport": ("vgf_llm.transport", "write transported responses as datasets for SFT and DPO training"),
     "evaluate": ("vgf_llm.evaluate", "compare budgets with best-of-N and controls"),
+    "control-collect": ("vgf_llm.control.collect", "record episodes of a control task as data"),
+    "control-train": ("vgf_llm.control.train", "train and evaluate an agent on control data"),
+    "control-report": ("vgf_llm.control.report", "join the seeds of a control task"),
 }
 
 
@@ -66,7 +69,7 @@ def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str
     Returns:
         The command's code; 2 after a VGFError; 130 after Ctrl-C.
     """
-    found_group = in_process_group()  # of an engine in this process, say, which goes on after the command
+    found_group = in_process_group()  # of an engine in this process, say, which outlives the command
     try:
         code = command_main(None if argv is None else list(argv)) or 0
         if not found_group:

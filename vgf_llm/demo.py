@@ -21,7 +21,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries, stage, stages
 from vgf_llm.console.screen import emit, say, show
-from vgf_llm.errors import ConfigError
+from vgf_llm.errors import ConfigError, require
 from vgf_llm.evaluate import headline
 from vgf_llm.evaluate import run as run_evaluation
 from vgf_llm.evaluation.settings import EvaluateSettings
@@ -53,15 +53,9 @@ class DemoSettings:
     """Prompts whose texts are printed, at least 0."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
-        if self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
-        if self.shown < 0:
-            raise ValueError(f"shown must be at least 0, got {self.shown}")
+        """Validate ranges; raises SettingError."""
+        require(self.num_prompts >= 1, "num_prompts", self.num_prompts, "at least 1")
+        require(self.shown >= 0, "shown", self.shown, "at least 0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

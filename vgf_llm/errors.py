@@ -5,6 +5,8 @@ The command line prints their message without a traceback and ends with exit cod
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -49,7 +51,7 @@ class NonFiniteError(VGFError):
     """
 
     def __init__(self, message: str, group: int, step: int) -> None:
-        """Keep the position beside the message."""
+        """Store the position with the message."""
         super().__init__(message)
         self.group = group
         self.step = step
@@ -57,6 +59,38 @@ class NonFiniteError(VGFError):
     def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, int, int]]:
         """Survive pickling (worker processes hand errors back)."""
         return NonFiniteError, (str(self), self.group, self.step)
+
+
+class SettingError(ValueError):
+    """A setting has a value that it cannot have; `vgf_llm.settings.parse` adds the file or flag that it came from.
+
+    Attributes:
+        key: Name of the setting, dotted where it is a setting of a block.
+        value: Its value.
+        valid: What is allowed, ending the sentence "<key> must be ...".
+    """
+
+    def __init__(self, key: str, value: Any, valid: str) -> None:
+        """Store the parts with the sentence."""
+        shown = repr(value) if isinstance(value, str) else value
+        hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if _is_number(value) else ""
+        super().__init__(f"{key} must be {valid}, got {shown}{hint}")
+        self.key, self.value, self.valid = key, value, valid
+
+    def __reduce__(self) -> tuple[type[SettingError], tuple[str, Any, str]]:
+        """Survive pickling."""
+        return SettingError, (self.key, self.value, self.valid)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a text would be a number without its quotes."""
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def require(holds: bool, key: str, value: Any, valid: str) -> None:
@@ -69,10 +103,35 @@ def require(holds: bool, key: str, value: Any, valid: str) -> None:
         valid: What is allowed, ending the sentence "<key> must be ...".
 
     Raises:
-        ValueError: Naming the key, what is valid and the value seen.
+        SettingError: The condition does not hold.
     """
     if not holds:
-        raise ValueError(f"{key} must be {valid}, got {value}")
+        raise SettingError(key, value, valid)
+
+
+def require_finite(key: str, value: Any, least: float, valid: str, above: bool = False) -> None:
+    """Raise unless the value is a finite number of at least ``least``, or above it.
+
+    Args:
+        key: Name of the setting.
+        value: Its value; a Boolean is not a number.
+        least: The bound.
+        valid: As for `require`.
+        above: Whether the bound itself is refused.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(is_number and math.isfinite(value) and (value > least if above else value >= least), key, value, valid)
+
+
+def require_integer(key: str, value: Any, least: int) -> None:
+    """Raise unless the value is an integer of at least ``least``; a Boolean is not one."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    require(is_integer and value >= least, key, value, f"an integer >= {least}")
+
+
+def require_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless the value is one of the choices."""
+    require(value in choices, key, value, f"one of {', '.join(choices)}")
 
 
 def require_training_seed(key: str, value: int) -> None:

@@ -3,7 +3,7 @@
     vgf-llm evaluate --config recipes/smollm2_sentiment/evaluate.yaml --budgets '[{nats: 2}, {nats: 4}]'
 
 Every finished (arm, seed, prompt) is a line of ``rows.jsonl``; Ctrl-C or a kill loses at most the batch in progress,
-and ``--resume`` goes on. The summary is made from the rows alone: ``summary.json``, a table on standard error, and with
+and ``--resume`` continues. The summary comes from the rows: ``summary.json``, a table on standard error, and with
 ``--record NAME`` also ``docs/results/NAME.json`` and the tables and unfiltered texts in ``docs/results/NAME.md``.
 The last line of standard output is one JSON object.
 """
@@ -138,7 +138,7 @@ def _arm_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _changed_arms(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """Return the names of arms whose description changed; more seeds is no change."""
+    """Return the names of arms whose description changed; more seeds do not count as a change."""
 
     def described(arms: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return {arm["name"]: {k: v for k, v in arm.items() if k != "num_seeds"} for arm in arms}

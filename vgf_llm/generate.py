@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering.answer import AnswerSettings, answer, look_at_inputs
+from vgf_llm.answering.answer import answer, look_at_inputs
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.screen import emit, say
 from vgf_llm.errors import ConfigError, DataError, OutputError
 from vgf_llm.runs.files import append_jsonl, check_writable
-from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings import AnswerSettings, ModelSettings, SamplingSettings
 from vgf_llm.settings.parse import parse
 
 

@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     api_key = os.environ.get(KEY_VARIABLE) or None
     if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
         raise ConfigError(f"{KEY_VARIABLE} must be of visible ASCII without blanks, or no client can send it")
-    if sampling.max_new_tokens > settings.most.max_tokens:
+    if sampling.max_new_tokens > settings.limits.max_tokens:
         raise ConfigError(
-            f"max_new_tokens is {sampling.max_new_tokens} by default and at most {settings.most.max_tokens} "
-            "(most.max_tokens)"
+            f"max_new_tokens must be at most limits.max_tokens, which is {settings.limits.max_tokens}, "
+            f"got {sampling.max_new_tokens}"
         )
     if api_key is None and not settings.is_loopback:
         raise ConfigError(f"host {settings.host} can be reached by others: set {KEY_VARIABLE}, or use host 127.0.0.1")

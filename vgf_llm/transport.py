@@ -6,8 +6,8 @@
 rejected) the selected response against the sample that it was moved from; both with value, source_value (of that
 sample), original_value (of the best sample), nats and whether the response ended by itself. A pair whose texts are the
 same or whose value does not rise is left out and counted. Every answered prompt is a line of ``rows.jsonl``: Ctrl-C or
-a kill loses at most the batch in progress, ``--resume`` goes on, and the datasets are written at the end. The last line
-of standard output is one JSON object.
+a kill loses at most the batch in progress, ``--resume`` continues, and the datasets are written at the end. The last
+line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.answering.answer import AnswerSettings, answer, look_at_inputs
+from vgf_llm.answering.answer import answer, look_at_inputs
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries
@@ -31,7 +31,7 @@ from vgf_llm.machine.precision import with_dtype
 from vgf_llm.runs.claim import claim, refuse_rows
 from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl
 from vgf_llm.runs.resume import require_resume_rows
-from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings import AnswerSettings, ModelSettings, SamplingSettings
 from vgf_llm.settings.parse import dump, parse
 
 SFT_NAME, DPO_NAME = "sft.parquet", "dpo.parquet"
@@ -47,7 +47,7 @@ class TransportSettings(AnswerSettings):
     """true continues the rows that output_dir already holds; without it they are an error."""
 
     def __post_init__(self) -> None:
-        """Validate; raises ValueError naming the key and the value."""
+        """Validate; raises SettingError."""
         super().__post_init__()
         require_resume_rows(self.resume)
 

@@ -26,7 +26,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries
 from vgf_llm.console.screen import emit, say
-from vgf_llm.errors import ConfigError, OutputError
+from vgf_llm.errors import ConfigError, OutputError, require
 from vgf_llm.runs.manifest import verify
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.settings.parse import parse
@@ -46,9 +46,8 @@ class VerifySettings:
     """Optimiser steps of each continuation, at least 1."""
 
     def __post_init__(self) -> None:
-        """Validate; raises ValueError naming the key and the value."""
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        """Validate ranges; raises SettingError."""
+        require(self.steps >= 1, "steps", self.steps, "at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

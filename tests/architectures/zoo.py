@@ -328,7 +328,7 @@ ZOO: dict[str, Architecture] = {
             "decoder_ffn_dim": 48,
             "encoder_ffn_dim": 48,
         },
-        refused="encoder-decoder|stands alone",
+        refused="encoder-decoder|separate decoder",
     ),
     "bert": Architecture("bert", refused="not the whole text|takes no"),
 }

@@ -11,10 +11,10 @@ from reward_models.logged import load_logged
 from reward_models.settings import RewardScript
 from reward_models.value_settings import ValueScript
 from tests.data.data_formats import FORMATS, Format, Read, table
-from vgf_llm.answering.answer import AnswerSettings
 from vgf_llm.data.dialogue import conversation_text
 from vgf_llm.data.prompts import load_preferences, load_prompts
 from vgf_llm.errors import DataError
+from vgf_llm.settings import AnswerSettings
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 

@@ -136,7 +136,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
     for source in ("nowhere.jsonl", "./nowhere", str(tmp_path / "none.csv")):
         with pytest.raises(DataError, match="does not exist .current folder"):
             load_prompts(source)
-    with pytest.raises(DataError, match="holds no data file; one ends in .jsonl"):
+    with pytest.raises(DataError, match="has no data files; their names end in .jsonl"):
         load_prompts(str(tmp_path))
 
 

@@ -83,12 +83,12 @@ def serving(
     from vgf_llm.serving.keeper import EngineKeeper
     from vgf_llm.serving.metrics import Metrics
     from vgf_llm.serving.service import Service
-    from vgf_llm.serving.settings import MostSettings, ServeSettings
+    from vgf_llm.serving.settings import LimitSettings, ServeSettings
 
-    most = MostSettings(
-        num_particles=8, draws=4, max_tokens=100, timeout_sec=60, body_kib=16, **options.pop("most", {})
+    limits = LimitSettings(
+        num_particles=8, draws=4, max_tokens=100, timeout_sec=60, body_kib=16, **options.pop("limits", {})
     )
-    settings = ServeSettings(budget=TransportBudget(nats=3.0), num_particles=4, draws=2, most=most, **options)
+    settings = ServeSettings(budget=TransportBudget(nats=3.0), num_particles=4, draws=2, limits=limits, **options)
     metrics, kept = Metrics(), engine or _Kept(pipeline.reference.engine)
     keeper = EngineKeeper(kept, start, on_restart, on_end)
     server = Server(Service(pipeline, settings, keeper.engine), keeper, metrics, MODEL, api_key)

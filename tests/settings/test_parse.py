@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from vgf_llm.errors import ConfigError
+from vgf_llm.errors import ConfigError, require
 from vgf_llm.settings.parse import dump, parse
 
 
@@ -25,8 +25,7 @@ class Budget:
     """Budget of a response in nats (>= 0)."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps must be >= 0, got {self.steps}")
+        require(self.steps >= 0, "steps", self.steps, ">= 0")
 
 
 @dataclass
@@ -57,8 +56,7 @@ class Training:
     """Learning rate (> 0)."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
 
 
 @dataclass
@@ -242,7 +240,7 @@ def test_dump_reads_back_as_the_same(tmp_path):
 
 def test_help_shows_the_field_texts_without_torch():
     code = (
-        "import sys; from vgf_llm.settings.parse import parse; from tests.test_config import Script\n"
+        "import sys; from vgf_llm.settings.parse import parse; from tests.settings.test_parse import Script\n"
         "try: parse(Script, argv=['--help'], prog='x', description='Does y.')\n"
         "except SystemExit as end: assert not end.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

@@ -9,89 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from reward_models.inputs import check_models
 from vgf_llm.console.progress import load_libraries, stage, track, working
 from vgf_llm.engines.inputs import check_engine
-from vgf_llm.errors import NonFiniteError, require_sampling_seed
-from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.settings import (
-    BackendName,
-    DecoderName,
-    EngineSettings,
-    ModelSettings,
-    SamplingSettings,
-    check_decoder_options,
-)
+from vgf_llm.errors import NonFiniteError
+from vgf_llm.settings import AnswerSettings, ModelSettings, SamplingSettings, check_decoder_options
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ImplicitPolicySettings:
-    """Particles, budget, decoder and selection."""
-
-    budget: TransportBudget = field(default_factory=TransportBudget)
-    """Transport budget; steps 0 is best-of-N."""
-    decoder: DecoderName = "prior"
-    """How moved particles become tokens."""
-    decoder_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the decoder, by name; its class lists them."""
-    num_particles: int = 8
-    """Responses per prompt that are sampled and moved, at least 1."""
-    draws: int = 3
-    """Texts decoded from each moved response, at least 1; alike with the decoder nearest, chains of their own with edit
-    and pivot."""
-    select: Literal["max", "softmax", "random"] = "max"
-    """The response returned: best by value, drawn by softmax of value / budget.temperature, or any of the pool."""
-
-    def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
-        if self.num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
-
-
-@dataclass(frozen=True)
-class AnswerSettings(ImplicitPolicySettings):
-    """Prompts, particles and budget."""
-
-    prompts: str | None = None
-    """Prompt file (.jsonl, .json, .csv, .parquet, .txt), or a data set of the hub."""
-    prompt_column: str = "prompt"
-    """Column of the prompt file, text or messages."""
-    system_column: str = field(default="system", kw_only=True)
-    """Column of a system turn that goes before the prompt, where rows have it."""
-    num_prompts: int | None = None
-    """Prompts used, from the first; all when unset."""
-    seed: int = 0
-    """Seed; a prompt's answer depends on it and on the prompt's position, not on the batch."""
-    batch_prompts: int = 4
-    """Prompts per batch, at least 1."""
-    backend: BackendName = "transformers"
-    """What runs the base model: transformers in this process, or a vllm engine."""
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    """The vllm engine."""
-
-    def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
-        super().__post_init__()
-        require_sampling_seed("seed", self.seed)
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be null or at least 1, got {self.num_prompts}")
-        if self.batch_prompts < 1:
-            raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
 
 
 def look_at_inputs(settings: AnswerSettings, models: ModelSettings) -> None:

@@ -68,6 +68,8 @@ def _are_own_streams() -> bool:
         return (
             sys.stdout is sys.__stdout__
             and sys.stderr is sys.__stderr__
+            and sys.stdout is not None
+            and sys.stderr is not None
             and (sys.stdout.fileno(), sys.stderr.fileno()) == (1, 2)
         )
     except (AttributeError, OSError, ValueError):  # closed, or none at all

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -182,8 +182,8 @@ def track(
     Returns:
         An iterator over the same items.
     """
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable) if size is None else sum(map(size, iterable))
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable) if size is None else sum(size(item) for item in iterable)
     with Bar(description, total, unit) as bar:
         for item in iterable:
             yield item

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -59,10 +59,10 @@ class ShowsTraining(TrainerCallback):
         """Count a batch of an evaluation."""
         if self._evaluation is None:
             rows = getattr(kwargs.get("eval_dataloader"), "dataset", None)
-            total = len(rows) if hasattr(rows, "__len__") else None
+            total = len(rows) if isinstance(rows, Sized) else None
             self._evaluation = contextlib.ExitStack()
-            bar = Bar("scoring held-out rows", total, "rows", aside=True)
-            self._evaluation_bar = self._evaluation.enter_context(bar)
+            scoring = Bar("scoring held-out rows", total, "rows", aside=True)
+            self._evaluation_bar = self._evaluation.enter_context(scoring)
         bar = self._evaluation_bar
         if bar is not None:
             done = bar.done + args.eval_batch_size * args.world_size

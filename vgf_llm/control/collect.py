@@ -26,7 +26,7 @@ from vgf_llm.console.progress import track
 from vgf_llm.console.screen import emit
 from vgf_llm.control.envs import make_plain
 from vgf_llm.control.oracles import Behaviour, make_behaviour
-from vgf_llm.errors import ConfigError, OutputError, require
+from vgf_llm.errors import ConfigError, OutputError, require, require_finite
 from vgf_llm.runs.files import check_writable
 from vgf_llm.settings.parse import parse
 
@@ -53,20 +53,13 @@ class CollectSettings:
     """Seed of the first episode, at least 0; each further episode adds one."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
+        """Validate ranges; raises SettingError."""
         last = self.seed + max(self.episodes, 0) + max(self.val_episodes, 0)
         require(self.seed >= 0 and last <= 2**32, "seed", self.seed, "from 0 to 2**32 - 1, for every episode")
         for key, least in (("episodes", 1), ("val_episodes", 1), ("episode_steps", 2)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
-        if not 0 <= self.noise < float("inf"):
-            raise ValueError(f"noise must be a finite number >= 0, got {self.noise}")
-        if len(self.dataset.split("-")) < 3:
-            raise ValueError(f"dataset must read <environment>-<kind>-v0, got {self.dataset!r}")
+            require(getattr(self, key) >= least, key, getattr(self, key), f"at least {least}")
+        require_finite("noise", self.noise, 0, "a finite number >= 0")
+        require(len(self.dataset.split("-")) >= 3, "dataset", self.dataset, "<environment>-<kind>-v0")
 
 
 def environment_of(dataset: str) -> tuple[str, str]:
@@ -148,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     (settings,) = parse(
         CollectSettings,
         argv=argv,
-        prog="python -m vgf_llm.control.collect",
+        prog="vgf-llm control-collect",
         description="Collect a data set in OGBench's format with scripted behaviour.",
     )
     if Path(settings.output_dir, f"{settings.dataset}.npz").exists():

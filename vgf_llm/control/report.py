@@ -50,7 +50,7 @@ class ReportSettings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; the last line of standard output is JSON."""
     (settings,) = parse(
-        ReportSettings, argv=argv, prog="python -m vgf_llm.control.report", description="Join the seeds of a task."
+        ReportSettings, argv=argv, prog="vgf-llm control-report", description="Join the seeds of a task."
     )
     if not settings.runs:
         raise ConfigError("runs: give at least one folder")

@@ -61,11 +61,7 @@ class AgentSettings:
     """Adam's learning rate for clone, critics and gradient network, above 0."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
+        """Validate ranges; raises SettingError."""
         for key in ("euler_steps", "num_particles"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in ("clone_hidden", "critic_hidden"):
@@ -79,10 +75,10 @@ class AgentSettings:
         free = TransportBudget()
         for key in ("rounds", "nats", "max_token_nats"):
             value = getattr(self.budget, key)
-            if value != getattr(free, key):
-                raise ValueError(f"budget.{key} limits the decoding of tokens and does nothing here: leave out {value}")
-        if self.amortised and self.budget.kernel == "rbf":
-            raise ValueError("amortised moves each particle on its own: set budget.kernel to none")
+            valid = "left out: it limits the decoding of tokens and does nothing here"
+            require(value == getattr(free, key), f"budget.{key}", value, valid)
+        apart = not self.amortised or self.budget.kernel == "none"
+        require(apart, "budget.kernel", self.budget.kernel, "none with amortised, which moves each particle alone")
 
 
 @dataclass(frozen=True)
@@ -105,11 +101,7 @@ class DataSettings:
     """Return that scores 100 (D4RL: the expert's); null reports success rates, or returns as they are."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
+        """Validate ranges; raises SettingError."""
         require(isfinite(self.reward_shift), "reward_shift", self.reward_shift, "a finite number")
         require(isfinite(self.score_min), "score_min", self.score_min, "a finite number")
         high = self.score_max
@@ -165,11 +157,7 @@ class TrainSettings:
     """Whether networks are compiled (torch.compile); worth it on a GPU."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
+        """Validate ranges; raises SettingError."""
         require_training_seed("seed", self.seed)
         require_resume(self.resume)
         for key in ("offline_steps", "online_steps", "online_warmup", "online_flow_steps", "clone_steps"):
@@ -182,16 +170,15 @@ class TrainSettings:
         require(bool(steps) and min(steps) >= 0, "test_steps", steps, "a list of at least one number, none below 0")
         finite = bool(sizes) and all(0 < size < float("inf") for size in sizes)
         require(finite, "test_step_sizes", sizes, "a list of finite numbers above 0")
-        if self.cached_samples and not self.clone_steps:
-            raise ValueError("cached_samples needs clone_steps above 0: what is cached is drawn from a trained clone")
-        if self.cached_samples and self.online_steps:
-            raise ValueError(
-                "cached_samples holds for the data's states only: online steps need cached_samples 0 (to go on "
-                "from a run that had a cache, with --allow_changes '[cached_samples]')"
-            )
-        unknown = set(self.report_to) - {"tensorboard", "wandb"}
-        if unknown:
-            raise ValueError(f"report_to knows tensorboard and wandb, got {', '.join(sorted(unknown))}")
+        cached = self.cached_samples
+        valid = "0 without clone_steps: what is cached is drawn from a trained clone"
+        require(not cached or self.clone_steps > 0, "cached_samples", cached, valid)
+        valid = (
+            "0 with online_steps: a cache holds for the data's states only (to continue a run that had one, add "
+            "--allow_changes '[cached_samples]')"
+        )
+        require(not cached or not self.online_steps, "cached_samples", cached, valid)
+        require(set(self.report_to) <= {"tensorboard", "wandb"}, "report_to", self.report_to, "tensorboard or wandb")
 
     @property
     def total_steps(self) -> int:

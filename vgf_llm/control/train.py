@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         DataSettings,
         AgentSettings,
         argv=argv,
-        prog="python -m vgf_llm.control.train",
+        prog="vgf-llm control-train",
         description="Offline and offline-to-online reinforcement learning by Value Gradient Flow.",
     )
     check_names(settings, data)

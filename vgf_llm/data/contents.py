@@ -6,11 +6,12 @@ import hashlib
 from pathlib import Path
 
 from vgf_llm.data.sources import local_files
-from vgf_llm.runs.provenance import folder_mark
 
 
 def contents(prompts: str, reward_model: str | None, base_model: str | None = None) -> dict[str, str]:
     """Return the SHA-256 of the local files that decide every number: prompts, reward model and base model."""
+    from vgf_llm.runs.provenance import folder_mark
+
     read = local_files(prompts, "train")
     files = [] if read is None else list(read.paths)
     if reward_model is not None:

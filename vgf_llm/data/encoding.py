@@ -76,7 +76,7 @@ def set_in_template(tokenizer: Any, variables: Mapping[str, Any]) -> None:
         variables: JSON values by name, for example ``{"enable_thinking": False}``.
 
     Raises:
-        ModelError: there is no template, it has no such variable, or a value is not JSON.
+        ModelError: there is no template, the template lacks the variable, or a value is not JSON.
     """
     if not variables:
         return

@@ -142,7 +142,7 @@ def with_system(prompt: Prompt, row: Row, column: str, source: str, number: Plac
     """Put a row's system turn before its prompt; a prompt that starts with one must have the same.
 
     Raises:
-        DataError: the column holds no text, or another system turn than the prompt.
+        DataError: the column is not text, or differs from the system turn of the prompt.
     """
     system = row.get(column)
     if system is None or system == "" or column == "prompt":

@@ -86,12 +86,13 @@ def _table(path: Path, kind: str) -> list[Row]:
     except ImportError as error:
         raise DataError(f"'{path}' needs the package 'pyarrow': install vgf-llm[train]") from error
     if kind == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        return list(table.to_pylist())
     with path.open("rb") as handle:  # datasets writes streams, pyarrow and pandas files
         is_file = handle.read(6) == b"ARROW1"
     with pyarrow.memory_map(str(path)) as source:
         opened = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
-        return opened.read_all().to_pylist()
+        return list(opened.read_all().to_pylist())
 
 
 def _jsonl(handle: Any, path: Path) -> list[tuple[int, Row]]:
@@ -155,7 +156,7 @@ def _separated(handle: Iterable[str], path: Path, delimiter: str) -> list[tuple[
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: the column {twice!r} stands twice in the first line; rename one of them")
-    rows = list(enumerate(reader, 1))
+    rows: list[tuple[int, Any]] = list(enumerate(reader, 1))
     for number, row in rows:
         if None in row:
             cells = len(names) + len(row[None])

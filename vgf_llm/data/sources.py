@@ -104,7 +104,7 @@ def _in_folder(folder: Path, split: str, *, stated: bool) -> list[Path]:
         and not any(part.startswith((".", "_")) for part in one.relative_to(folder).parts)
     ]
     if not files:
-        raise DataError(f"'{folder}' holds no data file; one ends in {', '.join(SUFFIXES)}, each also with .gz")
+        raise DataError(f"'{folder}' has no data files; their names end in {', '.join(SUFFIXES)}, each also with .gz")
     by_split: dict[str | None, list[Path]] = {}
     for one in files:
         by_split.setdefault(_split_of(one.relative_to(folder)), []).append(one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vgf_llm.errors import require
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import DecoderName
 
@@ -38,17 +39,9 @@ class Arm:
     """Seeds this arm is run with, at least 1; seed i of every arm has the same samples."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
-        if self.num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {self.num_particles}")
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
-        if self.num_seeds < 1:
-            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+        """Validate ranges; raises SettingError."""
+        for key in ("num_particles", "draws", "num_seeds"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
 
     @property
     def transport(self) -> TransportBudget:

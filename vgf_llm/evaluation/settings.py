@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vgf_llm.errors import require_sampling_seed
+from vgf_llm.errors import require, require_sampling_seed
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.runs.resume import require_resume_rows
-from vgf_llm.settings import BackendName, EngineSettings
+from vgf_llm.settings import BackendSettings, PromptSettings
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(PromptSettings, BackendSettings):
     """What is compared, on which prompts, and where the result goes."""
 
     prompts: str = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
-    """Prompt file (.jsonl, .json, .csv, .parquet), or a data set of the hub."""
-    prompt_column: str = "prompt"
-    """Column that holds the prompt, text or messages."""
-    system_column: str = field(default="system", kw_only=True)
-    """Column of a system turn that goes before the prompt, where rows have it."""
-    num_prompts: int | None = None
-    """Prompts used, from the first; all when unset."""
     output_dir: str = "outputs/evaluate"
     """Folder for rows.jsonl, summary.json and config.json."""
     gold: str = "vader_compound"
@@ -43,37 +36,24 @@ class EvaluateSettings:
     """Seed of the first repetition; repetition i uses seed + i."""
     batch_prompts: int = 6
     """Prompts per batch, at least 1."""
-    backend: BackendName = "transformers"
-    """What runs the base model: transformers in this process, or a vllm engine."""
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    """The vllm engine."""
     resume: bool | str = False
     """true continues the rows that output_dir already holds; without it they are an error."""
     record: str | None = None
     """Also write the summary to docs/results/<record>.json and its tables to <record>.md."""
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
+        """Validate ranges; raises SettingError."""
+        super().__post_init__()
         require_resume_rows(self.resume)
-        if self.num_prompts is not None and self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be null or at least 1, got {self.num_prompts}")
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
-        if self.batch_prompts < 1:
-            raise ValueError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
+        for key in ("draws", "batch_prompts"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         arms = self.all_arms()
         require_sampling_seed("seed", self.seed, max(arm.num_seeds for arm in arms))
         names = [arm.name for arm in arms]
         twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"arms must have unique names, {twice[0]!r} occurs twice")
+        require(not twice, "arms", twice[:1], "named apart: each name once")
         for baseline in self.baselines:
-            if baseline not in names:
-                raise ValueError(f"baselines: {baseline!r} is no arm of this run; arms: {', '.join(names)}")
+            require(baseline in names, "baselines", baseline, f"arms of this run ({', '.join(names)})")
 
     def all_arms(self) -> list[Arm]:
         """Return the arms of the run."""

@@ -6,7 +6,9 @@ value in training and another at test time. Only the standard library is importe
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from vgf_llm.errors import require_choice, require_finite, require_integer
 
 StepKind = Literal["sgd", "adam", "normalised"]
 KernelKind = Literal["none", "rbf"]
@@ -19,7 +21,7 @@ class TransportBudget:
     Formula: `x <- project(x + step_size * step(phi(x)))`, `steps` times (see `vgf_llm.flow.trajectory`).
 
     Raises:
-        ValueError: A field is outside its range; the message names the field and the value seen.
+        SettingError: A field is outside its range; the message names the field and the value seen.
     """
 
     steps: int = 1
@@ -46,16 +48,17 @@ class TransportBudget:
 
     def __post_init__(self) -> None:
         """Checks every field; YAML values reach this without passing through any argument parser."""
-        _require_integer("steps", self.steps, minimum=0)
-        _require_integer("rounds", self.rounds, minimum=1)
-        _require_choice("step", self.step, get_args(StepKind))
-        _require_choice("kernel", self.kernel, get_args(KernelKind))
-        _require_number("step_size", self.step_size, "a finite number > 0", lambda v: 0 < v < math.inf)
-        _require_number("temperature", self.temperature, "a finite number > 0", lambda v: 0 < v < math.inf)
-        _require_number("nats", self.nats, "a finite number >= 0", lambda v: 0 <= v < math.inf)
-        _require_number("max_token_nats", self.max_token_nats, "a number > 0", lambda v: v > 0)
+        require_integer("steps", self.steps, least=0)
+        require_integer("rounds", self.rounds, least=1)
+        require_choice("step", self.step, get_args(StepKind))
+        require_choice("kernel", self.kernel, get_args(KernelKind))
+        require_finite("step_size", self.step_size, 0, "a finite number > 0", above=True)
+        require_finite("temperature", self.temperature, 0, "a finite number > 0", above=True)
+        require_finite("nats", self.nats, 0, "a finite number >= 0")
+        if self.max_token_nats != math.inf:
+            require_finite("max_token_nats", self.max_token_nats, 0, "a number > 0", above=True)
         if self.bandwidth is not None:
-            _require_number("bandwidth", self.bandwidth, "null or a finite number > 0", lambda v: 0 < v < math.inf)
+            require_finite("bandwidth", self.bandwidth, 0, "null or a finite number > 0", above=True)
 
     @classmethod
     def none(cls) -> "TransportBudget":
@@ -66,20 +69,3 @@ class TransportBudget:
     def is_none(self) -> bool:
         """Whether no particle can move (`steps == 0`)."""
         return self.steps == 0
-
-
-def _require_integer(key: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{key} must be an integer >= {minimum}, got {value!r}")
-
-
-def _require_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _require_number(key: str, value: Any, wanted: str, holds: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not holds(value):
-        hint = " (YAML reads 1e-5 as text: write 1.0e-5)" if isinstance(value, str) else ""
-        raise ValueError(f"{key} must be {wanted}, got {value!r}{hint}")

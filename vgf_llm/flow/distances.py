@@ -71,7 +71,7 @@ def displacement_in_token_units(delta: Tensor, nearest_token_distance: Tensor | 
 
     Args:
         delta: Displacements [..., D].
-        nearest_token_distance: Distance > 0: one number for all tokens, or a tensor [...] (one a token).
+        nearest_token_distance: Distance > 0: one number for all tokens, or a tensor [...], one per token.
 
     Returns:
         Displacements [...] >= 0; from 0.5 on the nearest token can be another one.

@@ -51,7 +51,7 @@ def _cuda_has_bfloat16(device: torch.device) -> bool:
     import torch
 
     if torch.version.hip:
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return torch.cuda.get_device_capability(device) >= (8, 0)  # earlier ones emulate it
 
 
@@ -185,6 +185,7 @@ def require_float32(trainer: Trainer) -> None:
 
     if trainer.is_deepspeed_enabled and trainer.accelerator.mixed_precision in ("bf16", "fp16"):
         return
+    assert trainer.model is not None
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             raise ConfigError(

@@ -52,4 +52,4 @@ def training_flops(model: Any, tokens: float) -> float:
     body = [parameter for name, parameter in model.named_parameters() if "embed" not in name]
     frozen = sum(parameter.numel() for parameter in body if not parameter.requires_grad)
     trained = sum(parameter.numel() for parameter in body if parameter.requires_grad)
-    return (4 * frozen + 6 * trained) * tokens
+    return float((4 * frozen + 6 * trained) * tokens)

@@ -1,8 +1,8 @@
 """PEFT adapters as base models: whose they are, how many rows their tables have, and the merge into plain weights.
 
 An adapter that was trained after tokens were added (or a padded table was cut) holds whole tables of another number of
-rows than its base, so the base is resized before the adapter goes on. After the merge the logits on a few ids must be
-those of the model with the adapter.
+rows than its base, so the base is resized before the adapter is applied. After the merge the logits on a few ids must
+be those of the model with the adapter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from vgf_llm.errors import ModelError
-from vgf_llm.models.architecture import difference, tolerance
+from vgf_llm.models.architecture import difference, input_table, tolerance
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _NOT_GENERATING = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")
@@ -92,7 +92,8 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         _resize(base, folder)
         adapted = PeftModel.from_pretrained(base, str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
-        unexpected = set_peft_model_state_dict(adapted, dict(weights)).unexpected_keys
+        loaded: Any = set_peft_model_state_dict(adapted, dict(weights))
+        unexpected = loaded.unexpected_keys
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         first_line = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
@@ -116,7 +117,7 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
         )
     expected = _logits(adapted)
     _untie(base)
-    merged = adapted.merge_and_unload(safe_merge=True)
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     _settle_ties(merged)
     found = _logits(merged)
     if difference(found, expected) > tolerance(found):
@@ -144,11 +145,12 @@ def _check_whole(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module) -> torch.Tensor:
+def _logits(model: Any) -> torch.Tensor:
     model.eval()
     rows = model.get_input_embeddings().weight.shape[0]
     ids = [index % rows for index in (1, 2, 3, 5, 8, rows - 1)]  # the last row is the newest token
-    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    return logits
 
 
 def _resize(base: PreTrainedModel, folder: Path) -> None:
@@ -163,7 +165,7 @@ def _resize(base: PreTrainedModel, folder: Path) -> None:
             f"the adapter '{folder}' holds tables of {' and '.join(map(str, sorted(rows)))} rows; input and output "
             "tables must have the same number of rows"
         )
-    own = base.get_input_embeddings().weight.shape[0]
+    own = input_table(base).shape[0]
     if not rows or rows == {own}:
         return
     wanted, tied = rows.pop(), base.config.get_text_config(decoder=True).tie_word_embeddings
@@ -206,8 +208,8 @@ def _table_names(base: PreTrainedModel) -> list[str]:
 
 
 def _untie(base: PreTrainedModel) -> None:
-    """Give tied tables of their own data, so that an adapter on one of them is not merged into both."""
-    tables = [
+    """Untie tied tables, so that an adapter on one of them is not merged into both."""
+    tables: list[Any] = [
         getattr(module, "base_layer", module) for module in (base.get_input_embeddings(), base.get_output_embeddings())
     ]
     if all(hasattr(table, "weight") for table in tables) and tables[0].weight is tables[1].weight:
@@ -216,10 +218,11 @@ def _untie(base: PreTrainedModel) -> None:
 
 def _settle_ties(model: PreTrainedModel) -> None:
     """Tie tables again that are equal after a merge; say that they are not tied where an adapter made them differ."""
-    config, output = model.config.get_text_config(decoder=True), model.get_output_embeddings()
+    config = model.config.get_text_config(decoder=True)
+    output: Any = model.get_output_embeddings()
     if not config.tie_word_embeddings or output is None:
         return
-    table = model.get_input_embeddings().weight
+    table = input_table(model)
     if output.weight is table:
         return
     if output.weight.shape == table.shape and torch.equal(output.weight, table):

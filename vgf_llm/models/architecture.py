@@ -38,7 +38,14 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def vocabulary_rows(config: PreTrainedConfig) -> int:
     """Return the rows of the input table; padded tables have more rows than the tokenizer has tokens."""
-    return text_config(config).vocab_size
+    return int(text_config(config).vocab_size)
+
+
+def input_table(model: PreTrainedModel) -> Tensor:
+    """Return the weights of the input table, [V, D]; V counts padding rows."""
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    return table
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -49,7 +56,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 def num_layers(config: PreTrainedConfig) -> int:
     """Return the number of decoder layers."""
-    return text_config(config).num_hidden_layers
+    return int(text_config(config).num_hidden_layers)
 
 
 def decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -61,23 +68,24 @@ def decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return found[0] if isinstance(found, tuple) else found
 
 
-def decoder_of(model: nn.Module) -> PreTrainedModel:
+def decoder_of(model: Any) -> PreTrainedModel:
     """Return the text decoder inside a causal language model, which returns ``last_hidden_state``.
 
     Multimodal wrappers and PEFT's wrappers are looked into; a decoder is returned as it is.
     """
     wanted = decoder_class(model.config)
     for module in model.modules():
-        if type(module) is wanted:
+        if isinstance(module, PreTrainedModel) and type(module) is wanted:
             return module
-    return model.get_decoder()
+    found: PreTrainedModel = model.get_decoder()
+    return found
 
 
 def decoder_layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of a decoder's layers.
 
     Raises:
-        ModelError: There is no list of as many modules as the configuration has layers.
+        ModelError: The decoder has no module list with one entry per configured layer.
     """
     count = num_layers(decoder.config)
     lists = [
@@ -181,7 +189,7 @@ def check_structure(model: PreTrainedModel, name: str) -> None:
     check_config(model.config, name)
     wanted = decoder_class(model.config)
     if wanted is not None and not any(type(module) is wanted for module in model.modules()):
-        reason = f"a {type(model).__name__} holds no {wanted.__name__}, so there is no decoder that stands alone"
+        reason = f"a {type(model).__name__} does not contain a {wanted.__name__}, so it has no separate decoder"
         raise refusal(text_config(model.config), name, reason)
     try:
         decoder_layers(decoder_of(model))

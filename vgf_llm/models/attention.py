@@ -1,7 +1,7 @@
 """Grouped-query attention that does not copy the cache.
 
 With a padding mask, transformers' sdpa attention repeats keys and values once per query head of a group before every
-call: at one new token a step and a long shared prompt that copy is most of the time. Here the query heads of a group
+call: at one new token per step and a long shared prompt that copy is most of the time. Here the query heads of a group
 stand side by side as queries of their one key-value head,
 
     q [R, H_kv G, T, Dh] -> [R, H_kv, G T, Dh],        mask [R, 1, T, S] -> [R, 1, G T, S],
@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vgf_llm.errors import ModelError
-from vgf_llm.models.architecture import decoder_of, difference, is_whole, text_config, tolerance
+from vgf_llm.models.architecture import decoder_of, difference, input_table, is_whole, text_config, tolerance
 
 NAME = "grouped_sdpa"
 _PROBE = "vgf_probe_sdpa"
@@ -167,7 +167,7 @@ def _drops_something(decoder: PreTrainedModel) -> bool:
     if not is_whole(decoder) or not decoder._can_set_attn_implementation():
         return False
     before, was_training = decoder.config._attn_implementation, decoder.training
-    rows = decoder.get_input_embeddings().weight.shape[0]
+    rows = input_table(decoder).shape[0]
     ids_1S = (1 + torch.arange(6, device=next(decoder.parameters()).device)[None] * max(1, rows // 7)).remainder(rows)
     decoder.eval()
     try:
@@ -180,7 +180,7 @@ def _drops_something(decoder: PreTrainedModel) -> bool:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-        return False  # it does not run at all, which `check_decoder` reports
+        return False  # attention not looked up by name (Falcon): the default stands, and `check_decoder` judges it
     finally:
         decoder.set_attn_implementation(before)
         decoder.train(was_training)

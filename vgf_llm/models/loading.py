@@ -85,15 +85,16 @@ def load_causal_lm(
         return _merged(Path(resolved), dtype, device, trust_remote_code)
     _check_kind(resolved, name, trust_remote_code)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolved, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+        model, report = loaded
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
     _check_complete(report, name)
-    model = group_attention(model.to(device)).eval().requires_grad_(False)
-    check_decoder(model, name)
-    return model
+    ready: PreTrainedModel = group_attention(model.to(device)).eval().requires_grad_(False)
+    check_decoder(ready, name)
+    return ready
 
 
 def _check_kind(resolved: str, name: str, trust_remote_code: bool) -> None:
@@ -141,9 +142,10 @@ def _merged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bo
     merged = with_adapter(base, folder)
     for parameter in merged.parameters():  # buffers (rotary frequencies) stay in float32
         parameter.data = parameter.data.to(dtype)
-    merged = merged.to(device).eval().requires_grad_(False)
-    check_decoder(merged, str(folder))
-    return merged
+    moved: Any = merged
+    ready: PreTrainedModel = moved.to(device).eval().requires_grad_(False)
+    check_decoder(ready, str(folder))
+    return ready
 
 
 @loaded_whole()
@@ -162,13 +164,14 @@ def load_skeleton(name: str = DEFAULT_MODEL, *, trust_remote_code: bool = False)
     try:
         config = AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         if (Path(resolved) / "generation_config.json").is_file() or not Path(resolved).is_dir():
             model.generation_config = GenerationConfig.from_pretrained(resolved)
     except (OSError, ValueError) as error:
         raise ModelError(_not_loaded("model", name, error)) from error
     check_structure(model, name)
-    return model.eval().requires_grad_(False)
+    skeleton: PreTrainedModel = model.eval().requires_grad_(False)
+    return skeleton
 
 
 def base_model_name(name: str) -> str:
@@ -290,8 +293,8 @@ def _not_loaded(what: str, name: str, error: Exception) -> str:
 def embedded_model_folder() -> Path:
     """Return the folder of the embedded default in safetensors, dequantising it on first use.
 
-    The copy is built beside its place and published by one rename, so a kill leaves no half-written model and two
-    processes may race.
+    The copy is built next to its final place and published by one rename, so a kill leaves no half-written model and
+    two processes may race.
 
     Raises:
         ModelError: If the package that ships the weights is not installed.

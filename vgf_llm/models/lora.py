@@ -74,11 +74,12 @@ def left_out(decoder: nn.Module) -> dict[str, float]:
     """
     adapted, tables = set(), set()
     for module in decoder.modules():
-        if hasattr(module, "base_layer"):
-            adapted |= {id(parameter) for parameter in module.base_layer.parameters()}
+        if isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+            adapted |= {id(parameter) for parameter in inner.parameters()}
         if isinstance(module, nn.Embedding):
             tables |= {id(parameter) for parameter in module.parameters()}
-    total, found = 0, {}
+    total = 0
+    found: dict[str, int] = {}
     for name, parameter in decoder.named_parameters():
         if "lora_" in name or parameter.dim() < 2 or id(parameter) in tables:
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,8 @@ class _RoomyLayer(DynamicLayer):
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
         self.lazy_initialization(key, value)
         self._key_room, self._value_room = _with_room(key), _with_room(value)
         self._show(key.shape[-2])
@@ -163,9 +166,10 @@ def compute_prefix(body: nn.Module, prompts: Sequence[Sequence[int]], pad_token_
             use_cache=True,
         )
     padding_B1P1 = ~mask_BP[:, None, :, None]
+    layers: Any = cache.layers  # all keep keys and values, or `check_config` would have refused the model
     return PromptPrefix(
-        keys=tuple(layer.keys.masked_fill(padding_B1P1, 0).contiguous() for layer in cache.layers),
-        values=tuple(layer.values.masked_fill(padding_B1P1, 0).contiguous() for layer in cache.layers),
+        keys=tuple(layer.keys.masked_fill(padding_B1P1, 0).contiguous() for layer in layers),
+        values=tuple(layer.values.masked_fill(padding_B1P1, 0).contiguous() for layer in layers),
         mask_BP=mask_BP,
     )
 
@@ -203,7 +207,8 @@ def forward_with_prefix(
         past_key_values=_shared_cache(prefix_rows.keys, prefix_rows.values),
         use_cache=True,
     )
-    return output.last_hidden_state
+    hidden_RTD: Tensor = output.last_hidden_state
+    return hidden_RTD
 
 
 def positions_from_mask(mask_RT: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from vgf_llm.models.architecture import (
     decoder_of,
     difference,
     evaluating,
+    input_table,
     is_whole,
     refusal,
     text_config,
@@ -37,7 +38,7 @@ def check_decoder(model: PreTrainedModel, name: str) -> None:
         return
     decoder, text = decoder_of(model), text_config(model.config)
     device = next(decoder.parameters()).device
-    prompts, response_T = _probe_ids(decoder.get_input_embeddings().weight.shape[0])
+    prompts, response_T = _probe_ids(input_table(decoder).shape[0])
     longest = max(map(len, prompts))
     pads, total = [longest - len(p) for p in prompts], longest + len(response_T)
     ids_RS = torch.tensor([[0] * pad + p + response_T for pad, p in zip(pads, prompts, strict=True)], device=device)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
 def loaded_whole() -> Iterator[None]:
     """Let transformers make models whole for as long as the context lasts; also a decorator."""
-    deepspeed = sys.modules.get("transformers.integrations.deepspeed")  # who tells transformers has imported it
+    deepspeed: Any = sys.modules.get("transformers.integrations.deepspeed")  # who tells transformers has imported it
     if deepspeed is None:
         yield
         return

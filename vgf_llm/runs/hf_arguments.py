@@ -81,7 +81,7 @@ def load_deepspeed_only_where_asked(arguments: TrainingArguments) -> None:
     It does so whenever the package is installed, to look whether a model is wrapped by it.
     """
     asked = bool(arguments.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true")
-    accelerate_models.is_deepspeed_available = is_deepspeed_available if asked else _is_not_asked_for  # type: ignore
+    accelerate_models.is_deepspeed_available = is_deepspeed_available if asked else _is_not_asked_for
 
 
 def _is_not_asked_for() -> bool:

@@ -20,23 +20,20 @@ def require_resume(value: bool | str) -> None:
     """Refuse what is neither true, false, nor a text that can name a folder; for a `__post_init__`.
 
     Raises:
-        ValueError: Naming the key, the value and what to write.
+        SettingError: Naming the key, the value and what to write.
     """
     valid = "true (the newest checkpoint of output_dir), false (a new run), or the folder of a checkpoint"
-    require(isinstance(value, bool) or bool(str(value).strip()), "resume", repr(value), valid)
+    require(isinstance(value, bool) or bool(value.strip()), "resume", value, valid)
 
 
 def require_resume_rows(value: bool | str) -> None:
     """Refuse a folder where a run is its output_dir: its rows are continued, and it has no checkpoints.
 
     Raises:
-        ValueError: Naming the key, the value and what to write.
+        SettingError: Naming the key, the value and what to write.
     """
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"resume must be true or false, got {value!r}: this command continues the rows of its output_dir; name "
-            "that folder in output_dir, and set resume to true"
-        )
+    valid = "true or false (this command continues the rows of its output_dir: name that folder in output_dir)"
+    require(isinstance(value, bool), "resume", value, valid)
 
 
 def check_resume(wanted: bool | str, output_dir: str | Path) -> None:

@@ -54,7 +54,7 @@ class Server:
         self, service: Service, keeper: EngineKeeper, metrics: Metrics, model: str, api_key: str | None = None
     ) -> None:
         self.service, self.keeper, self.metrics, self.model = service, keeper, metrics, model
-        self.most = service.settings.most
+        self.limits = service.settings.limits
         self._key = None if api_key is None else api_key.encode()
         self.worker: Worker
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reading")  # of bodies
@@ -156,7 +156,7 @@ class Server:
     # One question --------------------------------------------------------------------------------------------------
 
     async def _asked(self, request: Request, kind: type[Asked]) -> Response:
-        deadline = Patience(self.most.timeout_sec)
+        deadline = Patience(self.limits.timeout_sec)
         body = await self._body(request)
         asked = await asyncio.get_running_loop().run_in_executor(self._readers, parse, kind, body)
         self._check_model(asked.model)
@@ -205,17 +205,17 @@ class Server:
         """Return the body, of which no more is read than it may have."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError(415, "Content-Type must be application/json", param="Content-Type")
-        most, stated = self.most.body_kib * 1024, request.headers.get("content-length", "0")
+        most, stated = self.limits.body_kib * 1024, request.headers.get("content-length", "0")
         found = bytearray()
         if int(stated) <= most:
             try:
-                async with asyncio.timeout(self.most.timeout_sec):
+                async with asyncio.timeout(self.limits.timeout_sec):
                     async for chunk in request.stream():
                         found += chunk
                         if len(found) > most:
                             break
             except TimeoutError as error:
-                raise RequestError(408, f"the body did not come within {self.most.timeout_sec:g} s") from error
+                raise RequestError(408, f"the body did not come within {self.limits.timeout_sec:g} s") from error
             except ClientDisconnect as error:
                 raise AbandonedError("the caller has left") from error
         if int(stated) > most or len(found) > most:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vgf_llm.data.prompts import encode_prompt, encode_text
-from vgf_llm.errors import DataError
+from vgf_llm.errors import DataError, SettingError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.serving.errors import RequestError, refused
 from vgf_llm.serving.schema import BUDGET_FIELDS, Asked, AskedChat, AskedText
-from vgf_llm.serving.settings import ServeSettings
+from vgf_llm.serving.settings import LIMITED, ServeSettings
 from vgf_llm.settings import SamplingSettings
 
 _SEEDS = 2**53  # of a request without one: a number that every JSON reader keeps
@@ -95,12 +95,12 @@ class Questions:
             RequestError: 400, naming the field that is out of range or over the server's limit.
         """
         given = {} if asked.transport is None else asked.transport.model_dump(exclude_none=True)
-        own, most = self.settings, self.settings.most
+        own, limits = self.settings, self.settings.limits
         budget = self._budget(given)
         chosen = {name: given.get(name, getattr(own, name)) for name in ("num_particles", "draws", "decoder", "select")}
-        timeout_sec = given.get("timeout_sec", most.timeout_sec)
+        timeout_sec = given.get("timeout_sec", limits.timeout_sec)
         self._check_limits({"steps": budget.steps, "rounds": budget.rounds, "nats": budget.nats, **chosen})
-        _at_most("transport.timeout_sec", timeout_sec, most.timeout_sec)
+        _at_most("transport.timeout_sec", timeout_sec, limits.timeout_sec)
         if budget.nats == 0 and chosen["decoder"] in _SPENDING:
             budget = replace(budget, steps=0)  # the rest still says how the answer is selected
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
@@ -130,8 +130,8 @@ class Questions:
         merged = {**asdict(self.settings.budget), **{name: given[name] for name in BUDGET_FIELDS if name in given}}
         try:
             budget = TransportBudget(**merged)
-        except ValueError as error:  # it starts with the field's name
-            raise refused(f"transport.{str(error).split()[0]}", f"transport.{error}") from error
+        except SettingError as error:
+            raise refused(f"transport.{error.key}", f"transport.{error}") from error
         for name in ("step_size", "temperature", "bandwidth"):
             if name in given and not _SCALES[0] <= given[name] <= _SCALES[1]:
                 raise refused(
@@ -141,8 +141,8 @@ class Questions:
         return budget
 
     def _check_limits(self, values: dict[str, Any]) -> None:
-        for name in self.settings.limited():
-            _at_most(f"transport.{name}", values[name], getattr(self.settings.most, name))
+        for name in (key.rpartition(".")[2] for key in LIMITED):
+            _at_most(f"transport.{name}", values[name], getattr(self.settings.limits, name))
 
     def _sampling(self, asked: Asked) -> SamplingSettings:
         own = self.sampling
@@ -152,7 +152,7 @@ class Questions:
                 raise refused("max_tokens", "max_tokens and max_completion_tokens are both set; give one of them")
             tokens, name = asked.max_completion_tokens, "max_completion_tokens"
         tokens = own.max_new_tokens if tokens is None else tokens
-        _at_most(name, tokens, self.settings.most.max_tokens)
+        _at_most(name, tokens, self.settings.limits.max_tokens)
         if asked.temperature is not None and 0 < asked.temperature < _COLDEST:
             raise refused("temperature", f"temperature must be 0 or at least {_COLDEST}, got {asked.temperature}")
         return SamplingSettings(
@@ -179,7 +179,7 @@ class Questions:
             raise refused("stop", f"stop needs transport.decoder prior, got {question.decoder}: others write in pieces")
 
     def _prompt(self, asked: Asked, new_tokens: int) -> list[int]:
-        room = self.settings.most.prompt_tokens
+        room = self.settings.limits.prompt_tokens
         if self.positions is not None:
             room = max(min(room, self.positions - new_tokens), 0)
         _check_characters(asked, room)

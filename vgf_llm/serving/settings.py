@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
-from math import inf, isfinite
-from typing import Any, Literal
+from math import isfinite
+from operator import attrgetter
+from typing import Literal
 
-from vgf_llm.answering.answer import ImplicitPolicySettings
-from vgf_llm.settings import EngineSettings
+from vgf_llm.errors import require, require_finite
+from vgf_llm.settings import EngineSettings, ImplicitPolicySettings
+
+LIMITED = ("budget.steps", "budget.rounds", "budget.nats", "num_particles", "draws")
+"""Settings of a request's answer that have a limit of the same name."""
 
 
 @dataclass(frozen=True)
-class MostSettings:
+class LimitSettings:
     """The most that one request may ask for."""
 
     steps: int = 8
@@ -35,18 +39,13 @@ class MostSettings:
     """Size of a request's body, in KiB, at least 1."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
+        """Validate ranges; raises SettingError."""
         for one in fields(self):
             value, least = getattr(self, one.name), 0 if one.name in ("steps", "nats") else 1
             if one.name == "timeout_sec":
-                if not 0 < value < inf:
-                    raise ValueError(f"timeout_sec must be above 0 and finite, got {value}")
-            elif not least <= value < inf:
-                raise ValueError(f"{one.name} must be at least {least} and finite, got {value}")
+                require_finite("timeout_sec", value, 0, "above 0 and finite", above=True)
+            else:
+                require_finite(one.name, value, least, f"at least {least} and finite")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class ServeSettings(ImplicitPolicySettings):
     """Port to listen on, 0 to 65535; 0 takes a free one."""
     served_name: str | None = None
     """What requests call the model; model_name_or_path when unset."""
-    most: MostSettings = field(default_factory=MostSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
     """The most that one request may ask for."""
     max_running: int = 8
     """Requests worked on at once, at least 1; their texts share the engine's batch."""
@@ -71,35 +70,19 @@ class ServeSettings(ImplicitPolicySettings):
     """The vllm engine."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
+        """Validate ranges; raises SettingError."""
         super().__post_init__()
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be in 0 to 65535, got {self.port}")
-        if self.max_running < 1:
-            raise ValueError(f"max_running must be at least 1, got {self.max_running}")
-        if self.max_waiting < 0:
-            raise ValueError(f"max_waiting must be at least 0, got {self.max_waiting}")
+        require(0 <= self.port <= 65535, "port", self.port, "in 0 to 65535")
+        require(self.max_running >= 1, "max_running", self.max_running, "at least 1")
+        require(self.max_waiting >= 0, "max_waiting", self.max_waiting, "at least 0")
         for one in fields(self.budget):
             value = getattr(self.budget, one.name)
-            if isinstance(value, float) and not isfinite(value):  # every answer repeats it, and JSON has no infinity
-                raise ValueError(f"budget.{one.name} must be finite to be served, got {value}")
-        for name, value in self.limited().items():
-            if value > getattr(self.most, name):
-                raise ValueError(f"{name} is {value} by default and at most {getattr(self.most, name)} (most.{name})")
-
-    def limited(self) -> dict[str, Any]:
-        """Return the defaults that have a maximum, by name."""
-        return {
-            "steps": self.budget.steps,
-            "rounds": self.budget.rounds,
-            "nats": self.budget.nats,
-            "num_particles": self.num_particles,
-            "draws": self.draws,
-        }
+            is_sent = not isinstance(value, float) or isfinite(value)  # in every answer, and JSON has no infinity
+            require(is_sent, f"budget.{one.name}", value, "finite to be served")
+        for key in LIMITED:
+            name = key.rpartition(".")[2]
+            value, limit = attrgetter(key)(self), getattr(self.limits, name)
+            require(value <= limit, key, value, f"at most limits.{name}, which is {limit}")
 
     @property
     def is_loopback(self) -> bool:

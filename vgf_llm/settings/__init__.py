@@ -1,27 +1,40 @@
 """Settings: dataclasses that commands share, and how a recipe and flags become one.
 
-``shared`` holds the classes, ``parse`` reads YAML and flags into any dataclass, ``keys`` explains its keys. Imports
-nothing heavy, so that ``--help`` answers at once.
+``shared`` holds the classes, ``training`` those of trainers; ``parse`` reads YAML and flags into any dataclass, and
+``keys`` explains its keys. A command's settings inherit what they share, so that a key has one help text and one check.
+Imports nothing heavy, so that ``--help`` answers at once.
 """
 
 from vgf_llm.settings.shared import (
     DECODER_OPTIONS,
+    AnswerSettings,
     BackendName,
+    BackendSettings,
+    BaseModelSettings,
     DecoderName,
     DtypeName,
     EngineSettings,
+    ImplicitPolicySettings,
     ModelSettings,
+    ParticleSettings,
+    PromptSettings,
     SamplingSettings,
     check_decoder_options,
 )
 
 __all__ = [
     "DECODER_OPTIONS",
+    "AnswerSettings",
     "BackendName",
+    "BackendSettings",
+    "BaseModelSettings",
     "DecoderName",
     "DtypeName",
     "EngineSettings",
+    "ImplicitPolicySettings",
     "ModelSettings",
+    "ParticleSettings",
+    "PromptSettings",
     "SamplingSettings",
     "check_decoder_options",
 ]

@@ -23,6 +23,8 @@ from vgf_llm.settings.renamed import now_called
 _LISTED = 20  # valid keys that a message still names
 
 Hints = Mapping[str, Any]
+RENAMED = {"most": "limits"}
+"""Keys of earlier releases and what they are now."""
 OWN_FLAGS = ("config", "help", "print_config")
 
 
@@ -36,7 +38,7 @@ def field_hints(cls: type) -> dict[str, Any]:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """List the alternatives of a union without None, or the hint itself where it is no union."""
+    """List the alternatives of a union without None, or the hint itself if it is not a union."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(member for member in typing.get_args(hint) if member is not type(None))
     return (hint,)
@@ -191,6 +193,10 @@ def check_blocks(value: Any, hint: Any, source: str, key: str) -> None:
 
 
 def _unknown(what: str, key: str, prefix: str, hints: Hints, dashes: str = "") -> str:
+    old, _, rest = key.removeprefix(prefix).partition(".")
+    new = RENAMED.get(old)
+    if new in hints:
+        return f"{what} '{dashes}{key}': it is now '{dashes}{prefix}{new}{rest and f'.{rest}'}'"
     near = difflib.get_close_matches(key.removeprefix(prefix), hints, n=1, cutoff=0.5)
     nearest = f" (nearest: '{dashes}{prefix}{near[0]}')" if near else ""
     of = f" of {prefix[:-1]}" if prefix else ""

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.errors import ConfigError
+from vgf_llm.errors import ConfigError, SettingError
 from vgf_llm.settings.keys import (
     complete_flags,
     dataclass_in,
@@ -174,10 +174,10 @@ def _build(hint: Any, value: Any, key: str, argv: Sequence[str], sources: Source
         }
         try:
             return nested(**arguments)
-        except (ValueError, TypeError) as error:
-            words = re.findall(r"\w+", str(error))
-            named = next((word for word in words if word in arguments), None)
-            where = _origin(f"{prefix}{named}", argv, sources) if named else f"key '{key}'" if key else "config"
+        except SettingError as error:
+            raise ConfigError(f"{_origin(f'{prefix}{error.key}', argv, sources)}: {error}") from error
+        except (ValueError, TypeError) as error:  # of a class that does not say which key
+            where = f"key '{key}'" if key else "config"
             raise ConfigError(f"{where}: {error}") from error
     if items is not None and isinstance(value, list | tuple):
         return type(value)(_build(items, item, f"{key}[{index}]", argv, sources) for index, item in enumerate(value))

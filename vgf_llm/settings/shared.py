@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vgf_llm.errors import ConfigError
+from vgf_llm.errors import ConfigError, require, require_sampling_seed
+from vgf_llm.flow.budget import TransportBudget
 
 DecoderName = Literal["prior", "block", "edit", "edit_greedy", "pivot", "nearest"]
 
@@ -26,23 +27,29 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    """Which base model is the reference and which value moves its responses."""
+class BaseModelSettings:
+    """A causal language model, and how its tokenizer is used."""
 
     model_name_or_path: str = "default"
     """Base model: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
-    reward_model: str | None = None
-    """Folder of a trained reward model (or adapter); its gradient moves the particles and it selects."""
-    dtype: DtypeName = "auto"
-    """Parameter dtype of both models; "auto": bfloat16 where the device has units for it, else float32."""
-    device: str = "auto"
-    """Torch device, or "auto": cuda where there is one, else cpu."""
     pad_token: str | None = None
     """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
     trust_remote_code: bool = False
     """Whether code in a model's repository may run."""
+
+
+@dataclass(frozen=True)
+class ModelSettings(BaseModelSettings):
+    """The base model, which is the reference, and the value that moves its responses."""
+
+    reward_model: str | None = None
+    """Folder of a trained reward model (or adapter); its gradient moves the particles and it selects."""
+    dtype: DtypeName = "auto"
+    """Parameter dtype of both models; "auto": bfloat16 where the device has units for it, else float32."""
+    device: str = "auto"
+    """Torch device, or "auto": cuda where there is one, else cpu."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +66,11 @@ class SamplingSettings:
     """Response length limit in tokens, EOS included, at least 1."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
-
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        """Validate ranges; raises SettingError."""
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -98,23 +97,92 @@ class EngineSettings:
     """Seconds that the engine may take to start, above 0."""
 
     def __post_init__(self) -> None:
-        """Validate ranges.
+        """Validate ranges; raises SettingError."""
+        require(0 < self.memory_share <= 1, "memory_share", self.memory_share, "in (0, 1]")
+        gib = self.kv_cache_gib
+        require(gib is None or gib > 0, "kv_cache_gib", gib, "null or above 0")
+        for key in ("tensor_parallel", "max_sequences"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        for key in ("timeout_sec", "start_timeout_sec"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+        is_url = self.url is None or self.url.startswith(("http://", "https://"))
+        require(is_url, "url", self.url, "null or start with http:// or https://")
 
-        Raises:
-            ValueError: Naming the key and the value seen.
-        """
-        if not 0 < self.memory_share <= 1:
-            raise ValueError(f"memory_share must be in (0, 1], got {self.memory_share}")
-        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
-            raise ValueError(f"kv_cache_gib must be null or above 0, got {self.kv_cache_gib}")
-        for name in ("tensor_parallel", "max_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("timeout_sec", "start_timeout_sec"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url must start with http:// or https://, got {self.url!r}")
+
+@dataclass(frozen=True)
+class BackendSettings:
+    """The backend that the base model runs on."""
+
+    backend: BackendName = "transformers"
+    """What runs the base model: transformers in this process, or a vllm engine."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """The vllm engine."""
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """A file of prompts."""
+
+    prompts: str | None = None
+    """Prompt file (.jsonl, .json, .csv, .parquet, .txt), or a data set of the hub."""
+    prompt_column: str = "prompt"
+    """Column of the prompt file, text or messages."""
+    system_column: str = field(default="system", kw_only=True)
+    """Column of a system turn that goes before the prompt, where rows have it."""
+    num_prompts: int | None = None
+    """Prompts used, from the first; all when unset."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises SettingError."""
+        limit = self.num_prompts
+        require(limit is None or limit >= 1, "num_prompts", limit, "null or at least 1")
+
+
+@dataclass(frozen=True)
+class ParticleSettings:
+    """Particles, their budget and their decoder."""
+
+    budget: TransportBudget = field(default_factory=TransportBudget)
+    """Transport budget; steps 0 is best-of-N."""
+    decoder: DecoderName = "prior"
+    """How moved particles become tokens."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the decoder, by name; its class lists them."""
+    num_particles: int = 8
+    """Responses per prompt that are sampled and moved, at least 1."""
+    draws: int = 3
+    """Texts decoded from each moved response, at least 1; equal with the decoder nearest, separate chains with edit and
+    pivot."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises SettingError."""
+        for key in ("draws", "num_particles"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+
+
+@dataclass(frozen=True)
+class ImplicitPolicySettings(ParticleSettings):
+    """Particles, budget, decoder and selection."""
+
+    select: Literal["max", "softmax", "random"] = "max"
+    """The response returned: best by value, drawn by softmax of value / budget.temperature, or any of the pool."""
+
+
+@dataclass(frozen=True)
+class AnswerSettings(ImplicitPolicySettings, PromptSettings, BackendSettings):
+    """Prompts, particles, budget and backend of a command that answers prompts."""
+
+    seed: int = 0
+    """Seed; a prompt's answer depends on it and on the prompt's position, not on the batch."""
+    batch_prompts: int = 4
+    """Prompts per batch, at least 1."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises SettingError."""
+        ParticleSettings.__post_init__(self)
+        PromptSettings.__post_init__(self)
+        require_sampling_seed("seed", self.seed)
+        require(self.batch_prompts >= 1, "batch_prompts", self.batch_prompts, "at least 1")
 
 
 def check_decoder_options(name: str, options: Iterable[str]) -> None:

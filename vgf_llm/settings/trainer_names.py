@@ -77,12 +77,10 @@ def choices(field: str) -> tuple[str, ...]:
 def trackers() -> tuple[str, ...]:
     """Return the trackers that transformers can report to, sorted."""
     for node in _source("integrations/integration_utils.py").body:
-        named = isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "INTEGRATION_TO_CALLBACK" for target in node.targets
-        )
-        if named and isinstance(node.value, ast.Dict):  # type: ignore[union-attr]
-            keys = node.value.keys  # type: ignore[union-attr]
-            return tuple(sorted(str(key.value) for key in keys if isinstance(key, ast.Constant)))
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)):
+            continue
+        if any(isinstance(target, ast.Name) and target.id == "INTEGRATION_TO_CALLBACK" for target in node.targets):
+            return tuple(sorted(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)))
     return ()
 
 
@@ -124,7 +122,7 @@ def _check_fields(given: dict[str, Any], own: set[str], known: Collection[str], 
         if line := now_called(name, value, own):
             raise ConfigError(f"trainer_arguments: {name!r} has a key of its own here; write '{line}' beside it")
         if name in own | FIXED | set(fixed):
-            raise ConfigError(f"trainer_arguments: {name!r} has a key of its own here, or is fixed; set that one")
+            raise ConfigError(f"trainer_arguments: {name!r} is set by a key of ours, or is fixed; use that key")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"trainer_arguments: transformers' TrainingArguments has no {name!r} (nearest: {near!r})")

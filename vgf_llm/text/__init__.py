@@ -1,4 +1,4 @@
-"""Text as particles: the reference's law, responses and their embeddings, decoders, and the implicit policy."""
+"""Text as particles: the reference's law, responses and their embeddings, and decoders."""
 
 from vgf_llm.text.decoders import (
     BlockDecoder,
@@ -9,8 +9,8 @@ from vgf_llm.text.decoders import (
     PriorDecoder,
 )
 from vgf_llm.text.noise import row_seeds
-from vgf_llm.text.protocols import Decoded, Decoder, Move, Moved, Value, Work
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.protocols import Decoded, Decoder, Move, Moved, Reference, Value, Work
+from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "PriorDecoder",
     "Reference",
     "Responses",
+    "TorchReference",
     "Value",
     "Work",
     "row_seeds",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from vgf_llm.errors import require, require_training_seed
-from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.errors import require
 from vgf_llm.runs.resume import require_resume
-from vgf_llm.settings import BackendName, DecoderName, DtypeName, EngineSettings
+from vgf_llm.settings import BackendSettings, BaseModelSettings, DtypeName, ParticleSettings
+from vgf_llm.settings.training import LoraSettings, OptimiserSettings
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrainScript:
     """Python function that is logged and never trained on."""
 
     def __post_init__(self) -> None:
-        """Validate; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
         require(bool(self.rewards), "rewards", self.rewards, "a list of at least one reward")
         wanted = len(self.rewards)
         require(
@@ -43,34 +43,14 @@ class TrainScript:
 
 
 @dataclass(frozen=True)
-class PolicySettings:
+class PolicySettings(LoraSettings, BaseModelSettings):
     """The model that is fine-tuned; its untrained self is the reference."""
 
-    model_name_or_path: str = "default"
-    """Base model: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
     dtype: DtypeName = "auto"
     """Parameter dtype of base and reward models; whatever is trained is float32 (under DeepSpeed what it says). "auto":
     bfloat16 where the device has units for it, float32 with lora_r 0, under DeepSpeed and under FSDP."""
     lora_r: int = 16
     """LoRA rank; 0 trains all weights beside a frozen copy of the base."""
-    lora_alpha: float = 32.0
-    """LoRA scale; updates count lora_alpha / lora_r."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapters' inputs, in [0, 1)."""
-    lora_target_modules: list[str] = field(default_factory=list)
-    """Leaf names of linear layers; empty takes all but the output layer."""
-    pad_token: str | None = None
-    """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
-    """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
-    trust_remote_code: bool = False
-    """Whether code in a model's repository may run."""
-
-    def __post_init__(self) -> None:
-        """Validate; raises ValueError naming the key and the value."""
-        require(self.lora_r >= 0, "lora_r", self.lora_r, "at least 0")
-        require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
-        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -107,7 +87,7 @@ class LearnedValueSettings:
     """Peak learning rate of the secant head, above 0."""
 
     def __post_init__(self) -> None:
-        """Validate; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
         require(self.num_layers is None or self.num_layers >= 1, "num_layers", self.num_layers, "null or at least 1")
         require(self.gradient in ("exact", "secant"), "gradient", self.gradient, '"exact" or "secant"')
         require(self.secant_substitutions >= 1, "secant_substitutions", self.secant_substitutions, "at least 1")
@@ -120,25 +100,12 @@ class LearnedValueSettings:
 
 
 @dataclass(frozen=True)
-class VGFSettings:
+class VGFSettings(ParticleSettings, BackendSettings):
     """The method: how responses are moved, and how what came of it is learned."""
 
-    budget: TransportBudget = field(default_factory=TransportBudget)
-    """Training budget of the transport."""
-    decoder: DecoderName = "prior"
-    """How moved particles become tokens."""
-    decoder_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the decoder, by name; its class lists them."""
-    num_particles: int = 8
-    """Responses per prompt that are sampled and moved, at least 2."""
     draws: int = 1
-    """Texts decoded from each moved response, at least 1."""
     particles_from: Literal["reference", "policy"] = "reference"
     """Law that the particles are sampled from and decoded by."""
-    backend: BackendName = "transformers"
-    """What runs that law: transformers in this process, or a vllm engine, which a policy's weights are pushed to."""
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    """The vllm engine: one per process where it is started here, one for all behind a URL."""
     sync_check: bool = True
     """Stop where the engine's log-probabilities of sampled tokens are not the trainer's, looked at in every step."""
     value: Literal["reward", "learned"] = "reward"
@@ -157,9 +124,9 @@ class VGFSettings:
     """Weight of the estimated KL per token from the policy to the reference, on the trained responses; at least 0."""
 
     def __post_init__(self) -> None:
-        """Validate; raises ValueError naming the key and the value."""
+        """Validate ranges; raises SettingError."""
+        super().__post_init__()
         require(self.num_particles >= 2, "num_particles", self.num_particles, "at least 2: weights compare responses")
-        require(self.draws >= 1, "draws", self.draws, "at least 1")
         require(self.kept is None or self.kept >= 1, "kept", self.kept, "null or at least 1")
         for key in ("weight_temperature", "dpo_beta"):
             require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
@@ -167,60 +134,31 @@ class VGFSettings:
 
 
 @dataclass(frozen=True)
-class OptimSettings:
+class OptimSettings(OptimiserSettings):
     """Optimisation, logging and checkpoints."""
 
     learning_rate: float = 1.0e-4
     """Peak learning rate of AdamW for the policy, above 0."""
-    max_steps: int = -1
-    """Optimiser steps; -1 trains num_train_epochs."""
-    num_train_epochs: float = 1.0
-    """Passes over the prompts where max_steps is -1."""
     per_device_train_batch_size: int = 4
     """Prompts per device and forward."""
-    gradient_accumulation_steps: int = 1
-    """Forwards per optimiser step."""
     warmup_ratio: float = 0.05
-    """Share of the steps over which the learning rate rises, in [0, 1)."""
     lr_scheduler_type: str = "linear"
     """Schedule after the warm-up, by transformers' name."""
-    weight_decay: float = 0.0
-    """AdamW weight decay, at least 0."""
     max_grad_norm: float = 1.0
     """Gradient norm that is clipped to; 0 does not clip."""
-    bf16: bool | Literal["auto"] = "auto"
-    """Autocast to bfloat16 in training (parameters keep their dtype); "auto": where the device has units for it."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, a third more time."""
     logging_steps: int = 10
     """Steps between log lines, each with completions and samples of the policy, which take time."""
-    save_steps: int | None = None
-    """Steps between checkpoints; null saves the result only."""
     save_total_limit: int | None = 2
     """Checkpoints kept; null keeps all."""
     resume: bool | str = False
     """true continues from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
     allow_changes: list[str] = field(default_factory=list)
     """Names of settings that may differ from the checkpoint's on resume, as the error names them."""
-    seed: int = 0
-    """Of adapters, data order and all samples; 0 to 2**32 - 1."""
-    report_to: str = "none"
-    """Where metrics go besides metrics.jsonl: none, tensorboard, wandb, ..."""
-    trainer_arguments: dict[str, Any] = field(default_factory=dict)
-    """Further fields of transformers' TrainingArguments, by name."""
 
     def __post_init__(self) -> None:
-        """Validate; raises ValueError naming the key and the value."""
-        require_training_seed("seed", self.seed)
+        """Validate ranges; raises SettingError."""
+        super().__post_init__()
         require_resume(self.resume)
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        require(self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "-1 or at least 1")
-        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "above 0")
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("save_steps", "save_total_limit"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, key, value, "null or at least 1")
-        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
-        for key in ("weight_decay", "max_grad_norm"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
+        limit = self.save_total_limit
+        require(limit is None or limit >= 1, "save_total_limit", limit, "null or at least 1")
+        require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "at least 0")

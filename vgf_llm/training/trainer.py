@@ -25,12 +25,11 @@ from vgf_llm.answering.implicit_policy import Outcome
 from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.data.endings import padding_id
 from vgf_llm.distributed.gather import whole_weights
-from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.errors import DivergedError
 from vgf_llm.machine.precision import require_float32
 from vgf_llm.models.architecture import vocabulary_rows
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import Reference, row_seeds
+from vgf_llm.text import Reference, TorchReference, row_seeds
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.noise import combine_seeds
 from vgf_llm.text.particles import GradientSource, token_spacing
@@ -172,7 +171,7 @@ class VGFTrainer(SamplesInEngine, SavesWhole, Observes, Trainer):
         return row_seeds(seed, [prompt.index for prompt in prompts], self.method.num_particles)
 
     @contextlib.contextmanager
-    def particle_law(self) -> Iterator[Reference | EngineReference]:
+    def particle_law(self) -> Iterator[Reference]:
         """Yield the law that particles start from and are decoded by: the reference's, or the current policy's."""
         if self.particle_engine is not None:
             yield self.particle_engine.law
@@ -183,11 +182,11 @@ class VGFTrainer(SamplesInEngine, SavesWhole, Observes, Trainer):
         with self.models.reference() as base:
             yield self.law_of(base)
 
-    def law_of(self, model: nn.Module, sampling: SamplingSettings | None = None) -> Reference:
+    def law_of(self, model: nn.Module, sampling: SamplingSettings | None = None) -> TorchReference:
         """Return a model as a law; a new one each time, since it remembers prompts under the weights of the moment."""
-        return Reference(model, sampling or self.sampling, self.eos_ids, self.pad_id, self.vocabulary)
+        return TorchReference(model, sampling or self.sampling, self.eos_ids, self.pad_id, self.vocabulary)
 
-    def sample(self, law: Reference | EngineReference, prompts: list[PromptRow], seeds_BN: Tensor) -> Responses:
+    def sample(self, law: Reference, prompts: list[PromptRow], seeds_BN: Tensor) -> Responses:
         """Draw N responses to each prompt."""
         return ReferenceSampler(law).sample([prompt.ids for prompt in prompts], seeds_BN)
 
@@ -195,7 +194,7 @@ class VGFTrainer(SamplesInEngine, SavesWhole, Observes, Trainer):
         """Return what the flow climbs, and where its direction comes from."""
         return self._reward_value if self.learned is None else self.learned.flow()
 
-    def implicit_policy(self, law: Reference | EngineReference) -> ObservedPolicy:
+    def implicit_policy(self, law: Reference) -> ObservedPolicy:
         """Return the policy that the training budget implies."""
         value, gradient = self.flow_value()
         if self._length_unit is None:
