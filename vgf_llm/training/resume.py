@@ -31,7 +31,7 @@ def checkpoint_to_resume(trainer: VGFTrainer, optim: OptimSettings) -> str | Non
             overwrite another's.
         OutputError: A later checkpoint cannot be set aside.
     """
-    wanted = optim.resume_from_checkpoint
+    wanted = optim.resume
     folder, step = _find(trainer, wanted), 0
     if folder is not None:
         step = _check(folder, trainer, optim)
@@ -49,7 +49,7 @@ def _find(trainer: VGFTrainer, wanted: bool | str) -> Path | None:
         return None
     if wanted is not True:
         if not Path(wanted).is_dir():
-            raise ConfigError(f"resume_from_checkpoint: '{wanted}' is no folder; true takes the newest of output_dir")
+            raise ConfigError(f"resume: '{wanted}' is not a folder; true takes the newest of output_dir")
         return Path(wanted)
     first = trainer.is_world_process_zero()
     folder = of_first(newest_whole(trainer.args.output_dir) if first else None)
@@ -63,7 +63,7 @@ def _check(folder: Path, trainer: VGFTrainer, optim: OptimSettings) -> int:
     try:
         manifest = verify(folder)
     except CheckpointError as error:
-        raise CheckpointError(f"resume_from_checkpoint: {error}") from error
+        raise CheckpointError(f"resume: {error}") from error
     allowed = check_identity(manifest, trainer.whole_identity, optim.allow_changes, _LENGTH)
     require_state(folder, engine_name(trainer.accelerator))
     if trainer.is_world_process_zero():
@@ -83,7 +83,7 @@ def _make_way(trainer: VGFTrainer, folder: Path | None, step: int, goes_on: bool
     if not own:
         raise ConfigError(
             f"output_dir '{output_dir}' holds {names} of another run, which this one would mix with its own and "
-            "delete; set resume_from_checkpoint: true to go on with that run, name another output_dir, or remove them"
+            "delete; set resume: true to go on with that run, name another output_dir, or remove them"
         )
     if first:
         say(f"set aside as .<name>.superseded: {names}")

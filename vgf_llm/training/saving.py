@@ -83,7 +83,7 @@ class SavesWhole:
         if _internal_call:
             self._write_model(folder, with_state=True)
             return
-        advice = "checkpoints are untouched: free some space and go on with resume_from_checkpoint: true"
+        advice = "checkpoints are untouched: free some space and go on with resume: true"
         with writing(f"result '{folder}'", folder, advice):
             self._write_model(folder, with_state=False)
 
