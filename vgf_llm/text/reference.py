@@ -209,9 +209,7 @@ class TorchReference:
         return torch.stack(written, 1), TorchPrefix(prefix, token_R, rows.prompts)
 
     @torch.no_grad()
-    def rewrite(
-        self, prefix: TorchPrefix, responses: Responses, keep_BN: Tensor, choose: ChooseNextToken
-    ) -> Responses:
+    def rewrite(self, prefix: TorchPrefix, responses: Responses, keep_BN: Tensor, choose: ChooseNextToken) -> Responses:
         """Keep the first tokens of each response and write the rest anew.
 
         One parallel forward over what is kept, then one token at a time. In between, the rows are moved to the right

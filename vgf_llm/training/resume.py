@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vgf_llm.console.screen import say
 from vgf_llm.distributed.processes import of_first
@@ -11,15 +10,13 @@ from vgf_llm.distributed.shards import engine_name, require_state
 from vgf_llm.errors import CheckpointError, ConfigError
 from vgf_llm.runs.checkpoint import beyond, newest_whole, supersede
 from vgf_llm.runs.manifest import check_identity, verify
+from vgf_llm.training.checkpoints import Checkpoints
 from vgf_llm.training.settings import OptimSettings
-
-if TYPE_CHECKING:
-    from vgf_llm.training.trainer import VGFTrainer
 
 _LENGTH = ("optimisation.max_steps", "optimisation.num_train_epochs")  # may change: a run may be made longer or shorter
 
 
-def checkpoint_to_resume(trainer: VGFTrainer, optim: OptimSettings) -> str | None:
+def checkpoint_to_resume(checkpoints: Checkpoints, optim: OptimSettings) -> str | None:
     """Return the checkpoint that training goes on from, checked, or None for a new run.
 
     Called by all processes. Checkpoints of output_dir beyond that step would be taken for newer ones of this run: they
@@ -32,18 +29,18 @@ def checkpoint_to_resume(trainer: VGFTrainer, optim: OptimSettings) -> str | Non
         OutputError: A later checkpoint cannot be set aside.
     """
     wanted = optim.resume_from_checkpoint
-    folder, step = _find(trainer, wanted), 0
+    folder, step = _find(checkpoints, wanted), 0
     if folder is not None:
-        step = _check(folder, trainer, optim)
-    _make_way(trainer, folder, step, goes_on=wanted is True)
+        step = _check(folder, checkpoints, optim)
+    _make_way(checkpoints, folder, step, goes_on=wanted is True)
     if folder is None:
         return None
-    if trainer.is_world_process_zero():
+    if checkpoints.is_first:
         say(f"going on from '{folder}'")
     return str(folder)
 
 
-def _find(trainer: VGFTrainer, wanted: bool | str) -> Path | None:
+def _find(checkpoints: Checkpoints, wanted: bool | str) -> Path | None:
     """Return the folder that is named, or the newest whole one."""
     if wanted is False:
         return None
@@ -51,30 +48,30 @@ def _find(trainer: VGFTrainer, wanted: bool | str) -> Path | None:
         if not Path(wanted).is_dir():
             raise ConfigError(f"resume_from_checkpoint: '{wanted}' is no folder; true takes the newest of output_dir")
         return Path(wanted)
-    first = trainer.is_world_process_zero()
-    folder = of_first(newest_whole(trainer.args.output_dir) if first else None)
+    first = checkpoints.is_first
+    folder: Path | None = of_first(newest_whole(checkpoints.output_dir) if first else None)
     if folder is None and first:
-        say(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew")
+        say(f"'{checkpoints.output_dir}' holds no whole checkpoint: starting anew")
     return folder
 
 
-def _check(folder: Path, trainer: VGFTrainer, optim: OptimSettings) -> int:
+def _check(folder: Path, checkpoints: Checkpoints, optim: OptimSettings) -> int:
     """Verify a checkpoint and that it is of this run; returns its step."""
     try:
         manifest = verify(folder)
     except CheckpointError as error:
         raise CheckpointError(f"resume_from_checkpoint: {error}") from error
-    allowed = check_identity(manifest, trainer.whole_identity, optim.allow_changes, _LENGTH)
-    require_state(folder, engine_name(trainer.accelerator))
-    if trainer.is_world_process_zero():
+    allowed = check_identity(manifest, checkpoints.identity, optim.allow_changes, _LENGTH)
+    require_state(folder, engine_name(checkpoints.accelerator))
+    if checkpoints.is_first:
         for change in allowed:
             say(f"changed since the checkpoint: {change}")
     return manifest.step
 
 
-def _make_way(trainer: VGFTrainer, folder: Path | None, step: int, goes_on: bool) -> None:
+def _make_way(checkpoints: Checkpoints, folder: Path | None, step: int, goes_on: bool) -> None:
     """Set later checkpoints of this run aside, and refuse to mix with those of another one."""
-    output_dir, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    output_dir, first = checkpoints.output_dir, checkpoints.is_first
     own = goes_on or (folder is not None and folder.resolve().parent == output_dir.resolve())
     found = of_first(beyond(output_dir, step if own else 0) if first else [])
     if not found:
