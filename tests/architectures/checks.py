@@ -29,7 +29,7 @@ from vgf_llm.models.architecture import decoder_layers, decoder_of, layer_output
 from vgf_llm.models.loading import load_causal_lm
 from vgf_llm.models.prefix import positions_from_mask
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import TorchReference, Responses, row_seeds
+from vgf_llm.text import Responses, TorchReference, row_seeds
 from vgf_llm.text.particles import exact_gradient
 from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.training.policy_models import add_policy_lora, response_logps

@@ -245,7 +245,9 @@ def test_what_fills_padding_changes_nothing_not_even_an_eos(decoder):
     torch.nn.init.normal_(value.head.weight)
     found = []
     for pad_id in (2, 5) if decoder == "nearest" else (0, 2, 5, 9):  # nearest never writes the padding token
-        reference = TorchReference(base, SamplingSettings(max_new_tokens=10, top_k=30, temperature=2.0), (2, 5, 11), pad_id)
+        reference = TorchReference(
+            base, SamplingSettings(max_new_tokens=10, top_k=30, temperature=2.0), (2, 5, 11), pad_id
+        )
         policy = ImplicitPolicy(
             ReferenceSampler(reference),
             value,

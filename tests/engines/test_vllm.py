@@ -25,7 +25,15 @@ from vgf_llm.evaluation.controls import random_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models.loading import load_skeleton
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import BlockDecoder, EditDecoder, EditGreedyDecoder, PivotDecoder, PriorDecoder, TorchReference, row_seeds
+from vgf_llm.text import (
+    BlockDecoder,
+    EditDecoder,
+    EditGreedyDecoder,
+    PivotDecoder,
+    PriorDecoder,
+    TorchReference,
+    row_seeds,
+)
 from vgf_llm.text.choosing import Draws, RowPlan
 from vgf_llm.text.responses import Responses
 from vgf_llm.text.sampler import ReferenceSampler
