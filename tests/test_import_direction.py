@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors"},
-    {"console", "flow"},
+    {"console", "flow", "statistics"},
     {"machine", "distributed", "settings"},
     {"runs"},
     {"data"},

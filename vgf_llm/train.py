@@ -25,8 +25,8 @@ from vgf_llm.engines.inputs import check_engine
 from vgf_llm.errors import ConfigError
 from vgf_llm.machine.precision import for_training
 from vgf_llm.models.inputs import check_base_model
-from vgf_llm.runs.claim import check_resumes
 from vgf_llm.runs.files import check_writable, write_json_atomic
+from vgf_llm.runs.resume import check_resume
 from vgf_llm.settings import SamplingSettings, check_decoder_options
 from vgf_llm.settings.parse import dump, parse
 from vgf_llm.settings.trainer_names import check_trainer_settings
@@ -149,7 +149,7 @@ def look_at_inputs(
     check_base_model(policy.model_name_or_path)
     refuse_adapter_on_adapter(policy)
     check_trainer_settings(optim, ("ddp_find_unused_parameters",))
-    check_resumes(optim.resume_from_checkpoint, script.output_dir)
+    check_resume(optim.resume, script.output_dir)
     check_decoder_options(method.decoder, method.decoder_options)
     check_engine(method.backend, method.engine.url)
     check_rewards(script.rewards, script.gold)

@@ -187,7 +187,7 @@ sys.exit(run_main(work, []))
         ("raise DataError('row 3 is odd')", 2, "error: row 3 is odd"),
         ("raise KeyError('odd')", 1, "KeyError: 'odd'"),
         ("raise BrokenPipeError", 141, "for people"),
-        ("raise KeyboardInterrupt", 130, "--resume_from_checkpoint"),
+        ("raise KeyboardInterrupt", 130, "--resume"),
     ],
 )
 def test_every_library_writes_into_the_log_and_errors_do_not(tmp_path, end, code, last):

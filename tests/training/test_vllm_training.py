@@ -130,7 +130,7 @@ def test_a_run_whose_engine_has_other_weights_stops(folder: Path, kind: str, tam
     trainer.add_callback(callback)
     with pytest.raises(SyncError, match=r"step 2: the log-probabilities of \d+ tokens .* bound 0.001") as raised:
         trainer.train()
-    assert "resume_from_checkpoint" in str(raised.value)
+    assert "resume: true" in str(raised.value)
     assert trainer.state.global_step == 1
     assert trainer.laws.engine is None
     assert not (folder / "out" / PUSHED_FOLDER).exists()
@@ -208,7 +208,7 @@ def test_a_checkpoint_is_of_its_backend_and_not_of_the_engines_memory(folder: Pa
     from vgf_llm.training.resume import checkpoint_to_resume
 
     tiny_run(folder, max_steps=2, save_steps=1, **ENGINE)
-    resumed = {"max_steps": 2, "resume_from_checkpoint": str(folder / "out" / "checkpoint-1")}
+    resumed = {"max_steps": 2, "resume": str(folder / "out" / "checkpoint-1")}
     parts = settings(folder, **resumed)
     with pytest.raises(ConfigError, match="backend vllm -> transformers"):
         checkpoint_to_resume(tiny_trainer(folder, **resumed).checkpoints, parts[3])

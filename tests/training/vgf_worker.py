@@ -63,7 +63,7 @@ def parts_of(folder: Path, job: str, batch: int, accumulation: int = 1, **more: 
         output_dir=str(folder / job),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        resume_from_checkpoint=str(first) if job.startswith("resumed") else False,
+        resume=str(first) if job.startswith("resumed") else False,
         **changes,
         **more,
     )

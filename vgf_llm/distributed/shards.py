@@ -49,7 +49,7 @@ def require_state(folder: Path, engine: str) -> None:
     wanted = next(names for kind, names in _FILES.items() if engine.startswith(kind))
     if not any(any(folder.glob(name)) for name in wanted):
         raise CheckpointError(
-            f"resume_from_checkpoint: '{folder}' holds no optimiser state that engine {engine} reads "
+            f"resume: '{folder}' holds no optimiser state that engine {engine} reads "
             f"({' or '.join(wanted)}); resume under the engine that wrote it"
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vgf_llm.errors import require, require_sampling_seed
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.runs.resume import require_resume_rows
 from vgf_llm.settings import BackendSettings, PromptSettings
 
 
@@ -35,14 +36,15 @@ class EvaluateSettings(PromptSettings, BackendSettings):
     """Seed of the first repetition; repetition i uses seed + i."""
     batch_prompts: int = 6
     """Prompts per batch, at least 1."""
-    resume: bool = False
-    """Go on with the rows that output_dir already holds; without it they are an error."""
+    resume: bool | str = False
+    """true continues the rows that output_dir already holds; without it they are an error."""
     record: str | None = None
     """Also write the summary to docs/results/<record>.json and its tables to <record>.md."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
         super().__post_init__()
+        require_resume_rows(self.resume)
         for key in ("draws", "batch_prompts"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         arms = self.all_arms()

@@ -77,5 +77,5 @@ def require_sync(distance: float, tokens: int, bound: float, step: int, engine: 
         f"step {step}: the log-probabilities of {tokens} tokens that the {engine} wrote are {distance:.4g} nats "
         f"from the trainer's in the mean, bound {bound:g} (sync_check): it does not run the weights that are trained, "
         f"and nothing was learned from these tokens. A server must serve this base model in {dtype}, to this run "
-        "alone; go on from the last checkpoint with resume_from_checkpoint: true"
+        "alone; go on from the last checkpoint with resume: true"
     )
