@@ -222,7 +222,7 @@ def time_arms(
     from vgf_llm.data.prompts import load_prompts
     from vgf_llm.evaluation.experiment import Experiment, Prompts
     from vgf_llm.evaluation.flops import Sizes
-    from vgf_llm.evaluation.runner import hardware
+    from vgf_llm.machine.facts import hardware
     from vgf_llm.text import TorchReference
 
     arms = stages(replace(benchmark, extras=[]), acceptance_temperature(models))[1][0]

@@ -35,7 +35,7 @@ from benchmarks.serving_load import Load, Question, Reply, alone, resident_mib, 
 from benchmarks.serving_process import ServerProcess, served
 from vgf_llm.cli import run_main
 from vgf_llm.engines.vllm_env import UNBOUND_THREADS, set_defaults
-from vgf_llm.evaluation.runner import hardware
+from vgf_llm.machine.facts import hardware
 from vgf_llm.runs.files import check_writable, write_json_atomic
 
 PROMPTS_FILE = "recipes/smollm2_sentiment/data/prompts_test.jsonl"

@@ -140,8 +140,8 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return means with intervals of every policy, and its paired differences from the base where that is there."""
     from dataclasses import asdict
 
-    from vgf_llm.evaluation.bootstrap import bootstrap_mean
-    from vgf_llm.evaluation.runner import hardware
+    from vgf_llm.machine.facts import hardware
+    from vgf_llm.statistics.intervals import bootstrap_mean
 
     found: dict[str, Any] = {"hardware": hardware()}
     base = results.get(BASE)

@@ -17,7 +17,7 @@ from vgf_llm import serve as command
 from vgf_llm.cli import main
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.serving.settings import MostSettings, ServeSettings
+from vgf_llm.serving.settings import LimitSettings, ServeSettings
 from vgf_llm.settings import ModelSettings
 
 CHAT = "/v1/chat/completions"
@@ -114,7 +114,7 @@ def test_what_is_infinite_is_refused():
     with pytest.raises(ValueError, match=r"budget.max_token_nats must be finite to be served, got inf"):
         ServeSettings(budget=TransportBudget(max_token_nats=math.inf))
     with pytest.raises(ValueError, match="nats must be at least 0 and finite, got inf"):
-        MostSettings(nats=math.inf)
+        LimitSettings(nats=math.inf)
 
 
 @pytest.mark.parametrize("key", ["two words", "ünknown", "tab\t", "\u00a0"])

@@ -15,13 +15,13 @@ from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
 from vgf_llm.data.endings import check_ids, padding_id
-from vgf_llm.engines.backend import Backend, Tokens
+from vgf_llm.engines.backend import Backend
 from vgf_llm.engines.transformers_backend import TransformersBackend
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.machine.precision import with_dtype
 from vgf_llm.models.architecture import decoder_layers, input_table, max_positions
-from vgf_llm.models.loading import eos_token_ids, load_tokenizer
+from vgf_llm.models.base import tokenizer_of
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Reference, Value
@@ -80,21 +80,15 @@ def load_pipeline(
         )
     models = with_dtype(models)
     device, dtype = resolve_device(models.device), getattr(torch, models.dtype)
-    tokenizer = load_tokenizer(
-        models.model_name_or_path,
-        pad_token=models.pad_token,
-        trust_remote_code=models.trust_remote_code,
-        chat_template_kwargs=models.chat_template_kwargs,
-    )
+    tokenizer = tokenizer_of(models)
     value = load_reward_model(folder, tokenizer=tokenizer, dtype=dtype, device=device)
     backend = backend or TransformersBackend()
-    base, table_VD = backend.load(models, device), value.embedding_table_VD
-    rows = len(input_table(base))
-    vocabulary = check_table(value, tokenizer, rows)
-    tell_other_table(value, base, folder)
+    base, table_VD = backend.load(models, tokenizer, device), value.embedding_table_VD
+    check_table(value, tokenizer, base.rows)
+    tell_other_table(value, base.lm, folder)
     gradient = load_gradient(folder, value)  # what can fail comes before an engine is started
-    tokens = Tokens(eos_token_ids(base, tokenizer), padding_id(tokenizer, min(rows, len(table_VD))), vocabulary)
-    return Pipeline(backend.start(base, models, sampling, tokens, table_VD), value, tokenizer, gradient)
+    pad_id = padding_id(tokenizer, min(base.rows, len(table_VD)))
+    return Pipeline(backend.start(base, models, sampling, pad_id, table_VD), value, tokenizer, gradient)
 
 
 def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int) -> int:
