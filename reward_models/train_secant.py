@@ -135,7 +135,7 @@ def _sample(
     from vgf_llm.text.reference import TorchReference
 
     with working(f"loading the base model {script.model_name_or_path}"):
-        base = load_base(script, tokenizer, resolve_device(script.device)).beside(most_rows)
+        base = load_base(script, tokenizer, resolve_device(script.device)).within(most_rows)
     reference = TorchReference(base.lm, sampling, base.eos_ids, base.pad_id, base.vocabulary)
     return [
         sample_reference(

@@ -62,8 +62,8 @@ class LoadedBase:
     tokenizer: PreTrainedTokenizerBase
     most_rows: int | None = None
 
-    def beside(self, rows: int) -> LoadedBase:
-        """Return the same base, of which no id is beyond the table of a model that reads its texts."""
+    def within(self, rows: int) -> LoadedBase:
+        """Return the same base, with no id beyond the table of another model that reads its texts."""
         return replace(self, most_rows=rows)
 
     @cached_property

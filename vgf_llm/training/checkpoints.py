@@ -3,7 +3,7 @@
 A checkpoint holds the policy as users load it (a PEFT adapter, or a transformers model), ``value/`` where a value is
 learned, ``trained.safetensors`` with what the policy's own files do not hold exactly, ``target.safetensors``, and the
 Trainer's optimiser, scheduler, random states and progress; under DeepSpeed and FSDP their own shards (shards.py); and
-what the next log line has so far. It is written beside its place and published by one rename.
+what the next log line has so far. It is written next to its place and published by one rename.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Checkpoints:
         limit: Checkpoints kept; None keeps all.
         models: The policy.
         learned: The value that is learned along, or None.
-        tokenizer: Saved beside what is trained.
+        tokenizer: Saved with what is trained.
         accelerator: Of the run's processes.
         identity: What must not change when the run is resumed, as far as the settings tell.
 
@@ -86,7 +86,7 @@ class Checkpoints:
         Raises:
             OutputError: They cannot be written.
         """
-        advice = "checkpoints are untouched: free some space and go on with resume: true"
+        advice = "checkpoints are untouched: free some space and continue with resume: true"
         with writing(f"result '{folder}'", folder, advice):
             self.write(model, folder, with_state=False)
 

@@ -296,12 +296,12 @@ class VGFTrainer(Trainer):
             self.checkpoints.write_result(self.module, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, and publish it."""
+        """Write a checkpoint next to its place, and publish it."""
         with self.checkpoints.publishing(self.state.global_step):
             super()._save_checkpoint(model, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """While a checkpoint is written, its parent is the folder beside its place."""
+        """While a checkpoint is written, its parent is the folder next to its place."""
         staging = self.checkpoints.staging
         return super()._get_output_dir(trial) if staging is None else str(staging)
 
