@@ -36,16 +36,16 @@ def test_a_law_that_an_engine_cannot_report_is_refused_before_it_is_started(tiny
     monkeypatch.setattr(vgf_llm.engines.vllm_backend, "start_engine", lambda *args: started.append(args) or Stub())
     backend = VLLMBackend(SETTINGS)
     with pytest.raises(ConfigError, match="top_k must be at least 1 with backend vllm"):
-        backend.start(base, ModelSettings(), SamplingSettings(top_k=0), 0, table_VD)
+        backend.start(base, ModelSettings(), SamplingSettings(top_k=0), table_VD)
     assert started == []
-    reference = backend.start(base, ModelSettings(), SamplingSettings(top_k=5), 3, table_VD)
-    assert len(started) == 1 and reference.pad_id == 3 and reference.eos_ids == base.eos_ids
+    reference = backend.start(base, ModelSettings(), SamplingSettings(top_k=5), table_VD)
+    assert len(started) == 1 and reference.pad_id == base.pad_id and reference.eos_ids == base.eos_ids
     reference.close()
     assert reference.engine.closed
 
 
 def test_a_reference_in_this_process_has_nothing_to_close(tiny_lm, tiny_tokenizer):
     base = LoadedBase(tiny_lm, tiny_tokenizer)
-    reference = TransformersBackend().start(base, ModelSettings(), SamplingSettings(), 0, torch.zeros(4, 2))
+    reference = TransformersBackend().start(base, ModelSettings(), SamplingSettings(), torch.zeros(4, 2))
     reference.close()
     assert reference.model is tiny_lm and reference.vocabulary == base.vocabulary

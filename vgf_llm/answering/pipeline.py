@@ -14,10 +14,10 @@ from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
-from vgf_llm.data.endings import check_ids, padding_id
+from vgf_llm.data.encoding import encode_prompts as encode
 from vgf_llm.engines.backend import Backend
 from vgf_llm.engines.transformers_backend import TransformersBackend
-from vgf_llm.errors import ConfigError, DataError, ModelError
+from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.machine.precision import with_dtype
 from vgf_llm.models.architecture import decoder_layers, input_table, max_positions
@@ -87,8 +87,8 @@ def load_pipeline(
     check_table(value, tokenizer, base.rows)
     tell_other_table(value, base.lm, folder)
     gradient = load_gradient(folder, value)  # what can fail comes before an engine is started
-    pad_id = padding_id(tokenizer, min(base.rows, len(table_VD)))
-    return Pipeline(backend.start(base, models, sampling, pad_id, table_VD), value, tokenizer, gradient)
+    reference = backend.start(base.within(len(table_VD)), models, sampling, table_VD)
+    return Pipeline(reference, value, tokenizer, gradient)
 
 
 def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int) -> int:
@@ -146,22 +146,13 @@ def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:
     Raises:
         DataError: Naming the prompt that is empty or too long.
     """
-    from vgf_llm.data.encoding import check_prompt_fits, encode_prompt
-
     reference = pipeline.reference
     limit = max_positions(reference.model.config)
     rows = len(pipeline.value.embedding_table_VD)
     if reference.vocabulary is not None:
         rows = min(rows, reference.vocabulary)
-    encoded = []
-    for index, prompt in enumerate(prompts):
-        ids = encode_prompt(pipeline.tokenizer, prompt)
-        if not ids:
-            raise DataError(f"prompt {index} is empty; remove it or write something")
-        check_ids(pipeline.tokenizer, ids, rows, f"prompt {index}")
-        check_prompt_fits(ids, limit, reference.sampling.max_new_tokens, index, reference.reserved_positions)
-        encoded.append(ids)
-    return encoded
+    new_tokens = reference.sampling.max_new_tokens
+    return encode(pipeline.tokenizer, prompts, rows, limit, new_tokens, reference.reserved_positions)
 
 
 def prompt_text(prompt: Prompt) -> PromptText:

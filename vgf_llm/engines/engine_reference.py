@@ -11,7 +11,7 @@ Prompts and what is kept of a response are found in the engine's prefix cache; r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,7 +79,6 @@ class EngineReference:
     Attributes:
         reserved_positions: Of the model's positions, those that no text may take: one, as an engine that reads a text
             writes a token after it.
-        on_written: Is shown whatever the engine has written, before anything is made of it.
 
     Raises:
         ConfigError: If the law is not truncated (:func:`check_truncated`).
@@ -109,7 +108,6 @@ class EngineReference:
         self.adapter = adapter
         self.stop = tuple(stop)
         self.vocabulary = vocabulary
-        self.on_written: Callable[[list[EngineRequest], list[EngineText]], None] | None = None
 
     @property
     def columns(self) -> int:
@@ -267,8 +265,6 @@ class EngineReference:
             if not is_done
         }
         written = self.engine.run(list(requests.values()))
-        if self.on_written is not None:
-            self.on_written(list(requests.values()), written)
         tokens_RT, inside_RT, law = self._laid_out(dict(zip(requests, written, strict=True)), len(done))
         self._follow(choose, law, tokens_RT, inside_RT, start_R.to(self.device), same_place=same_place)
         return tokens_RT, inside_RT
