@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.engines.conftest import quiet_vllm
-from vgf_llm.engines.vllm_engine import PROCESSOR
 from vgf_llm.engines.vllm_env import IN_OWN_PROCESS
+from vgf_llm.engines.vllm_request import PROCESSOR
 
 _START_SEC = 400
 

@@ -26,7 +26,7 @@ from tests.training.launch import ROOT, launch
 from tests.training.test_kills import start, steps_logged, wait_until
 from tests.training.tiny import settings, tiny_run, tiny_trainer, write_inputs
 from vgf_llm.engines.engine import EngineError
-from vgf_llm.engines.vllm_engine import WORKER
+from vgf_llm.engines.vllm_request import WORKER
 from vgf_llm.engines.vllm_table import TABLE_SETTING, save_table
 from vgf_llm.errors import SyncError
 from vgf_llm.runs.files import read_jsonl, write_json_atomic

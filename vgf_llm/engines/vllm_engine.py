@@ -23,21 +23,18 @@ from vgf_llm.engines.engine import (
     EngineText,
     RequestRefusedError,
     TopLogps,
-    engine_seed,
 )
 from vgf_llm.engines.engine_thread import EngineThread, first_line
 from vgf_llm.engines.plan_rows import check_plan
 from vgf_llm.engines.reaper import Reaper
 from vgf_llm.engines.vllm_env import prepare_start
+from vgf_llm.engines.vllm_request import PLAN_ARGUMENT, PROCESSOR, WORKER, request_fields
 from vgf_llm.engines.vllm_table import TableFolder, save_table
 from vgf_llm.errors import DataError
 from vgf_llm.models.loading import ADAPTER_NAME
 from vgf_llm.settings import EngineSettings
 
-PROCESSOR = "vgf_llm.engines.vllm_processor:PlanProcessor"
-WORKER = "vgf_llm.engines.vllm_worker.FolderWorker"
 PLAN_IS_CHECKED = "_vgf_is_checked"  # an attribute, which nobody can send along with a request
-PLAN_ARGUMENT = "vgf_plan"
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _PUSHED_FROM = 1000  # numbers of pushed LoRAs, beyond those of the start
 
@@ -280,20 +277,9 @@ def _parameters(request: EngineRequest) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    own = request.sampling
-    law: dict[str, Any] = {"temperature": 0.0}
-    if request.plan is None and own is not None:
-        law = {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
     parameters = SamplingParams(
-        **law,
-        seed=engine_seed(request.seed),
-        max_tokens=request.max_tokens,
-        stop_token_ids=list(request.eos_ids),
-        stop=list(request.stop),
-        ignore_eos=True,
-        logit_bias=request.logit_bias,
+        **request_fields(request),
         logprobs=request.logprobs or None,
-        prompt_logprobs=request.prompt_logprobs,
         flat_logprobs=True,
         detokenize=bool(request.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,

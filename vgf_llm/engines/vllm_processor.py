@@ -24,7 +24,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from vgf_llm.engines.plan_kinds import KINDS
 from vgf_llm.engines.plan_rows import PlannedRow, check_plan, step
-from vgf_llm.engines.vllm_engine import PLAN_ARGUMENT, PLAN_IS_CHECKED
+from vgf_llm.engines.vllm_engine import PLAN_IS_CHECKED
+from vgf_llm.engines.vllm_request import PLAN_ARGUMENT
 from vgf_llm.engines.vllm_table import load_table
 from vgf_llm.errors import DataError
 from vgf_llm.text.plans import RowPlan

@@ -36,10 +36,9 @@ from vgf_llm.engines.engine import (
     EngineText,
     RequestRefusedError,
     TopLogps,
-    engine_seed,
 )
-from vgf_llm.engines.vllm_engine import PLAN_ARGUMENT, WORKER
 from vgf_llm.engines.vllm_env import ADAPTERS_AT_RUNTIME, WEIGHTS_AT_RUNTIME, api_key, stated
+from vgf_llm.engines.vllm_request import PLAN_ARGUMENT, WORKER, request_fields
 from vgf_llm.settings import EngineSettings
 
 _LONGEST_MESSAGE = 400
@@ -198,25 +197,15 @@ def _gathered(
 
 
 def _body(request: EngineRequest, model: str) -> dict[str, Any]:
-    own = request.sampling
     body: dict[str, Any] = {
+        **request_fields(request),
         "model": model,
         "prompt": request.prompt,
-        "max_tokens": request.max_tokens,
-        "temperature": 0.0,
-        "stop_token_ids": list(request.eos_ids),
-        "stop": list(request.stop),
-        "ignore_eos": True,
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
-        "prompt_logprobs": request.prompt_logprobs,
-        "logit_bias": request.logit_bias and {str(one): bias for one, bias in request.logit_bias.items()},
     }
     if request.plan is not None:
         body["vllm_xargs"] = {PLAN_ARGUMENT: request.plan.encoded()}
-    elif own is not None:
-        body |= {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
-        body["seed"] = engine_seed(request.seed)
     if request.logprobs:
         body["logprobs"] = request.logprobs
     return {key: value for key, value in body.items() if value is not None}
