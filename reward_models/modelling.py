@@ -34,7 +34,7 @@ from reward_models.body import (
 )
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
 from vgf_llm.errors import ModelError
-from vgf_llm.models.architecture import check_config, decoder_class, num_layers, text_config
+from vgf_llm.models.architecture import check_config, decoder_class, input_table, num_layers, text_config
 from vgf_llm.models.attention import caps_scores, settle_attention
 from vgf_llm.models.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
 from vgf_llm.models.probe import check_decoder
@@ -85,7 +85,7 @@ class RewardModelConfig(PreTrainedConfig):
         self.embedding_width = embedding_width
         self.output_width = output_width
         self.base_weights = base_weights
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(**{"pad_token_id": pad_token_id, **kwargs})
 
     def build_body_config(self) -> PreTrainedConfig:
         """Return the decoder's own configuration object."""
@@ -177,9 +177,9 @@ class RewardModel(PreTrainedModel):
 
             base_name, base = base, load_causal_lm(base, dtype=dtype)
         else:
-            base_name = base.config._name_or_path or base.name_or_path
+            base_name = str(base.config._name_or_path or base.name_or_path)
             check_config(base.config, base_name)
-        table, output = base.get_input_embeddings().weight, base.get_output_embeddings()
+        output: Any = base.get_output_embeddings()
         config = RewardModelConfig(
             body_config=truncated_config(base.config, num_layers),
             pooling=pooling,
@@ -187,7 +187,7 @@ class RewardModel(PreTrainedModel):
             train_embeddings=train_embeddings,
             input_skip=input_skip,
             pad_token_id=getattr(text_config(base.config), "pad_token_id", None),
-            embedding_width=weight_shape(table)[-1],
+            embedding_width=weight_shape(input_table(base))[-1],
             output_width=None if output is None else weight_shape(output.weight)[-1],
         )
         with parameters_on_meta() if share else contextlib.nullcontext():
@@ -198,7 +198,10 @@ class RewardModel(PreTrainedModel):
                 head.to_empty(device=base.device)
         else:
             copy_weights(model.body, base, dtype)
-        settle_attention(model.to(base.device).body)
+        model.body.to(base.device)
+        for head in filter(None, (model.head, model.skip_head)):
+            head.to(base.device)
+        settle_attention(model.body)
         check_cut(model.body, base, base_name)
         check_decoder(model.body, base_name)
         model.config.base_weights = model_mark(model.body)
@@ -209,7 +212,8 @@ class RewardModel(PreTrainedModel):
             model.head.bias.zero_()
             if model.skip_head is not None:
                 model.skip_head.weight.zero_()
-        return model.eval()
+        ready: RewardModel = model.eval()
+        return ready
 
     def _init_weights(self, module: nn.Module) -> None:
         """The body initialises itself; only the heads are ours."""
@@ -221,7 +225,8 @@ class RewardModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the input embedding module."""
-        return self.body.get_input_embeddings()
+        module: nn.Module = self.body.get_input_embeddings()
+        return module
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the input embedding module."""
@@ -231,23 +236,26 @@ class RewardModel(PreTrainedModel):
     def embedding_table_VD(self) -> Tensor:
         """Input embeddings of all tokens as `embed` returns them, [V, D], detached."""
         module = self.get_input_embeddings()
+        table = input_table(self)
         if type(module) is nn.Embedding:
-            return module.weight.detach()
+            return table.detach()
         with torch.no_grad():  # some scale what they look up, rounded in a way of their own
-            return module(torch.arange(len(module.weight), device=module.weight.device))
+            return self.embed(torch.arange(len(table), device=table.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up token ids [...] in the input table: [..., D]."""
-        return self.get_input_embeddings()(tokens)
+        embeddings: Tensor = self.get_input_embeddings()(tokens)
+        return embeddings
 
     @property
     def embedding_width(self) -> int:
         """Width of the input table, D of the particles; not always that of the hidden states."""
-        return self.config.embedding_width or self.config.build_body_config().hidden_size
+        return int(self.config.embedding_width or self.config.build_body_config().hidden_size)
 
     def freeze(self) -> RewardModel:
         """Eval mode, and no parameter requires a gradient: backward then goes to the inputs only."""
-        return self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
+        return self
 
     def unfreeze(self) -> RewardModel:
         """Make the parameters trainable, the input embeddings only if the configuration says so."""
@@ -283,12 +291,16 @@ class RewardModel(PreTrainedModel):
                 response has no prompt before it.
         """
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ModelError("forward needs input_ids or inputs_embeds")
             inputs_embeds = self.embed(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         pools_response = self.config.pooling == "mean"
-        if response_mask is None and (pools_response or self.config.input_skip or token_level):
-            raise ModelError("this reward model pools over the response: pass response_mask to forward")
+        if response_mask is None:
+            if pools_response or self.config.input_skip or token_level:
+                raise ModelError("this reward model pools over the response: pass response_mask to forward")
+            response_mask = attention_mask  # which nothing below looks at
         hidden_RSD = self.body(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -379,7 +391,8 @@ class RewardModel(PreTrainedModel):
     def _read(self, pooled: Tensor) -> Tensor:
         """Apply the head in float32 to [..., D]."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
+            scores: Tensor = self.head(pooled.to(self.head.weight.dtype))
+            return scores.squeeze(-1).float()
 
     def _skip(self, u_RTD: Tensor, mask_RT: Tensor) -> Tensor:
         """Read the mean input embedding of the response."""
@@ -387,8 +400,10 @@ class RewardModel(PreTrainedModel):
 
     def _read_skip(self, u: Tensor) -> Tensor:
         """Apply the skip's head in float32 to embeddings [..., D], in root mean squares of the table."""
+        assert self.skip_head is not None
         with torch.autocast(u.device.type, enabled=False):
-            return self.skip_head((u / self.table_scale).to(self.skip_head.weight.dtype)).squeeze(-1).float()
+            scores: Tensor = self.skip_head((u / self.table_scale).to(self.skip_head.weight.dtype))
+            return scores.squeeze(-1).float()
 
     @property
     def table_scale(self) -> float:
@@ -400,7 +415,7 @@ class RewardModel(PreTrainedModel):
 
 def _attention(config: RewardModelConfig, body_config: PreTrainedConfig) -> str | None:
     """Return what the body is built with: what was resolved for the reward model, where the body can do that."""
-    wanted = config._attn_implementation
+    wanted: str | None = config._attn_implementation
     if wanted == "sdpa":
         found = decoder_class(body_config)
         return "eager" if caps_scores(body_config) or not getattr(found, "_supports_sdpa", True) else "sdpa"

@@ -136,6 +136,7 @@ def _sample(
     """Sample the base model on each list of prompts; ids stay below the rows of the value's table."""
     from reward_models.secant_fit import sample_reference
     from vgf_llm.data.endings import padding_id
+    from vgf_llm.models.architecture import input_table
     from vgf_llm.models.loading import eos_token_ids, load_causal_lm
     from vgf_llm.text.reference import TorchReference
 
@@ -146,7 +147,7 @@ def _sample(
             device=resolve_device(script.device),
             trust_remote_code=script.trust_remote_code,
         )
-    rows = min(lm.get_input_embeddings().weight.shape[0], most_rows)
+    rows = min(len(input_table(lm)), most_rows)
     eos_ids, pad_id = eos_token_ids(lm, tokenizer), padding_id(tokenizer, rows)
     reference = TorchReference(lm, sampling, eos_ids, pad_id, min(len(tokenizer), rows))
     return [
