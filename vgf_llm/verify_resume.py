@@ -150,7 +150,7 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
         _empty(folder)
     trainer.accelerator.wait_for_everyone()
     with shown(trainer, f"training to step {until}", bar_figures):
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, optim))
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.checkpoints, optim))
     trainer.accelerator.wait_for_everyone()
     step = trainer.state.global_step
     if step < until:

@@ -90,7 +90,7 @@ def refused(folder, **changed):
     """What resuming the run of a folder with other settings is refused with, before any training."""
     parts = settings(folder, **RUN | {"resume": True} | changed)
     with pytest.raises(ConfigError) as caught:
-        checkpoint_to_resume(build_trainer(*parts), parts[3])
+        checkpoint_to_resume(build_trainer(*parts).checkpoints, parts[3])
     return str(caught.value)
 
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_without_what_the_engine_reads_is_refused(tmp_path):
     tiny_run(tmp_path, **run)
     parts = settings(tmp_path, **run, resume=True)
     with pytest.raises(CheckpointError, match="holds no optimiser state"):
-        checkpoint_to_resume(build_trainer(*parts), parts[3])
+        checkpoint_to_resume(build_trainer(*parts).checkpoints, parts[3])
 
 
 def names(folder, pattern="checkpoint-*"):

@@ -51,7 +51,7 @@ class EvaluateSettings(PromptSettings, BackendSettings):
         require_sampling_seed("seed", self.seed, max(arm.num_seeds for arm in arms))
         names = [arm.name for arm in arms]
         twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, "arms", twice[:1], "named apart: each name once")
+        require(not twice, "arms", twice[:1], "of unique names")
         for baseline in self.baselines:
             require(baseline in names, "baselines", baseline, f"arms of this run ({', '.join(names)})")
 

@@ -12,6 +12,7 @@ from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.protocols import Decoded, Decoder, Move, Moved, Reference, Value, Work
 from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses
+from vgf_llm.text.sampler import ReferenceSampler
 
 __all__ = [
     "BlockDecoder",
@@ -25,6 +26,7 @@ __all__ = [
     "PivotDecoder",
     "PriorDecoder",
     "Reference",
+    "ReferenceSampler",
     "Responses",
     "TorchReference",
     "Value",
