@@ -195,3 +195,39 @@ def test_a_checkpoint_without_a_manifest_is_taken_and_said_to_be_unverified(work
     workplace(max_steps=8, resume=True)
     said = capsys.readouterr().err
     assert "checkpoint-6' has no manifest.json (of an earlier version): taken without being verified" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["reward_models.train", "reward_models.train_value"])
+def test_two_processes_resume_bit_for_bit(workplace, tmp_path, module):
+    """The newest checkpoint is broken on the way: the first process finds out and tells the other."""
+    import shutil
+
+    from tests.training.launch import ROOT, launch
+
+    keys = {
+        "train_dataset": tmp_path / ("logged.jsonl" if module.endswith("value") else "pairs.jsonl"),
+        "model_name_or_path": tmp_path / "base",
+        "output_dir": tmp_path / "out",
+        "eval_share": 0.2,
+        "max_length": 64,
+        "num_layers": 1,
+        "max_steps": 5,
+        "save_steps": 2,
+        "logging_steps": 3,
+        "per_device_train_batch_size": 2,
+        "embedding_noise": 0.1,
+        "fidelity_responses": 0,
+        "resume": "true",
+    }
+    flags = [part for key, value in keys.items() for part in (f"--{key}", value)]
+    config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
+    launch(config, "--mixed_precision", "no", "-m", module, *flags, timeout=400)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    shutil.copytree(out, whole)
+    (out / "model.safetensors").unlink()
+    os.truncate(out / "checkpoint-4" / "optimizer.pt", 100)
+    launch(config, "--mixed_precision", "no", "-m", module, *flags, timeout=400)
+    assert compare_checkpoints(whole / "checkpoint-4", out / "checkpoint-4") == []
+    assert results(whole) == results(out) and results(out)
+    assert len(list((out / "checkpoint-4").glob("noise_state_*"))) == 2
