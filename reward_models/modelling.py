@@ -57,6 +57,9 @@ class RewardModelConfig(PreTrainedConfig):
         embedding_width: of the input table, where the body's own configuration has another hidden size.
         output_width: of what the body returns, where it is not the body's hidden size.
         base_weights: mark of the base's weights that the body was cut from (`vgf_llm.runs.provenance`).
+        closing: ids that take the place of a response's EOS, or follow a response without one, before it is read.
+            None: responses are read as they are.
+        end_ids: ids that count as an EOS there.
     """
 
     model_type = "vgf_reward"
@@ -72,6 +75,8 @@ class RewardModelConfig(PreTrainedConfig):
         embedding_width: int | None = None,
         output_width: int | None = None,
         base_weights: str | None = None,
+        closing: list[int] | None = None,
+        end_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the fields; raises ValueError on an unknown pooling."""
@@ -85,6 +90,7 @@ class RewardModelConfig(PreTrainedConfig):
         self.embedding_width = embedding_width
         self.output_width = output_width
         self.base_weights = base_weights
+        self.closing, self.end_ids = closing, end_ids
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
     def build_body_config(self) -> PreTrainedConfig:
@@ -356,12 +362,34 @@ class RewardModel(PreTrainedModel):
         """
         B, N, T = mask_BNT.shape
         mask_RT, u_RTD = mask_BNT.reshape(B * N, T), u_BNTD.reshape(B * N, T, -1)
+        if self.config.closing is not None:
+            u_RTD, mask_RT = self._closed(u_RTD, mask_RT.bool())
         hidden_RTD = forward_with_prefix(self.body, prefix.expand(N), u_RTD, mask_RT)
         pooled_RD = self._pool(hidden_RTD, mask_RT)
         values_R = self._read(pooled_RD)
         if self.skip_head is not None:
             values_R = values_R + self._skip(u_RTD, mask_RT)
+        hidden_RTD = hidden_RTD[:, :T]
         return values_R.reshape(B, N), hidden_RTD.reshape(B, N, T, -1), pooled_RD.reshape(B, N, -1)
+
+    def _closed(self, u_RTD: Tensor, mask_RT: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the closing's embeddings where each response's EOS stands, or after a response without one.
+
+        Returns:
+            Embeddings and mask of T and the closing's tokens together.
+        """
+        closing_CD = self.embed(torch.tensor(self.config.closing, dtype=torch.long, device=u_RTD.device)).detach()
+        ends_ED = self.embed(torch.tensor(self.config.end_ids or [], dtype=torch.long, device=u_RTD.device)).detach()
+        C, lengths_R = len(closing_CD), mask_RT.sum(dim=1)
+        last_RD = u_RTD.detach()[torch.arange(len(u_RTD), device=u_RTD.device), (lengths_R - 1).clamp(min=0)]
+        is_ended_R = (last_RD[:, None] == ends_ED.to(last_RD.dtype)).all(dim=-1).any(dim=-1) & (lengths_R > 0)
+        start_R = (lengths_R - is_ended_R.long()).clamp(min=0 if C else 1)
+        place_RS = torch.arange(u_RTD.shape[1] + C, device=u_RTD.device) - start_R[:, None]
+        padded_RSD = nn.functional.pad(u_RTD, (0, 0, 0, C))
+        if C:
+            from_closing_RSD = closing_CD.to(u_RTD.dtype)[place_RS.clamp(0, C - 1)]
+            padded_RSD = torch.where(((place_RS >= 0) & (place_RS < C))[..., None], from_closing_RSD, padded_RSD)
+        return padded_RSD, place_RS < C
 
     def skip_gradient(self, mask_BNT: Tensor) -> Tensor:
         """Return the gradient of the input skip, v / (T rms), at every response token: [B, N, T, D], 0 without one."""
@@ -379,7 +407,7 @@ class RewardModel(PreTrainedModel):
     def _read(self, pooled: Tensor) -> Tensor:
         """Apply the head in float32 to [..., D]."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
+            return self.head(pooled.to(next(self.head.parameters()).dtype)).squeeze(-1).float()
 
     def _skip(self, u_RTD: Tensor, mask_RT: Tensor) -> Tensor:
         """Read the mean input embedding of the response."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vgf_llm.data.dialogue import Prompt, as_messages, as_text
-from vgf_llm.data.endings import closed, opened
+from vgf_llm.data.endings import answer_opening, closed, opened
 from vgf_llm.data.rendered import rendered_text
 from vgf_llm.errors import DataError, ModelError
 from vgf_llm.runs.files import shorten
@@ -112,7 +112,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
     """Encode a response as it follows an encoded prompt.
 
-    Under a chat template leading white space is dropped (the template has placed it already).
+    Under a chat template leading white space is the template's: none, or what it writes before an answer.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -126,7 +126,7 @@ def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
         ModelError: ``eos`` is asked for and the tokenizer has no EOS token.
     """
     if getattr(tokenizer, "chat_template", None):
-        text = text.lstrip()
+        text = answer_opening(tokenizer) + text.lstrip()
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return closed(tokenizer, ids) if eos else ids
 
