@@ -16,7 +16,6 @@ CPU, in processor time, which is blind to other work on the machine. The last li
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from vgf_llm.control.agent import Batch, ControlAgent, Noise
 from vgf_llm.control.settings import AgentSettings
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.machine.facts import device_facts
 from vgf_llm.runs.files import check_writable, write_json_atomic
 
 OBSERVATION, ACTION = 28, 5  # of OGBench's cube-single
@@ -172,7 +172,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds_a_step": {c: {arm: round(statistics.median(v), 5) for arm, v in t.items()} for c, t in clocks.items()},
         "setting": {k: getattr(arguments, k) for k in ("sizes", "batch_size", "particles", "euler_steps",
                                                         "repetitions", "threads")},
-        "hardware": _hardware(arguments.device),
+        "hardware": device_facts(arguments.device, ("cores", "load_average")),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": " ".join(["python -m benchmarks.control", *sys.argv[1:]]),
     }  # fmt: skip
@@ -201,16 +201,6 @@ def _seconds(work: Callable[[], None], device: str) -> tuple[float, float]:
     work()
     synchronise()
     return time.perf_counter() - wall, time.process_time() - processor
-
-
-def _hardware(device: str) -> dict[str, Any]:
-    if device.startswith("cuda"):
-        return {"device": torch.cuda.get_device_name()}
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.machine()
-    return {"device": f"cpu: {processor}", "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import Reference, row_seeds
+from vgf_llm.text import TorchReference, row_seeds
 from vgf_llm.text.particles import GradientSource, exact_gradient, token_spacing
 from vgf_llm.text.responses import Responses
 from vgf_llm.text.sampler import ReferenceSampler
@@ -62,9 +62,9 @@ class CostModels:
         unit = token_spacing(value.embedding_table_VD)
         return cls(model, value, gradient, prompts, pad_id, alpha, Sizes.of(model, value), unit, tokens)
 
-    def reference(self, tokens: int | None = None) -> Reference:
+    def reference(self, tokens: int | None = None) -> TorchReference:
         """Return a reference that has seen no prompt and whose responses all have ``tokens`` tokens."""
-        return Reference(self.model, SamplingSettings(max_new_tokens=tokens or self.tokens), (), self.pad_id)
+        return TorchReference(self.model, SamplingSettings(max_new_tokens=tokens or self.tokens), (), self.pad_id)
 
     def seeds(self, count: int) -> torch.Tensor:
         """Return the seeds of ``count`` responses a prompt."""

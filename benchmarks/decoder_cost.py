@@ -48,7 +48,7 @@ from benchmarks.decoder_profile import profile_stages, prompt_cache
 from benchmarks.transport import peak_bytes
 from vgf_llm.cli import run_main
 from vgf_llm.evaluation.arms import Arm
-from vgf_llm.evaluation.runner import hardware
+from vgf_llm.machine.facts import hardware
 from vgf_llm.machine.precision import choose_dtype
 from vgf_llm.runs.files import check_writable, write_json_atomic
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from vgf_llm.evaluation.bootstrap import bootstrap_mean
+from vgf_llm.statistics.intervals import bootstrap_mean
 
 Row = dict[str, Any]
 Count = Callable[[Row, Row], tuple[int, bool]]

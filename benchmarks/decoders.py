@@ -222,8 +222,8 @@ def time_arms(
     from vgf_llm.data.prompts import load_prompts
     from vgf_llm.evaluation.experiment import Experiment, Prompts
     from vgf_llm.evaluation.flops import Sizes
-    from vgf_llm.evaluation.runner import hardware
-    from vgf_llm.text import Reference
+    from vgf_llm.machine.facts import hardware
+    from vgf_llm.text import TorchReference
 
     arms = stages(replace(benchmark, extras=[]), acceptance_temperature(models))[1][0]
     pipeline = load_pipeline(models, sampling)
@@ -241,7 +241,7 @@ def time_arms(
     started = time.perf_counter()
     for arm in track([*arms, *reversed(arms)], "timing"):
         reference = pipeline.reference  # a new one has no prompts in its cache
-        fresh = Reference(reference.model, reference.sampling, reference.eos_ids, reference.pad_id)
+        fresh = TorchReference(reference.model, reference.sampling, reference.eos_ids, reference.pad_id)
         for rows in replace(experiment, reference=fresh).rows([arm], batch, settings.seed):
             seconds[arm.name].append(rows[0]["seconds"])
     result = {

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vgf_llm.evaluation.runner import hardware
+from vgf_llm.machine.facts import hardware
 from vgf_llm.runs.files import check_writable, write_json_atomic
 
 _RECORDS = "docs/results"

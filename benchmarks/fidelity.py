@@ -31,10 +31,11 @@ from torch import Tensor
 
 from benchmarks.fidelity_variants import Variant, VariantTrainer, variants
 from reward_models.assess import score_pairs
-from reward_models.card import wilson_interval
 from reward_models.fidelity import compare_changes, score_gradient
+from reward_models.frame import untrained_model
 from reward_models.loading import load_reward_model, reward_model, save_reward_model
 from reward_models.modelling import RewardModel
+from reward_models.noise import add_embedding_noise
 from reward_models.pairs import EncodedPair, PairCollator
 from reward_models.secant import direction_scale, secant_gradient
 from reward_models.secant_fit import (
@@ -47,15 +48,15 @@ from reward_models.secant_fit import (
 )
 from reward_models.secant_settings import SecantTraining
 from reward_models.settings import RewardModelSettings, RewardScript, RewardTraining
-from reward_models.train import load_pairs, untrained_model
-from reward_models.trainer import add_embedding_noise
+from reward_models.train import load_pairs
 from vgf_llm.data.prompts import encode_prompt, load_prompts
 from vgf_llm.flow.trajectory import ValueGradient
 from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
 from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.runs.hf_arguments import training_arguments
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.reference import Reference
+from vgf_llm.statistics.intervals import wilson_interval
+from vgf_llm.text.reference import TorchReference
 
 DATA = Path("recipes/smollm2_sentiment/data")
 SUBSTITUTIONS, RESPONSES_A_PROMPT, SHORTLIST = 120, 2, 30
@@ -85,7 +86,7 @@ def load_bench(work: Path) -> Bench:
         over_length="truncate",
     )
     train_pairs, held_out, _ = load_pairs(script, tokenizer, seed=0)
-    reference = Reference(lm, SamplingSettings(), eos_token_ids(lm, tokenizer), tokenizer.pad_token_id)
+    reference = TorchReference(lm, SamplingSettings(), eos_token_ids(lm, tokenizer), tokenizer.pad_token_id)
     sampled = []
     for seed, split in enumerate(("train", "validation")):
         path = work / f"sampled_{split}.pt"

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from vgf_llm.engines.engine import EngineRequest
 from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.engines.vllm_engine import VLLMEngine
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.machine.facts import facts
 from vgf_llm.machine.precision import choose_dtype
 from vgf_llm.models.loading import load_causal_lm, load_skeleton, load_tokenizer, resolved_name
 from vgf_llm.runs.files import write_json_atomic
@@ -134,9 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         finally:
             models.engine.close()
     setting = {key: getattr(arguments, key) for key in ("shape", "tokens", "counts", "repetitions", "eager", "device")}
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.processor()}
-    if arguments.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
+    machine = facts("cores", "threads", "processor", *(["gpu"] if arguments.device == "cuda" else []))
     command = f"python -m benchmarks.sampling {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
     record = {**figures, "memory_mib": models.memory, "setting": setting, "hardware": machine, "command": command}
     if arguments.record:

@@ -41,11 +41,12 @@ from torch.nn.functional import pad
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
 from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, make_decoder
 from vgf_llm.data.prompts import load_prompts
-from vgf_llm.evaluation.bootstrap import bootstrap_mean
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.machine.facts import facts
 from vgf_llm.machine.precision import choose_dtype
 from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
+from vgf_llm.statistics.intervals import bootstrap_mean
 from vgf_llm.text import Responses, row_seeds
 from vgf_llm.text.noise import gumbel_noise
 from vgf_llm.text.sampler import ReferenceSampler
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **compare(here, there, seeds),
         "seconds": {"transformers": round(here.seconds, 1), "vllm": round(there.seconds, 1)},
         "setting": setting,
-        "hardware": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "hardware": facts("cores", "threads"),
         "command": f"python -m benchmarks.sampling_parity {' '.join(sys.argv[1:] if argv is None else argv)}".strip(),
     }
     if arguments.record:

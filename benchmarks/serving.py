@@ -34,7 +34,7 @@ import torch
 from benchmarks.serving_load import Load, Question, Reply, alone, resident_mib, under_load
 from benchmarks.serving_process import ServerProcess, served
 from vgf_llm.cli import run_main
-from vgf_llm.evaluation.runner import hardware
+from vgf_llm.machine.facts import hardware
 from vgf_llm.runs.files import check_writable, write_json_atomic
 
 PROMPTS_FILE = "recipes/smollm2_sentiment/data/prompts_test.jsonl"

@@ -140,8 +140,8 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return means with intervals of every policy, and its paired differences from the base where that is there."""
     from dataclasses import asdict
 
-    from vgf_llm.evaluation.bootstrap import bootstrap_mean
-    from vgf_llm.evaluation.runner import hardware
+    from vgf_llm.machine.facts import hardware
+    from vgf_llm.statistics.intervals import bootstrap_mean
 
     found: dict[str, Any] = {"hardware": hardware()}
     base = results.get(BASE)
@@ -189,7 +189,7 @@ def measure(
     from vgf_llm.answering.pipeline import encode_prompts, prompt_text
     from vgf_llm.data.prompts import load_prompts
     from vgf_llm.evaluation.measures import nll_per_token
-    from vgf_llm.text import Reference, row_seeds
+    from vgf_llm.text import TorchReference, row_seeds
     from vgf_llm.text.noise import combine_seeds
     from vgf_llm.text.sampler import ReferenceSampler
 
@@ -203,13 +203,13 @@ def measure(
         indices = list(range(start, min(start + settings.batch_prompts, len(ids))))
         batch = [ids[i] for i in indices]
         seeds_BN = row_seeds(settings.evaluation_seed, indices, settings.num_samples)
-        law = Reference(of.model, sampling, of.eos_ids, of.pad_id)
-        free = Reference(of.model, untruncated, of.eos_ids, of.pad_id)
+        law = TorchReference(of.model, sampling, of.eos_ids, of.pad_id)
+        free = TorchReference(of.model, untruncated, of.eos_ids, of.pad_id)
         own = ReferenceSampler(law).sample(batch, seeds_BN)
         wide = ReferenceSampler(free).sample(batch, combine_seeds(seeds_BN, _KL_STREAM))
         policy_logps_BNT = free.logps(free.prefix(batch), wide)
         with policy.disable_adapter() if policy is not None else contextlib.nullcontext():
-            base = Reference(of.model, untruncated, of.eos_ids, of.pad_id)
+            base = TorchReference(of.model, untruncated, of.eos_ids, of.pad_id)
             prefix = base.prefix(batch)
             nll_BN = nll_per_token(base, prefix, own)
             kl_BN = (policy_logps_BNT - base.logps(prefix, wide)).sum(-1)

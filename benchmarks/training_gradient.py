@@ -115,9 +115,9 @@ def step_figures(folder: Path) -> dict[str, list[float]]:
 def compare_policies(settings: GradientSettings, folders: dict[str, list[Path]]) -> dict[str, Any]:
     """Measure the policies and return means with intervals, and secant minus exact paired by prompt and seed."""
     from benchmarks.training_evaluate import MEASURES, EvaluationSettings, run
-    from vgf_llm.evaluation.bootstrap import bootstrap_mean
-    from vgf_llm.evaluation.runner import hardware
+    from vgf_llm.machine.facts import hardware
     from vgf_llm.settings import ModelSettings, SamplingSettings
+    from vgf_llm.statistics.intervals import bootstrap_mean
 
     names = [str(folder) for kind in KINDS for folder in folders[kind]]
     evaluation = EvaluationSettings(

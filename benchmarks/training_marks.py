@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.training_job import RESULT_NAME, Clock, Job, identity
+from vgf_llm.machine.facts import facts
 from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.settings import ModelSettings, SamplingSettings
 
@@ -112,7 +113,7 @@ def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"peak_gpu_memory_gib": round(peak, 4), "gpu": torch.cuda.get_device_name()}
+    return {"peak_gpu_memory_gib": round(peak, 4), **facts("gpu")}
 
 
 def peak_resident_gib() -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from benchmarks.training_evaluate import BASE, MEASURES, means
 from benchmarks.training_job import Job
+from vgf_llm.machine.facts import facts
 from vgf_llm.runs.files import check_writable, write_json_atomic, write_text_atomic
 
 RECORDS, FIGURES = Path("docs/results"), Path("docs/figures")
@@ -85,7 +85,7 @@ def summarise(
     return {
         "prompts": len(base),
         "prompt_file": prompts,
-        "hardware": f"{platform.processor() or platform.machine()}, {platform.system()}",
+        "hardware": ", ".join(facts("cpu", "system").values()),
         BASE: {**_estimates(base), "rows": base},
         "methods": methods,
         "vgf_minus": differences,
@@ -232,14 +232,14 @@ def draw(summary: dict[str, Any]) -> bytes:
 
 
 def _estimates(rows: Rows) -> dict[str, dict[str, float]]:
-    from vgf_llm.evaluation.bootstrap import bootstrap_mean
+    from vgf_llm.statistics.intervals import bootstrap_mean
 
     return {key: dataclasses.asdict(bootstrap_mean([row[key] for row in rows])) for key in MEASURES}
 
 
 def _difference(rows: Rows, other: Rows, key: str = "gold") -> dict[str, float]:
     """Return the paired difference of two policies on the same prompts."""
-    from vgf_llm.evaluation.bootstrap import bootstrap_mean
+    from vgf_llm.statistics.intervals import bootstrap_mean
 
     of = {row["index"]: row[key] for row in other}
     return dataclasses.asdict(bootstrap_mean([row[key] - of[row["index"]] for row in rows]))

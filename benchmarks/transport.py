@@ -21,7 +21,6 @@ process holds their core make every wall time a matter of luck.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -37,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from reward_models.modelling import RewardModel, RewardModelConfig
 from vgf_llm.flow import TransportBudget, ValueGradient, autograd_value, transport
+from vgf_llm.machine.facts import device_facts
 from vgf_llm.machine.precision import choose_dtype
 from vgf_llm.models.prefix import PromptPrefix
 from vgf_llm.runs.files import check_writable, write_json_atomic
@@ -203,7 +203,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "prompt_tokens": arguments.prompt_tokens,
             "response_tokens": arguments.response_tokens,
         },
-        "hardware": _hardware(arguments.device),
+        "hardware": device_facts(
+            arguments.device, ("cores", "threads", "load_average", "omp_wait_policy"), on_gpu=("threads",)
+        ),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -227,25 +229,6 @@ def _quartiles(values: list[float]) -> list[float]:
     """Lower quartile, median, upper quartile."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return [round(value, 4) for value in quartiles]
-
-
-def _hardware(device: str) -> dict[str, Any]:
-    """Processor or accelerator, the threads used, and how busy the machine was with all its work (load average)."""
-    if device.startswith("cuda"):
-        return {"device": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    processor = names[0] if names else platform.machine()
-    return {
-        "device": f"cpu: {processor}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

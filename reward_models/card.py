@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgf_llm.errors import ModelError
 from vgf_llm.runs.files import write_json_atomic, write_text_atomic
+from vgf_llm.statistics.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from vgf_llm.models.loading import Fingerprint
@@ -83,9 +84,9 @@ class RewardCard:
 
 
 def write_card(card: RewardCard, folder: str | Path) -> None:
-    """Write reward_card.json and README.md into the model's folder."""
-    write_json_atomic(Path(folder) / CARD_NAME, dataclasses.asdict(card))
+    """Write README.md and then reward_card.json, which says that a training is complete, into the model's folder."""
     write_text_atomic(Path(folder) / "README.md", card_markdown(card))
+    write_json_atomic(Path(folder) / CARD_NAME, dataclasses.asdict(card))
 
 
 def read_card(folder: str | Path) -> RewardCard:
@@ -159,15 +160,6 @@ def pair_figures(
         "score_mean": mean,
         "score_std": math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores)),
     }
-
-
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's score interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (centre - half) / scale, (centre + half) / scale
 
 
 def pearson_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

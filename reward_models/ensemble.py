@@ -103,12 +103,11 @@ class RewardEnsemble(nn.Module):
         return EnsemblePrefix(tuple(member.prefix(prompts) for member in self.members))
 
     def score(self, prefix: EnsemblePrefix, responses: Tensor, mask_BNT: Tensor) -> Tensor:
-        """Score as `RewardModel.score` does and reduce over members: values_BN."""
+        """Score as `RewardModel.score` does and join the members: values_BN."""
         scores = [
-            (member.score(own, responses, mask_BNT) - mean) / std
-            for member, own, (mean, std) in zip(self.members, prefix.members, self.scales, strict=True)
+            member.score(own, responses, mask_BNT) for member, own in zip(self.members, prefix.members, strict=True)
         ]
-        return reduce_scores(torch.stack(scores), self.reduce, self.kappa)
+        return self.join(scores)
 
     def forward(
         self,
@@ -117,12 +116,13 @@ class RewardEnsemble(nn.Module):
         inputs_embeds: Tensor | None = None,
         response_mask: Tensor | None = None,
     ) -> Tensor:
-        """Score whole sequences as `RewardModel.forward` does and reduce over members: rewards_R."""
-        scores = [
-            (member(input_ids, attention_mask, inputs_embeds, response_mask) - mean) / std
-            for member, (mean, std) in zip(self.members, self.scales, strict=True)
-        ]
-        return reduce_scores(torch.stack(scores), self.reduce, self.kappa)
+        """Score whole sequences as `RewardModel.forward` does and join the members: rewards_R."""
+        return self.join([member(input_ids, attention_mask, inputs_embeds, response_mask) for member in self.members])
+
+    def join(self, scores: Sequence[Tensor]) -> Tensor:
+        """Make one score of the members': any shape, the same for all."""
+        scaled = [(score - mean) / std for score, (mean, std) in zip(scores, self.scales, strict=True)]
+        return reduce_scores(torch.stack(scaled), self.reduce, self.kappa)
 
 
 def reduce_scores(scores_M: Tensor, reduce: str, kappa: float) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vgf_llm.console.progress import track
 from vgf_llm.flow.trajectory import ValueGradient, autograd_value
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.reference import Reference
+from vgf_llm.statistics.intervals import normal_half_width
+from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses, is_any_of
 
 _TOP = 8
@@ -189,7 +190,7 @@ def compare_changes(value: Any, tokens_BNT: Tensor, changes: Sequence[ExactChang
             f"gradient_fidelity: no response has more than {_TOP} candidate substitutions with unequal change"
         )
     spearman, top, best, random = table.mean(dim=0).tolist()
-    half = 1.96 * table[:, 0].std().item() / len(table) ** 0.5 if len(table) > 1 else float("nan")
+    half = normal_half_width(table[:, 0].std().item() if len(table) > 1 else 0.0, len(table))
     return Fidelity(spearman, spearman - half, spearman + half, top, best, random, len(table))
 
 
@@ -236,7 +237,7 @@ def reference_shortlist(
         vocabulary: only ids below it are listed; None lists any row of the model's table.
     """
     law = SamplingSettings(top_k=k)
-    reference = Reference(lm, law, eos_ids=(), pad_id=pad_token_id, vocabulary=vocabulary)
+    reference = TorchReference(lm, law, eos_ids=(), pad_id=pad_token_id, vocabulary=vocabulary)
     everywhere_BNT = torch.ones_like(tokens_BNT, dtype=torch.bool)
     responses = Responses([list(prompt) for prompt in prompts], tokens_BNT, everywhere_BNT, (), pad_token_id)
     ids_RTK = reference.shortlists(reference.prefix(responses.prompts), responses).ids[..., :k]

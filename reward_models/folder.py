@@ -1,8 +1,8 @@
 """The output folder of a training: what an earlier run left in it goes before weights of a new run come.
 
 A folder is read by what lies in it (an adapter_config.json makes it a LoRA, the card speaks for the weights), so that
-remains of two runs would be taken for one model. config.json goes too: until the new one stands the folder does not
-load.
+remains of two runs would be taken for one model. config.json goes first and comes back last: without it the folder does
+not load.
 """
 
 from __future__ import annotations
@@ -16,8 +16,22 @@ from vgf_llm.console.screen import say
 from vgf_llm.errors import OutputError
 
 _WEIGHTS = ("adapter_*", "model*.safetensors", "model.safetensors.index.json")
+LAST_NAME = "config.json"
+"""Without it a folder does not load."""
+RESULT_NAMES = (
+    *_WEIGHTS,
+    LAST_NAME,
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "README.md",
+    "training_args.bin",
+)
+"""Patterns of what a checkpoint and the result have in common."""
 _BESIDE = (
-    "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -44,6 +58,14 @@ def check_is_ours(folder: str | Path) -> None:
         raise OutputError(f"output_dir '{folder}' holds a model of type {model_type!r}; name another folder")
 
 
+def stale_names(folder: Path) -> list[str]:
+    """Return the files of an earlier run's result, config.json first."""
+    patterns = [LAST_NAME, *_WEIGHTS, *_BESIDE]
+    if (folder / CARD_NAME).is_file():
+        patterns.insert(1, "README.md")  # the card's other half; any other README.md is not ours to remove
+    return [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
 def clear_earlier_run(folder: str | Path, keep_checkpoints: bool) -> None:
     """Remove weights, tokenizer and card of an earlier run.
 
@@ -56,13 +78,9 @@ def clear_earlier_run(folder: str | Path, keep_checkpoints: bool) -> None:
         OutputError: a file cannot be removed.
     """
     folder = Path(folder)
-    names = [*_WEIGHTS, *_BESIDE]
-    if (folder / CARD_NAME).is_file():
-        names.insert(0, "README.md")  # the card's other half; any other README.md is not ours to remove
     try:
-        for name in names:
-            for path in folder.glob(name):
-                path.unlink()
+        for name in stale_names(folder):
+            (folder / name).unlink()
         if not keep_checkpoints:
             (folder / METRICS_NAME).unlink(missing_ok=True)
         for path in [] if keep_checkpoints else sorted(folder.glob("checkpoint-[0-9]*")):

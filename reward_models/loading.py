@@ -27,6 +27,7 @@ from vgf_llm.models.loading import fingerprint, load_tokenizer
 from vgf_llm.models.lora import linear_names, tell_left_out
 from vgf_llm.models.whole import loaded_whole
 from vgf_llm.runs.provenance import tell_if_changed
+from vgf_llm.runs.result import settle
 
 ADAPTER_NAME = "adapter_config.json"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
@@ -133,9 +134,10 @@ def load_reward_model(
 
 
 def _read_config(folder: Path) -> RewardModelConfig:
+    settle(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"'{folder}' is no reward model: it has no config.json; give the output_dir of its training")
+        raise ModelError(f"'{folder}' is not a reward model: it has no config.json; give its training's output_dir")
     try:
         config = RewardModelConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:  # torn, not JSON, or fields of another version

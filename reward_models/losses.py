@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vgf_llm.flow.shapes import check_shapes
+
 
 def bradley_terry(
     chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor | None = None, centring: float = 0.0
@@ -35,6 +37,7 @@ def bradley_terry(
         raise ValueError(
             f"bradley_terry needs two vectors of one size, got {tuple(chosen_B.shape)} and {tuple(rejected_B.shape)}"
         )
+    check_shapes(chosen_B=chosen_B, margin_B=margin_B)
     difference_B = chosen_B - rejected_B
     shifted_B = difference_B if margin_B is None else difference_B - margin_B.to(difference_B)
     loss = -F.logsigmoid(shifted_B).mean()

@@ -36,6 +36,7 @@ from reward_models.modelling import RewardModel
 from vgf_llm.errors import ModelError
 from vgf_llm.flow.trajectory import ValueGradient
 from vgf_llm.runs.files import write_json_atomic
+from vgf_llm.runs.result import replaced, settle
 from vgf_llm.text.particles import GradientSource
 from vgf_llm.text.responses import Responses
 
@@ -164,7 +165,7 @@ def weights_digest(folder: str | Path) -> str:
 
 
 def save_secant_head(head: SecantHead, folder: str | Path, **facts: Any) -> None:
-    """Write secant.safetensors and secant.json beside a reward model's weights.
+    """Write secant.safetensors and secant.json beside a reward model's weights; a kill leaves the old pair or the new.
 
     Args:
         head: fitted to the reward model in ``folder``.
@@ -172,13 +173,13 @@ def save_secant_head(head: SecantHead, folder: str | Path, **facts: Any) -> None
         facts: figures and settings for secant.json, anything that JSON holds.
 
     Raises:
-        OutputError: secant.json cannot be written.
+        OutputError: the folder refuses a write.
     """
     folder = Path(folder)
     shape = {"width": head.width, "hidden": head.hidden, "base": head.base}
-    (folder / FACTS_NAME).unlink(missing_ok=True)  # never new weights beside old facts
-    save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, folder / WEIGHTS_NAME)
-    write_json_atomic(folder / FACTS_NAME, shape | {"reward_model_sha256": weights_digest(folder)} | facts)
+    with replaced(folder, FACTS_NAME) as staging:
+        save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, staging / WEIGHTS_NAME)
+        write_json_atomic(staging / FACTS_NAME, shape | {"reward_model_sha256": weights_digest(folder)} | facts)
 
 
 def load_secant_head(folder: str | Path, value: RewardModel) -> SecantHead:
@@ -192,6 +193,7 @@ def load_secant_head(folder: str | Path, value: RewardModel) -> SecantHead:
         ModelError: there is none, it cannot be read, its width is another one, or the reward model's weights are no
             longer those that it was fitted to.
     """
+    settle(folder)
     path = Path(folder) / FACTS_NAME
     advice = "fit it with `vgf-llm secant --reward_model ...`"
     try:

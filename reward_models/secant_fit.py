@@ -28,7 +28,7 @@ from reward_models.secant_settings import SecantTraining
 from vgf_llm.console.progress import track
 from vgf_llm.errors import DataError
 from vgf_llm.text.noise import row_seeds
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses
 from vgf_llm.text.sampler import ReferenceSampler
 
@@ -63,7 +63,7 @@ class SecantTargets:
 
 @torch.no_grad()
 def sample_reference(
-    reference: Reference, prompts: Sequence[list[int]], a_prompt: int, shortlist: int, seed: int
+    reference: TorchReference, prompts: Sequence[list[int]], a_prompt: int, shortlist: int, seed: int
 ) -> Sampled:
     """Sample responses of the reference and look up its shortlists along them.
 

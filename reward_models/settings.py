@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vgf_llm.errors import require
+from vgf_llm.runs.resume import require_resume
 from vgf_llm.settings import BaseModelSettings, DtypeName
 from vgf_llm.settings.training import LoraSettings, OptimiserSettings
 
@@ -120,17 +121,24 @@ class TrainerSettings(OptimiserSettings):
     """Gaussian noise on input embeddings in training, in root mean squares of the embedding table, at least 0."""
     eval_steps: int | None = None
     """Steps between evaluations; null evaluates at the end."""
-    resume_from_checkpoint: str | None = None
-    """Checkpoint folder to go on from, or "last" for the newest of output_dir; null starts anew."""
+    save_total_limit: int | None = None
+    """Checkpoints kept, at least 1; null keeps all."""
+    resume: bool | str = False
+    """true continues from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Names of settings that may differ from the checkpoint's on resume, as the error names them."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
         super().__post_init__()
-        head_rate, evals = self.head_learning_rate, self.eval_steps
+        require_resume(self.resume)
+        head_rate = self.head_learning_rate
         require(head_rate is None or head_rate > 0, "head_learning_rate", head_rate, "null or above 0")
         key = "per_device_eval_batch_size"
         require(self.per_device_eval_batch_size >= 1, key, self.per_device_eval_batch_size, "at least 1")
-        require(evals is None or evals >= 1, "eval_steps", evals, "null or at least 1")
+        for key in ("eval_steps", "save_total_limit"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "null or at least 1")
         require(self.embedding_noise >= 0, "embedding_noise", self.embedding_noise, "at least 0")
 
 

@@ -137,7 +137,7 @@ def _sample(
     from reward_models.secant_fit import sample_reference
     from vgf_llm.data.endings import padding_id
     from vgf_llm.models.loading import eos_token_ids, load_causal_lm
-    from vgf_llm.text.reference import Reference
+    from vgf_llm.text.reference import TorchReference
 
     with working(f"loading the base model {script.model_name_or_path}"):
         lm = load_causal_lm(
@@ -148,7 +148,7 @@ def _sample(
         )
     rows = min(lm.get_input_embeddings().weight.shape[0], most_rows)
     eos_ids, pad_id = eos_token_ids(lm, tokenizer), padding_id(tokenizer, rows)
-    reference = Reference(lm, sampling, eos_ids, pad_id, min(len(tokenizer), rows))
+    reference = TorchReference(lm, sampling, eos_ids, pad_id, min(len(tokenizer), rows))
     return [
         sample_reference(
             reference,

@@ -15,16 +15,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from reward_models.frame import train_scores
+from reward_models.reporting import data_files, report
 from reward_models.settings import RewardModelSettings
-from reward_models.train import check_training, data_files, fit, report, training_facts, untrained_model
 from reward_models.value_settings import ValueScript, ValueTraining
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
-from vgf_llm.console.progress import load_libraries, stage, stages, working
+from vgf_llm.console.progress import stage, stages, working
 from vgf_llm.console.screen import say
 from vgf_llm.errors import DataError
-from vgf_llm.models.inputs import check_positions
-from vgf_llm.runs.files import check_writable
 from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
@@ -57,67 +56,52 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     Raises:
         VGFError: data, model, configuration or output folder are unusable; checked before any training.
     """
-    output_dir = check_writable(script.output_dir)
-    check_training(settings, training, output_dir)
-    check_positions(settings.model_name_or_path, script.max_length)
-    with working(f"reading {script.train_dataset}"):
-        texts = read_texts(script)
-    load_libraries("reward_models.value_trainer", "vgf_llm.runs.hf_arguments")
-    import torch
-    from transformers import set_seed
+    return train_scores(_Responses(script, training), script, settings, training)
 
-    from reward_models.logged import LoggedCollator
-    from reward_models.pairs import check_max_length, check_rows
-    from reward_models.trainer import checkpoint_to_resume
-    from reward_models.value_trainer import ValueTrainer
-    from vgf_llm.data.endings import padding_id
-    from vgf_llm.machine.precision import for_training, is_sharded
-    from vgf_llm.models.architecture import vocabulary_rows
-    from vgf_llm.models.loading import load_causal_lm, load_tokenizer
-    from vgf_llm.runs.hf_arguments import training_arguments
 
-    settings, training = for_training(settings, training)
-    arguments = training_arguments(training, output_dir)
-    checkpoint = checkpoint_to_resume(training, output_dir, adapter=settings.lora_r > 0)
-    remote = settings.trust_remote_code
-    tokenizer = load_tokenizer(
-        settings.model_name_or_path,
-        pad_token=settings.pad_token,
-        trust_remote_code=remote,
-        chat_template_kwargs=settings.chat_template_kwargs,
-    )
-    with working("encoding the responses"):
-        train_rows, held_out, dropped = load_responses(script, tokenizer, training.seed, texts)
+class _Responses:
+    """Training on logged responses, as the frame asks for it (`frame.Task`)."""
 
-    set_seed(training.seed)
-    dtype = getattr(torch, settings.dtype)
-    with working(f"loading the base model {settings.model_name_or_path}"):
-        lm = load_causal_lm(settings.model_name_or_path, dtype=dtype, trust_remote_code=remote)
-    check_max_length(script.max_length, lm.config)
-    check_rows(tokenizer, [*train_rows, *held_out], vocabulary_rows(lm.config))
-    trainer = ValueTrainer(
-        model=untrained_model(lm, settings, training.seed, share=not is_sharded(training)),
-        args=arguments,
-        settings=training,
-        train_dataset=train_rows,
-        eval_dataset=held_out,
-        data_collator=LoggedCollator(padding_id(tokenizer, vocabulary_rows(lm.config))),
-        processing_class=tokenizer,
-    )
-    train_sec = fit(trainer, training, output_dir, checkpoint)
-    if not trainer.is_world_process_zero():
-        return None
-    facts = {
-        "max_length": script.max_length,
-        "max_response_length": script.max_response_length,
-        "train_pairs": 0,
-        "train_responses": len(train_rows),
-        "dropped": dropped,
-        "seed": training.seed,
-        "training": training_facts(training, settings.dtype, trainer.state.global_step, train_sec)
-        | {"lambda": training.td_lambda, "expectile": training.expectile, "target tau": training.target_tau},
-    }
-    return finish(script, settings, tokenizer, held_out, lm.to(trainer.accelerator.device), facts)
+    rows = "responses"
+    libraries = ("reward_models.value_trainer",)
+    loss = ("td_lambda", "expectile", "target_tau")
+
+    def __init__(self, script: ValueScript, training: ValueTraining) -> None:
+        self.script, self.training = script, training
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether a LoRA may stand on the base's own weights: an engine shards them in one place only."""
+        from vgf_llm.machine.precision import is_sharded
+
+        return not is_sharded(self.training)
+
+    def read(self) -> tuple[list[LoggedResponse], list[LoggedResponse] | None]:
+        """Return the responses, and the held-out ones where they are named."""
+        return read_texts(self.script)
+
+    def encode(self, tokenizer: Any, texts: Any) -> tuple[list[Any], list[Any], dict[str, int]]:
+        """Return the encoded responses, the held-out ones, and what was dropped or cut, by reason."""
+        return load_responses(self.script, tokenizer, self.training.seed, texts)
+
+    def trainer(self, padding_id: int, **parts: Any) -> Any:
+        """Return the trainer of the parts."""
+        from reward_models.logged import LoggedCollator
+        from reward_models.value_trainer import ValueTrainer
+
+        return ValueTrainer(data_collator=LoggedCollator(padding_id), **parts)
+
+    def facts(self, train_rows: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return fields of the card, and what it states of the loss."""
+        training = self.training
+        of_loss = {"lambda": training.td_lambda, "expectile": training.expectile, "target tau": training.target_tau}
+        return {"train_pairs": 0, "train_responses": len(train_rows)}, of_loss
+
+    def finish(
+        self, settings: RewardModelSettings, tokenizer: Any, held_out: list[Any], lm: Any, facts: dict[str, Any]
+    ) -> RewardCard:
+        """Read the saved value back, measure it, write its card and print it."""
+        return finish(self.script, settings, tokenizer, held_out, lm, facts)
 
 
 def load_responses(

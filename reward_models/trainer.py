@@ -1,7 +1,7 @@
 """Reward-model training on transformers' Trainer: one forward of 2B rows a batch, Bradley-Terry loss.
 
-`ScoreTrainer` is what reward and value training share: a rate of their own for the heads, the logged means, and what a
-checkpoint holds.
+`ScoreTrainer` is what reward and value training share: a learning rate for the heads, the logged means, and checkpoints
+that are published whole (`vgf_llm.runs.publishing`) and continue bit for bit.
 
 Departs from TRL's RewardTrainer: scores are pooled by mask (pad == eos is harmless), the head is trained and saved
 under LoRA too, and checkpoints hold the reward model's own config.json.
@@ -9,37 +9,55 @@ under LoRA too, and checkpoints hold the reward model's own config.json.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
-from reward_models.loading import ADAPTER_NAME, reward_model
+from reward_models.loading import reward_model
 from reward_models.losses import bradley_terry
+from reward_models.noise import EmbeddingNoise
 from reward_models.settings import RewardTraining, TrainerSettings
 from reward_models.splitting import frozen_tensors, is_split, whole_tensors
 from vgf_llm.distributed.fsdp import require_sharding, shard_on_cpu
-from vgf_llm.errors import ConfigError
+from vgf_llm.distributed.shards import engine_name
 from vgf_llm.machine.precision import require_float32
+from vgf_llm.runs.log_sums import ContinuesLogging, save_log_sums
+from vgf_llm.runs.publishing import published
 
 
 class ScoreTrainer(Trainer):
-    """Trainer of a model with linear heads; a subclass computes the loss and records its metrics."""
+    """Trainer of a model with linear heads; a subclass computes the loss and records its metrics.
 
-    def __init__(self, *args: Any, settings: TrainerSettings, **kwargs: Any) -> None:
-        """Take the Trainer's arguments and the loss settings."""
+    Args:
+        settings: Learning rates and the loss.
+        identity: What a checkpoint is a checkpoint of: model, data, loss, optimisation; the trainer adds the processes,
+            the engine and the precision.
+    """
+
+    target_name = ""
+    """Tensor of a batch that predictions are compared with."""
+
+    def __init__(
+        self, *args: Any, settings: TrainerSettings, identity: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         shard_on_cpu()
         super().__init__(*args, **kwargs)
         require_float32(self)
         self.settings: Any = settings
+        self.noise: EmbeddingNoise | None = None
+        self._identity = identity or {}
         self._frozen = frozen_tensors(self)
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
+        self._staging: Path | None = None
+
+    # Steps -----------------------------------------------------------------------------------------------------------
 
     def record(self, metrics: dict[str, Tensor]) -> None:
         """Add a training batch's metrics to those of the next log line."""
@@ -60,6 +78,19 @@ class ScoreTrainer(Trainer):
         optimizer.add_param_group({"params": heads, "lr": self.settings.head_learning_rate, "weight_decay": 0.0})
         return optimizer
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, the scores, and what they are compared with (`target_name`)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), scores.detach(), inputs[self.target_name]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean training metrics since the last training line."""
         if "loss" in logs and self._batches:
@@ -67,10 +98,27 @@ class ScoreTrainer(Trainer):
             self._sums, self._batches = {}, 0
         super().log(logs, start_time)
 
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must not change when the run is resumed."""
+        return self._identity | {
+            "processes": self.args.world_size,
+            "engine": engine_name(self.accelerator),
+            "mixed_precision": str(self.accelerator.mixed_precision),
+        }
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Prepare as the Trainer does, and refuse a model that FSDP was to shard and did not."""
+        """Prepare as the Trainer does, read back what a checkpoint holds beyond it, and refuse a model left whole."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         require_sharding(self.model_wrapped)
+        if resume_from_checkpoint is not None:
+            self.add_callback(ContinuesLogging(self, resume_from_checkpoint, self._load_sums))
+            self.state.compute_steps(self.args, max_steps)  # of these settings, not of the checkpoint's
+            noise = self._noise_path(resume_from_checkpoint)
+            if self.noise is not None and noise.is_file():
+                self.noise.load_state_dict(load_file(noise))
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -88,9 +136,56 @@ class ScoreTrainer(Trainer):
             output_dir or self.args.output_dir
         )
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, publish it, and delete those beyond the limit."""
+        step, writes = self.state.global_step, self.args.should_save
+        with published(
+            self.args.output_dir,
+            step,
+            writes=writes,
+            wait=self.accelerator.wait_for_everyone,
+            identity=lambda: self.identity,
+            limit=self.args.save_total_limit,
+            best=self._best_name,
+        ) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self._best_name() is not None:  # the Trainer has noted the place that it was written to
+                self.state.best_model_checkpoint = str(Path(self.args.output_dir) / str(self._best_name()))
+                if writes:
+                    self.state.save_to_json(str(staging / f"checkpoint-{step}" / TRAINER_STATE_NAME))
+
+    def _best_name(self) -> str | None:
+        best = self.state.best_global_step
+        return f"checkpoint-{best}" if best and self.state.best_model_checkpoint else None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is written, its parent is the folder beside its place."""
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write what every process has of its own: random states, and the sums of the next log line."""
+        super()._save_rng_state(output_dir)
+        sums = {name: float(total) for name, total in self._sums.items()}
+        save_log_sums(self, output_dir, {"batches": self._batches, "sums": sums})
+        if self.noise is not None:
+            save_file(self.noise.state_dict(), self._noise_path(output_dir))
+
+    def _load_sums(self, saved: dict[str, Any]) -> None:
+        self._batches = saved["batches"]
+        self._sums = {name: torch.tensor(total, device=self.args.device) for name, total in saved["sums"].items()}
+
+    def _noise_path(self, folder: str | Path) -> Path:
+        return Path(folder) / f"noise_state_{self.args.process_index}.safetensors"
+
 
 class RewardTrainer(ScoreTrainer):
-    """Trainer over `PairCollator` batches."""
+    """Trainer over `PairCollator` batches; its targets are the margins [B]."""
+
+    target_name = "margin"
 
     def __init__(self, *args: Any, settings: RewardTraining, **kwargs: Any) -> None:
         """Take the Trainer's arguments and the loss settings."""
@@ -100,11 +195,11 @@ class RewardTrainer(ScoreTrainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Score 2B rows and compare the halves."""
+        """Score 2B rows and compare the halves; outputs are the scores [B, 2]."""
         margin_B = inputs["margin"] * self.settings.margin_scale if self.settings.use_margin else None
         rewards_2B = model(**{name: tensor for name, tensor in inputs.items() if name != "margin"})
         chosen_B, rejected_B = rewards_2B.chunk(2)
@@ -113,65 +208,8 @@ class RewardTrainer(ScoreTrainer):
             self.record(metrics)
         return (loss, torch.stack([chosen_B, rejected_B], dim=1)) if return_outputs else loss
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the loss, the scores [B, 2] and the margins [B]."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, rewards_B2 = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), rewards_B2.detach(), inputs["margin"]
-
 
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Return the share of pairs whose chosen response scores higher."""
-    chosen_B, rejected_B = prediction.predictions.T
+    chosen_B, rejected_B = prediction.predictions.T  # type: ignore[union-attr]
     return {"accuracy": float((chosen_B > rejected_B).mean())}
-
-
-def checkpoint_to_resume(training: TrainerSettings, output_dir: str | Path, adapter: bool = False) -> str | None:
-    """Return the checkpoint folder that training goes on from, None for a new run.
-
-    Raises:
-        ConfigError: there is no such checkpoint, or it is a LoRA where `adapter` is false, or the other way round.
-    """
-    wanted = training.resume_from_checkpoint
-    if wanted is None:
-        return None
-    found = get_last_checkpoint(str(output_dir)) if wanted == "last" else wanted
-    if found is None or not Path(found).is_dir():
-        place = f"'{output_dir}' holds no checkpoint" if wanted == "last" else f"'{wanted}' is no folder"
-        raise ConfigError(f"resume_from_checkpoint: {place}; set save_steps in the first run, or null to start anew")
-    if not (Path(found) / TRAINER_STATE_NAME).is_file():
-        raise ConfigError(f"resume_from_checkpoint: '{found}' is no checkpoint: it has no {TRAINER_STATE_NAME}")
-    if (Path(found) / ADAPTER_NAME).is_file() != adapter:
-        kinds = ("a LoRA", "lora_r is 0") if not adapter else ("no LoRA", "lora_r is above 0")
-        raise ConfigError(f"resume_from_checkpoint: '{found}' holds {kinds[0]}, but {kinds[1]}; set lora_r as it was")
-    return found
-
-
-def add_embedding_noise(model: nn.Module, scale: float, seed: int = 0) -> Any:
-    """Add Gaussian noise to the input embeddings while the model trains; `remove()` on the result ends it.
-
-    Args:
-        model: a reward model.
-        scale: standard deviation a coordinate, in root mean squares of the embedding table.
-        seed: of the noise.
-    """
-    embedding = reward_model(model).get_input_embeddings()
-    generators: dict[torch.device, torch.Generator] = defaultdict()
-    std = scale * float(embedding.weight.detach().float().square().mean().sqrt())
-
-    def add_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if not module.training:
-            return output
-        if output.device not in generators:
-            generators[output.device] = torch.Generator(output.device).manual_seed(seed)
-        noise = torch.randn(output.shape, generator=generators[output.device], device=output.device, dtype=output.dtype)
-        return output + std * noise
-
-    return embedding.register_forward_hook(add_noise)

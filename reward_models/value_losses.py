@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
+from vgf_llm.flow.shapes import check_shapes
+
 
 def td_lambda_targets(
     target_values_RT1: Tensor,
@@ -49,6 +51,7 @@ def td_lambda_targets(
             f"td_lambda_targets needs values [R, T + 1], rewards [R] and a mask [R, T], got "
             f"{tuple(target_values_RT1.shape)}, {tuple(rewards_R.shape)} and {tuple(mask_RT.shape)}"
         )
+    check_shapes(rewards_R=rewards_R, prompt_targets_R=prompt_targets_R)
     mask_RT, lengths_R = mask_RT.bool(), mask_RT.bool().sum(dim=-1)
     values_RT1, reward_R = target_values_RT1.detach().float(), rewards_R.detach().float()
     return_R, columns = torch.zeros_like(reward_R), []
@@ -88,7 +91,7 @@ def value_loss(
         vary) and `value_mean` (over the entries; the first and last NaN where there is none).
 
     Raises:
-        ValueError: expectile is outside (0, 1), or the shapes differ.
+        ValueError: expectile is outside (0, 1), or the shapes do not fit.
     """
     if not 0 < expectile < 1:
         raise ValueError(f"value_loss needs an expectile in (0, 1), got {expectile}")
@@ -97,6 +100,7 @@ def value_loss(
             f"value_loss needs three tensors of one shape, got {tuple(values_RT1.shape)}, {tuple(targets_RT1.shape)} "
             f"and {tuple(mask_RT1.shape)}"
         )
+    check_shapes(values_RT1=values_RT1, num_items=num_items)
     mask_RT1 = mask_RT1.bool()
     error_RT1 = (targets_RT1.detach().float() - values_RT1.float()).masked_fill(~mask_RT1, 0.0)
     weight_RT1 = torch.where(error_RT1 > 0, 2 * expectile, 2 * (1 - expectile))
@@ -128,7 +132,18 @@ def secant_loss(
     Returns:
         The scalar loss (0 where nothing counts), and `secant_correlation`, detached: Pearson's correlation of predicted
         and exact changes (NaN where either does not vary).
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
+    check_shapes(
+        directions_RSD=directions_RSD,
+        steps_RSD=steps_RSD,
+        targets_RS=targets_RS,
+        known_RS=known_RS,
+        mask_RS=mask_RS,
+        num_items=num_items,
+    )
     predicted_RS = (directions_RSD.float() * steps_RSD).sum(-1)
     errors_RS = smooth_l1_loss(predicted_RS, targets_RS, reduction="none").masked_fill(~mask_RS, 0.0)
     loss = errors_RS.sum() / (mask_RS.sum().clamp(min=1) if num_items is None else num_items)

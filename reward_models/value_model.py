@@ -122,19 +122,21 @@ def save_value_model(
 ) -> None:
     """Write a value and its tokenizer as a folder that `load_reward_model(folder, tokenizer=...)` reads.
 
-    Weights, card and secant head of an earlier model in the folder are removed first. `state_dict` holds the weights
-    where an engine has split them (a LoRA's trained ones, else all); None: the model's own.
+    They take the place of an earlier model's, whose card and secant head go; a kill leaves the one or the other.
+    `state_dict` holds the weights where an engine has split them (a LoRA's trained ones, else all); None: the model's
+    own.
 
     Raises:
         OutputError: the folder holds another kind of model, or cannot be written.
     """
-    from reward_models.folder import check_is_ours, clear_earlier_run
+    from reward_models.folder import LAST_NAME, check_is_ours, stale_names
     from vgf_llm.runs.files import check_writable
+    from vgf_llm.runs.result import replaced
 
     check_is_ours(check_writable(str(folder)))
-    clear_earlier_run(folder, keep_checkpoints=True)
-    save_reward_model(model, folder, state_dict)
-    tokenizer.save_pretrained(folder)
+    with replaced(folder, LAST_NAME, stale_names) as staging:
+        save_reward_model(model, staging, state_dict)
+        tokenizer.save_pretrained(staging)
 
 
 class EmaTarget:

@@ -27,7 +27,9 @@ TARGET_NAME = "target.safetensors"
 
 
 class ValueTrainer(ScoreTrainer):
-    """Trainer over `LoggedCollator` batches."""
+    """Trainer over `LoggedCollator` batches; its targets are the rewards [R]."""
+
+    target_name = "reward"
 
     def __init__(self, *args: Any, settings: ValueTraining, **kwargs: Any) -> None:
         """Take the Trainer's arguments and the loss settings."""
@@ -69,33 +71,17 @@ class ValueTrainer(ScoreTrainer):
         count = sum(batch["response_mask"].sum() + len(batch["reward"]) for batch in batch_samples).to(device)
         return self.accelerator.gather(count).sum() if self.accelerator.num_processes > 1 else count
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the loss, the values [R] of whole responses and their rewards [R]."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, values_R = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), values_R.detach(), inputs["reward"]
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.target.state_dict(), folder / TARGET_NAME)
-        super()._save_checkpoint(model, trial)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, and into a checkpoint the target network beside it; called on all processes."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.should_save:
+            save_file(self.target.state_dict(), Path(output_dir or self.args.output_dir) / TARGET_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / TARGET_NAME
         if not path.is_file():
-            raise ConfigError(
-                f"resume_from_checkpoint: '{path.parent}' has no {TARGET_NAME}; name a value's checkpoint"
-            )
+            raise ConfigError(f"resume: '{path.parent}' has no {TARGET_NAME}; name a value's checkpoint")
         self.target.load_state_dict(load_file(path))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reward_models.ensemble import EnsemblePrefix, RewardEnsemble
+from reward_models.ensemble import RewardEnsemble
 from reward_models.modelling import RewardModel
 
 
@@ -35,24 +35,6 @@ class WeightedRewards(RewardEnsemble):
             raise ValueError(f"weights must be {len(members)} numbers, got {list(weights)}")
         self.weights = list(weights)
 
-    def score(self, prefix: EnsemblePrefix, responses: Tensor, mask_BNT: Tensor) -> Tensor:
-        """Score as `RewardModel.score` does and add up: values_BN."""
-        scores = [
-            weight * member.score(own, responses, mask_BNT)
-            for member, own, weight in zip(self.members, prefix.members, self.weights, strict=True)
-        ]
-        return torch.stack(scores).sum(0)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        response_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Score whole sequences as `RewardModel.forward` does and add up: rewards_R."""
-        scores = [
-            weight * member(input_ids, attention_mask, inputs_embeds, response_mask)
-            for member, weight in zip(self.members, self.weights, strict=True)
-        ]
-        return torch.stack(scores).sum(0)
+    def join(self, scores: Sequence[Tensor]) -> Tensor:
+        """Add up the members' scores by their weights."""
+        return torch.stack([weight * score for weight, score in zip(self.weights, scores, strict=True)]).sum(0)

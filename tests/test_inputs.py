@@ -81,7 +81,7 @@ def cases(folder: Path) -> list[tuple[str, list[str], str]]:
         ("reward_models.train", train_reward("--model_name_or_path", f"{folder}/empty"), "has no config.json"),
         ("reward_models.train", train_reward("--output_dir", f"{folder}/a_file"), "is a file; name another folder"),
         ("reward_models.train", train_reward("--output_dir", base), "holds a model of type 'llama'"),
-        ("reward_models.train", train_reward("--resume_from_checkpoint", "none"), "'none' is not a folder"),
+        ("reward_models.train", train_reward("--resume", "none"), "'none' is not a folder"),
         ("reward_models.train_value", train_reward("--train_dataset", f"{folder}/logged.jsonl"), "no reward in column"),
         (
             "reward_models.train_value",

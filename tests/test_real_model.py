@@ -11,7 +11,7 @@ from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models.loading import eos_token_ids, fingerprint, load_causal_lm, load_tokenizer
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import PriorDecoder, Reference, row_seeds
+from vgf_llm.text import PriorDecoder, TorchReference, row_seeds
 from vgf_llm.text.sampler import ReferenceSampler
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ TEXTS = ["Write one sentence about the sea.", "Describe a wooden chair in one se
 @pytest.fixture(scope="module")
 def parts():
     tokenizer, model = load_tokenizer(), load_causal_lm()
-    reference = Reference(
+    reference = TorchReference(
         model, SamplingSettings(max_new_tokens=16), eos_token_ids(model, tokenizer), tokenizer.pad_token_id
     )
     value = RewardModel.from_base(model, num_layers=3, pooling="mean").freeze()

@@ -81,7 +81,7 @@ def run_main(command_main: Callable[[list[str] | None], int], argv: Sequence[str
     except KeyboardInterrupt:
         print(
             "stopped with Ctrl-C; whatever rows and checkpoints were written so far are whole and stay in the output"
-            " folder; where a run can go on, its --help names --resume or --resume_from_checkpoint",
+            " folder; where a run can go on, its --help names --resume",
             file=sys.stderr,
         )
         return 130

@@ -60,7 +60,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     if settings.record:
         check_writable(_RECORDS)
     rows_path = output_dir / "rows.jsonl"
-    refuse_rows(rows_path, settings.resume)
+    refuse_rows(rows_path, bool(settings.resume))
     prompts = look_at_inputs(settings, models)
     load_libraries("vgf_llm.evaluation.runner")
     models = with_dtype(models)
@@ -130,7 +130,7 @@ def _claim(rows_path: Path, *instances: Any) -> None:
     }
     # What the arms are made from is compared in the arms themselves.
     free = ("num_prompts", "arms", "baselines", "num_particles", "draws", "best_of", "budgets")
-    claim(rows_path, config, resume=settings.resume, free=free, changes=_arm_changes)
+    claim(rows_path, config, resume=bool(settings.resume), free=free, changes=_arm_changes)
 
 
 def _arm_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -22,18 +22,18 @@ from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries, stage, working
 from vgf_llm.console.screen import emit, show
 from vgf_llm.engines.inputs import check_engine
-from vgf_llm.errors import ConfigError, DataError
+from vgf_llm.errors import ConfigError
 from vgf_llm.machine.precision import for_training
 from vgf_llm.models.inputs import check_base_model
-from vgf_llm.runs.claim import check_resumes
 from vgf_llm.runs.files import check_writable, write_json_atomic
+from vgf_llm.runs.resume import check_resume
 from vgf_llm.settings import SamplingSettings, check_decoder_options
 from vgf_llm.settings.parse import dump, parse
 from vgf_llm.settings.trainer_names import check_trainer_settings
 from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
 if TYPE_CHECKING:
-    from vgf_llm.training.rollout import PromptRow
+    from vgf_llm.data.dialogue import PromptText
     from vgf_llm.training.trainer import VGFTrainer
 
 CONFIG_NAME = "vgf_config.json"
@@ -87,13 +87,13 @@ def run(
     from vgf_llm.training.resume import checkpoint_to_resume
 
     trainer = build_trainer(script, policy, method, optim, sampling, callbacks, prompts)
-    checkpoint = checkpoint_to_resume(trainer, optim)
+    checkpoint = checkpoint_to_resume(trainer.checkpoints, optim)
     if trainer.is_world_process_zero():
         write_json_atomic(f"{script.output_dir}/{CONFIG_NAME}", dump(script, policy, method, optim, sampling))
     if checkpoint is not None and finished(checkpoint, optim):
-        state = take_result(trainer, checkpoint)
+        state = take_result(trainer.checkpoints, checkpoint)
     else:
-        stage(f"training {trainer.method.loss} on {len(trainer.train_dataset)} prompts")
+        stage(f"training {trainer.method.loss} on {len(trainer.prompts)} prompts")
         with shown(trainer, "training", bar_figures, says_lines(trainer.args)):
             trainer.train(resume_from_checkpoint=checkpoint)
         with working("saving the model"):
@@ -114,7 +114,7 @@ def build_trainer(
     optim: OptimSettings,
     sampling: SamplingSettings,
     callbacks: Sequence[Any] = (),
-    prompts: Sequence[Any] | None = None,
+    prompts: Sequence[PromptText] | None = None,
 ) -> VGFTrainer:
     """Load everything and put the trainer together.
 
@@ -131,94 +131,14 @@ def build_trainer(
         VGFError: Prompts, models or settings are unusable.
     """
     texts = look_at_inputs(script, policy, method, optim) if prompts is None else prompts
-    import torch
-    from transformers import set_seed
+    from vgf_llm.training.build import build
 
-    from reward_models.modelling import RewardModel
-    from reward_models.value_model import build_value_model
-    from vgf_llm.answering.pipeline import check_table
-    from vgf_llm.distributed.fsdp import fsdp_was_asked_for, shard_on_cpu
-    from vgf_llm.engines.engine_reference import EngineReference
-    from vgf_llm.models.architecture import vocabulary_rows
-    from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
-    from vgf_llm.models.whole import loaded_whole
-    from vgf_llm.runs.hf_arguments import training_arguments
-    from vgf_llm.training.identity import identity_of
-    from vgf_llm.training.learned_value import LearnedValue
-    from vgf_llm.training.particle_engine import engine_maker
-    from vgf_llm.training.policy_models import PolicyModels
-    from vgf_llm.training.rewards import load_rewards
-    from vgf_llm.training.trainer import VGFTrainer
-
-    policy, optim = for_training(policy, optim)
-    arguments = training_arguments(optim, script.output_dir, ddp_find_unused_parameters=False)
-    shard_on_cpu()
-    make_engine = engine_maker(policy, method, sampling, arguments.world_size)
-    name, remote, dtype = policy.model_name_or_path, policy.trust_remote_code, getattr(torch, policy.dtype)
-    with loaded_whole():
-        tokenizer = load_tokenizer(
-            name,
-            pad_token=policy.pad_token,
-            trust_remote_code=remote,
-            chat_template_kwargs=policy.chat_template_kwargs,
-        )
-        with working(f"loading the base model {name}"):
-            base = load_causal_lm(name, dtype=dtype, trust_remote_code=remote)
-        reserved = 0 if make_engine is None else EngineReference.reserved_positions
-        with working(f"encoding {len(texts)} prompts"):
-            rows = encode_rows(texts, script.prompts, tokenizer, base.config, sampling.max_new_tokens, reserved)
-        with working("loading the rewards"):
-            rewards = load_rewards(
-                script.rewards,
-                script.reward_weights,
-                tokenizer,
-                gold=script.gold,
-                foreign=method.value == "learned",
-                dtype=dtype,
-                device=arguments.device,
-            )
-        for member in rewards.members:
-            if isinstance(member.scorer, RewardModel):
-                check_table(member.scorer, tokenizer, vocabulary_rows(base.config))
-        set_seed(optim.seed)
-        eos_ids, learned = eos_token_ids(base, tokenizer), None
-        if method.value == "learned":
-            value = method.learned_value
-            model = build_value_model(
-                base,
-                num_layers=value.num_layers,
-                pooling=value.pooling,
-                input_skip=value.input_skip,
-                lora_r=value.lora_r,
-                lora_alpha=value.lora_alpha,
-                seed=optim.seed,
-                start_from=value.start_from,
-                tokenizer=tokenizer,
-                base_name=name,
-                # FSDP shards a parameter in one place only, and a policy trained in full moves what would be shared
-                share=policy.lora_r > 0 and not fsdp_was_asked_for(),
-            )
-            learned = LearnedValue(model, value, optim.seed)
-    models = PolicyModels(base, policy)
-    return VGFTrainer(
-        models,
-        learned,
-        rewards,
-        method,
-        sampling,
-        tokenizer,
-        eos_ids,
-        identity_of(script, policy, method, optim, sampling, rows, tokenizer, arguments.world_size),
-        make_engine=make_engine,
-        args=arguments,
-        train_dataset=rows,
-        callbacks=list(callbacks),
-    )
+    return build(script, policy, method, optim, sampling, texts, callbacks)
 
 
 def look_at_inputs(
     script: TrainScript, policy: PolicySettings, method: VGFSettings, optim: OptimSettings
-) -> Sequence[Any]:
+) -> Sequence[PromptText]:
     """Look at everything that can be judged without a model, and return the prompts.
 
     Raises:
@@ -229,7 +149,7 @@ def look_at_inputs(
     check_base_model(policy.model_name_or_path)
     refuse_adapter_on_adapter(policy)
     check_trainer_settings(optim, ("ddp_find_unused_parameters",))
-    check_resumes(optim.resume_from_checkpoint, script.output_dir)
+    check_resume(optim.resume, script.output_dir)
     check_decoder_options(method.decoder, method.decoder_options)
     check_engine(method.backend, method.engine.url)
     check_rewards(script.rewards, script.gold)
@@ -252,36 +172,6 @@ def refuse_adapter_on_adapter(policy: PolicySettings) -> None:
             f"model_name_or_path: '{folder}' is an adapter, and the new one would be saved without it; merge it into a "
             "model first (docs/training.md shows how), or train in full with lora_r: 0"
         )
-
-
-def encode_rows(
-    prompts: Sequence[Any], source: str, tokenizer: Any, config: Any, max_new_tokens: int, reserved: int = 0
-) -> list[PromptRow]:
-    """Encode the prompts of a file; ``reserved`` positions of the model are taken by nothing.
-
-    Raises:
-        DataError: A prompt is empty or leaves no room for a response.
-        ConfigError: There are no prompts.
-    """
-    from vgf_llm.answering.pipeline import prompt_text
-    from vgf_llm.data.encoding import check_prompt_fits, encode_prompt
-    from vgf_llm.data.endings import check_ids
-    from vgf_llm.models.architecture import max_positions, vocabulary_rows
-    from vgf_llm.training.rollout import PromptRow
-
-    rows, rows_of_table = [], vocabulary_rows(config)
-    limit = max_positions(config)
-    for index, prompt in enumerate(prompts):
-        text = prompt_text(prompt)
-        ids = encode_prompt(tokenizer, text.prompt)
-        if not ids:
-            raise DataError(f"prompt {index} of '{source}' is empty; remove it or write something")
-        check_ids(tokenizer, ids, rows_of_table, f"prompt {index} of '{source}'")
-        check_prompt_fits(ids, limit, max_new_tokens, index, reserved)
-        rows.append(PromptRow(index, ids, text))
-    if not rows:
-        raise ConfigError(f"prompts: '{source}' holds none")
-    return rows
 
 
 def print_table(metrics: dict[str, Any], output_dir: str) -> None:

@@ -30,6 +30,7 @@ from vgf_llm.errors import ConfigError, ModelError, OutputError
 from vgf_llm.machine.precision import with_dtype
 from vgf_llm.runs.claim import claim, refuse_rows
 from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl
+from vgf_llm.runs.resume import require_resume_rows
 from vgf_llm.settings import AnswerSettings, ModelSettings, SamplingSettings
 from vgf_llm.settings.parse import dump, parse
 
@@ -42,8 +43,13 @@ class TransportSettings(AnswerSettings):
 
     output_dir: str = "outputs/transport"
     """Folder for sft.parquet, dpo.parquet, rows.jsonl and config.json."""
-    resume: bool = False
-    """Go on with the rows that output_dir already holds; without it they are an error."""
+    resume: bool | str = False
+    """true continues the rows that output_dir already holds; without it they are an error."""
+
+    def __post_init__(self) -> None:
+        """Validate; raises SettingError."""
+        super().__post_init__()
+        require_resume_rows(self.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +86,8 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
     )
     output_dir = check_writable(settings.output_dir)
     rows_path = output_dir / "rows.jsonl"
-    _refuse_datasets(output_dir, settings.resume)
-    refuse_rows(rows_path, settings.resume)
+    _refuse_datasets(output_dir, bool(settings.resume))
+    refuse_rows(rows_path, bool(settings.resume))
     look_at_inputs(settings, models)
     load_libraries("vgf_llm.answering.pipeline", "vgf_llm.text")
     models = with_dtype(models)
@@ -89,7 +95,7 @@ def run(settings: TransportSettings, models: ModelSettings, sampling: SamplingSe
         **dump(settings, models, sampling),
         "contents": contents(settings.prompts, models.reward_model, models.model_name_or_path),
     }
-    claim(rows_path, config, resume=settings.resume, free=("num_prompts",))
+    claim(rows_path, config, resume=bool(settings.resume), free=("num_prompts",))
     done = {row["index"] for row in _read(rows_path)}
     remaining = [index for index in range(len(prompts)) if index not in done]
     if remaining:

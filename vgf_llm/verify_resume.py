@@ -16,6 +16,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,17 @@ def _empty(folder: Path) -> None:
         raise OutputError(f"'{folder}' cannot be emptied ({error.strerror or error}); remove it") from error
 
 
+def _settings(config: Path) -> tuple[Any, ...]:
+    """Read the settings that a run has written, also those of a version that called `resume` otherwise."""
+    kinds = (TrainScript, PolicySettings, VGFSettings, OptimSettings, SamplingSettings)
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        written = json.loads(config.read_text(encoding="utf-8"))
+        written.pop("resume_from_checkpoint", None)
+        json.dump(written, file)
+        file.flush()
+        return parse(*kinds, argv=["--config", file.name])
+
+
 def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     """Train on to a step; returns the checkpoint written there."""
     from transformers import TrainerCallback
@@ -126,12 +138,10 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
             if state.global_step >= until:
                 control.should_save = control.should_training_stop = True
 
-    script, policy, method, optim, sampling = parse(
-        TrainScript, PolicySettings, VGFSettings, OptimSettings, SamplingSettings, argv=["--config", str(config)]
-    )
+    script, policy, method, optim, sampling = _settings(config)
     script = dataclasses.replace(script, output_dir=str(folder))
     optim = dataclasses.replace(
-        optim, resume_from_checkpoint=str(checkpoint), report_to="none", save_total_limit=None
+        optim, resume=str(checkpoint), report_to="none", save_total_limit=None
     )  # every checkpoint stays until it is compared
     if finished(str(checkpoint), optim):
         raise ConfigError(f"checkpoint: '{checkpoint}' is of the run's last step; verify an earlier one")
@@ -140,7 +150,7 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
         _empty(folder)
     trainer.accelerator.wait_for_everyone()
     with shown(trainer, f"training to step {until}", bar_figures):
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, optim))
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.checkpoints, optim))
     trainer.accelerator.wait_for_everyone()
     step = trainer.state.global_step
     if step < until:

@@ -23,7 +23,7 @@ from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
 from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl, write_text_atomic
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.noise import row_seeds
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.sampler import ReferenceSampler
 
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def sample_responses(prompts: list[str], samples_file: Path) -> dict[str, list[s
     done = {row["prompt"]: row["responses"] for row in read_jsonl(samples_file)} if samples_file.exists() else {}
     todo = [(index, prompt) for index, prompt in enumerate(prompts) if prompt not in done]
     tokenizer, model = load_tokenizer(), load_causal_lm()
-    reference = Reference(model, SamplingSettings(), eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
+    reference = TorchReference(model, SamplingSettings(), eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
     batches = [todo[start : start + PROMPTS_PER_BATCH] for start in range(0, len(todo), PROMPTS_PER_BATCH)]
     for batch in track(batches, f"sampling {samples_file.stem}"):
         seeds_BN = row_seeds(SEED, [index for index, _ in batch], SAMPLES_PER_PROMPT)

@@ -10,14 +10,14 @@ import vgf_llm.evaluation.runner
 from reward_models.loading import save_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import SecantHead, save_secant_head, stated_fidelity
-from vgf_llm.answering.answer import answer
+from vgf_llm.answering.answer import AnswerSettings, answer
 from vgf_llm.answering.pipeline import Pipeline, encode_prompts, load_gradient, make_decoder
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.settings import AnswerSettings, ModelSettings, SamplingSettings
-from vgf_llm.text import EditGreedyDecoder, PivotDecoder, Reference
+from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.text import EditGreedyDecoder, PivotDecoder, TorchReference
 from vgf_llm.text.particles import exact_gradient
 
 
@@ -55,7 +55,7 @@ def test_a_head_of_another_model_is_refused(value, tmp_path):
 
 
 def test_decoder_options_reach_the_decoder_and_unknown_ones_are_named(tiny_lm, value):
-    reference = Reference(tiny_lm, SamplingSettings(top_k=8), (2,), 0)
+    reference = TorchReference(tiny_lm, SamplingSettings(top_k=8), (2,), 0)
     greedy = make_decoder("edit_greedy", reference, value, {"proposals": 4, "checked": 2})
     assert isinstance(greedy, EditGreedyDecoder) and (greedy.proposals, greedy.checked) == (4, 2)
     assert isinstance(make_decoder("pivot", reference, value), PivotDecoder)
@@ -75,7 +75,7 @@ class ClosedPipeline(Pipeline):
 @pytest.fixture
 def loaded(tiny_lm, tiny_tokenizer, value, monkeypatch):
     """A pipeline that is found in place of a loaded one; no prompt is short enough for its model."""
-    reference = Reference(tiny_lm, SamplingSettings(max_new_tokens=10_000), (2, 5), 0)
+    reference = TorchReference(tiny_lm, SamplingSettings(max_new_tokens=10_000), (2, 5), 0)
     pipeline = ClosedPipeline(reference, value, tiny_tokenizer, exact_gradient)
     for module in (vgf_llm.answering.pipeline, vgf_llm.evaluation.runner):
         monkeypatch.setattr(module, "load_pipeline", lambda *_: pipeline)
@@ -102,7 +102,7 @@ def test_a_prompt_that_does_not_fit_closes_the_engine(loaded, tmp_path):
 def test_an_engine_keeps_a_position_free(loaded):
     model = loaded.reference.model
     limit = model.config.max_position_embeddings
-    reference = Reference(model, SamplingSettings(max_new_tokens=limit - 3), (2,), 0)
+    reference = TorchReference(model, SamplingSettings(max_new_tokens=limit - 3), (2,), 0)
     full = dataclasses.replace(loaded, reference=reference)
     assert len(encode_prompts(full, ["red"])[0]) == 3
     reference.reserved_positions = EngineReference.reserved_positions

@@ -29,7 +29,7 @@ from vgf_llm.models.architecture import decoder_layers, decoder_of, layer_output
 from vgf_llm.models.loading import load_causal_lm
 from vgf_llm.models.prefix import positions_from_mask
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import Reference, Responses, row_seeds
+from vgf_llm.text import Responses, TorchReference, row_seeds
 from vgf_llm.text.particles import exact_gradient
 from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.training.policy_models import add_policy_lora, response_logps
@@ -87,14 +87,14 @@ class Case:
         return mask_BNT
 
     @cached_property
-    def reference(self) -> Reference:
+    def reference(self) -> TorchReference:
         """The base under a law that is close to greedy sampling of 8 tokens."""
-        return Reference(self.base, SamplingSettings(top_k=8, max_new_tokens=NEW_TOKENS), EOS_IDS, PAD_ID)
+        return TorchReference(self.base, SamplingSettings(top_k=8, max_new_tokens=NEW_TOKENS), EOS_IDS, PAD_ID)
 
     @cached_property
-    def short(self) -> Reference:
+    def short(self) -> TorchReference:
         """The same law for responses of half the length."""
-        return Reference(self.base, SamplingSettings(top_k=8, max_new_tokens=NEW_TOKENS // 2), EOS_IDS, PAD_ID)
+        return TorchReference(self.base, SamplingSettings(top_k=8, max_new_tokens=NEW_TOKENS // 2), EOS_IDS, PAD_ID)
 
     def text(self, b: int, n: int) -> tuple[list[int], list[int]]:
         """Prompt and response of one row, without padding."""

@@ -20,7 +20,7 @@ from reward_models.modelling import RewardModel
 from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.errors import ConfigError
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import Reference
+from vgf_llm.text import TorchReference
 
 PASSES = {
     "prior": lambda n, draws, rounds: n * (1 + draws),
@@ -73,7 +73,7 @@ def test_an_unknown_decoder_is_named():
 
 
 def test_every_decoder_takes_the_options_of_its_arms(tiny_lm):
-    reference = Reference(tiny_lm, SamplingSettings(max_new_tokens=4), (2,), 0)
+    reference = TorchReference(tiny_lm, SamplingSettings(max_new_tokens=4), (2,), 0)
     value = RewardModel.from_base(tiny_lm, num_layers=1, pooling="mean")
     for arm in all_arms():
         make_decoder(arm.decoder, reference, value, arm.decoder_options)

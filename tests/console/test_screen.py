@@ -60,13 +60,13 @@ def commands(folder: Path) -> dict[str, tuple[str, list[str]]]:
         "generate": ("vgf_llm.generate", models),
         "evaluate": (
             "vgf_llm.evaluate",
-            [*models, "--gold", "tests.test_screen:printing", "--best_of", "[3]", "--budgets", "[{nats: 1}]"],
+            [*models, "--gold", "tests.console.test_screen:printing", "--best_of", "[3]", "--budgets", "[{nats: 1}]"],
         ),
         "transport": ("vgf_llm.transport", models),
         "reward": ("reward_models.train", [*pairs, "--max_steps", "4", "--logging_steps", "1", "--eval_steps", "2"]),
         "train": (
             "vgf_llm.train",
-            [*base, *prompts, "--rewards", "tests.test_screen:printing", "--value", "learned", "--lora_r", "2"]
+            [*base, *prompts, "--rewards", "tests.console.test_screen:printing", "--value", "learned", "--lora_r", "2"]
             + ["--max_steps", "2", "--logging_steps", "1", "--num_particles", "2"],
         ),
         "secant": (
@@ -187,7 +187,7 @@ sys.exit(run_main(work, []))
         ("raise DataError('row 3 is odd')", 2, "error: row 3 is odd"),
         ("raise KeyError('odd')", 1, "KeyError: 'odd'"),
         ("raise BrokenPipeError", 141, "for people"),
-        ("raise KeyboardInterrupt", 130, "--resume_from_checkpoint"),
+        ("raise KeyboardInterrupt", 130, "--resume"),
     ],
 )
 def test_every_library_writes_into_the_log_and_errors_do_not(tmp_path, end, code, last):

@@ -361,7 +361,7 @@ FORMATS = [
     Format(
         "RewardBench 2 (several rejected texts in one row)",
         jsonl({"prompt": Q, "chosen": [GOOD], "rejected": [BAD, "No."]}),
-        "of a list of texts each goes into a row of its own",
+        "a list of texts needs one row per text",
         Read([Q]),
     ),
     Format(

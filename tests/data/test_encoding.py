@@ -18,7 +18,7 @@ from vgf_llm.errors import DataError, ModelError
 from vgf_llm.models.loading import eos_token_ids, fingerprint, load_tokenizer
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text import row_seeds
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.sampler import ReferenceSampler
 
 END, START, TURN_END, PAD, BOS, EOS = range(6)
@@ -114,7 +114,7 @@ def test_every_eos_ends_a_text_also_where_it_is_the_padding_token():
     model.generation_config.eos_token_id = [TURN_END, END]
     ends = eos_token_ids(model, tokenizer)
     assert ends == (END, TURN_END) and tokenizer.pad_token_id == END
-    reference = Reference(model, SamplingSettings(max_new_tokens=12, top_k=0, top_p=1.0), ends, END)
+    reference = TorchReference(model, SamplingSettings(max_new_tokens=12, top_k=0, top_p=1.0), ends, END)
     drawn = ReferenceSampler(reference).sample([[7, 8], [9]], row_seeds(0, [0, 1], 64))
     ended = 0
     for tokens, mask in zip(drawn.tokens_BNT.flatten(0, 1), drawn.mask_BNT.flatten(0, 1), strict=True):
@@ -131,7 +131,7 @@ def test_every_eos_ends_a_text_also_where_it_is_the_padding_token():
 def test_rows_of_a_padded_table_are_never_drawn():
     model = flat(64)
     sampling = SamplingSettings(max_new_tokens=8, top_k=0, top_p=1.0)
-    reference = Reference(model, sampling, (2,), 0, vocabulary=20)
+    reference = TorchReference(model, sampling, (2,), 0, vocabulary=20)
     drawn = ReferenceSampler(reference).sample([[7, 8], [9]], row_seeds(0, [0, 1], 32))
     assert int(drawn.tokens_BNT.max()) == 19
     law = reference.shortlists(reference.prefix(drawn.prompts), drawn)
@@ -245,7 +245,9 @@ def test_what_fills_padding_changes_nothing_not_even_an_eos(decoder):
     torch.nn.init.normal_(value.head.weight)
     found = []
     for pad_id in (2, 5) if decoder == "nearest" else (0, 2, 5, 9):  # nearest never writes the padding token
-        reference = Reference(base, SamplingSettings(max_new_tokens=10, top_k=30, temperature=2.0), (2, 5, 11), pad_id)
+        reference = TorchReference(
+            base, SamplingSettings(max_new_tokens=10, top_k=30, temperature=2.0), (2, 5, 11), pad_id
+        )
         policy = ImplicitPolicy(
             ReferenceSampler(reference),
             value,

@@ -15,7 +15,7 @@ from vgf_llm.engines.engine import Engine
 from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.models.loading import load_skeleton
 from vgf_llm.settings import EngineSettings, SamplingSettings
-from vgf_llm.text import Reference
+from vgf_llm.text import TorchReference
 
 WIDTH = 128  # vLLM's attention on a CPU wants heads of 32 or more
 EOS_IDS = (2, 5)
@@ -30,9 +30,9 @@ class TinyEngine:
     value: RewardModel
     engine: Engine
 
-    def both(self, sampling: SamplingSettings, eos_ids=EOS_IDS) -> tuple[Reference, EngineReference]:
+    def both(self, sampling: SamplingSettings, eos_ids=EOS_IDS) -> tuple[TorchReference, EngineReference]:
         """The same reference here and in the engine."""
-        here = Reference(build_llama(width=WIDTH), sampling, eos_ids, 0)
+        here = TorchReference(build_llama(width=WIDTH), sampling, eos_ids, 0)
         return here, EngineReference(self.engine, load_skeleton(str(self.folder)), sampling, eos_ids, 0)
 
 

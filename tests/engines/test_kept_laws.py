@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import Reference, row_seeds
+from vgf_llm.text import TorchReference, row_seeds
 from vgf_llm.text.responses import concatenate
 from vgf_llm.text.sampler import ReferenceSampler
 
@@ -14,7 +14,7 @@ PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
 @pytest.fixture(params=[1.0, 0.8])
 def reference(any_lm, request):
     sampling = SamplingSettings(top_k=12, top_p=request.param, temperature=0.9, max_new_tokens=9)
-    return Reference(any_lm, sampling, eos_ids=(2, 5), pad_id=0)
+    return TorchReference(any_lm, sampling, eos_ids=(2, 5), pad_id=0)
 
 
 def sample(reference, seed=0, n=8):
@@ -80,5 +80,5 @@ def test_a_law_is_lost_where_one_part_has_none(reference):
 
 def test_a_law_over_the_whole_of_a_large_vocabulary_is_not_kept(any_lm, monkeypatch):
     monkeypatch.setattr("vgf_llm.text.sampler._KEPT_COLUMNS", 11)
-    assert sample(Reference(any_lm, SamplingSettings(top_k=12, max_new_tokens=3), (2, 5), 0)).law is None
-    assert sample(Reference(any_lm, SamplingSettings(top_k=11, max_new_tokens=3), (2, 5), 0)).law is not None
+    assert sample(TorchReference(any_lm, SamplingSettings(top_k=12, max_new_tokens=3), (2, 5), 0)).law is None
+    assert sample(TorchReference(any_lm, SamplingSettings(top_k=11, max_new_tokens=3), (2, 5), 0)).law is not None

@@ -17,7 +17,7 @@ from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.engines.plan_rows import PlannedRow, step
 from vgf_llm.errors import DataError
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import Reference, row_seeds
+from vgf_llm.text import TorchReference, row_seeds
 from vgf_llm.text.choosing import Draws, RowPlan, drawn_token
 from vgf_llm.text.law import normalised, truncate
 from vgf_llm.text.noise import combine_seeds
@@ -31,7 +31,7 @@ N = 8
 
 @pytest.fixture
 def parts(tiny_lm):
-    return Reference(tiny_lm, SAMPLING, (2, 5), 0), RewardModel.from_base(tiny_lm, num_layers=1).freeze()
+    return TorchReference(tiny_lm, SAMPLING, (2, 5), 0), RewardModel.from_base(tiny_lm, num_layers=1).freeze()
 
 
 def tilted_path(parts, options=None, *, nats=2.0, coupled=True):

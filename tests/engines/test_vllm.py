@@ -25,7 +25,15 @@ from vgf_llm.evaluation.controls import random_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models.loading import load_skeleton
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import BlockDecoder, EditDecoder, EditGreedyDecoder, PivotDecoder, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import (
+    BlockDecoder,
+    EditDecoder,
+    EditGreedyDecoder,
+    PivotDecoder,
+    PriorDecoder,
+    TorchReference,
+    row_seeds,
+)
 from vgf_llm.text.choosing import Draws, RowPlan
 from vgf_llm.text.responses import Responses
 from vgf_llm.text.sampler import ReferenceSampler
@@ -286,8 +294,8 @@ def test_lora_by_request(tiny_folder, tmp_path):
             torch.nn.init.normal_(parameter, std=0.2)
     adapted.save_pretrained(tmp_path)
     engine = VLLMEngine(str(tiny_folder), TINY_ENGINE, adapters=[str(tmp_path)], max_length=64)
-    merged = Reference(adapted.merge_and_unload().eval(), SAMPLING, EOS_IDS, 0)
-    base = Reference(build_llama(width=WIDTH), SAMPLING, EOS_IDS, 0)
+    merged = TorchReference(adapted.merge_and_unload().eval(), SAMPLING, EOS_IDS, 0)
+    base = TorchReference(build_llama(width=WIDTH), SAMPLING, EOS_IDS, 0)
     skeleton, seeds = load_skeleton(str(tiny_folder)), row_seeds(0, [0, 1, 2], N)
     found = {}
     for here, adapter in ((merged, str(tmp_path)), (base, None)):

@@ -15,7 +15,7 @@ from vgf_llm.evaluation.controls import random_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer, resolved_name
 from vgf_llm.settings import EngineSettings, SamplingSettings
-from vgf_llm.text import PriorDecoder, Reference, row_seeds
+from vgf_llm.text import PriorDecoder, TorchReference, row_seeds
 from vgf_llm.text.noise import gumbel_noise
 from vgf_llm.text.sampler import ReferenceSampler
 
@@ -36,7 +36,7 @@ def outcomes():
     sampling, eos_ids = SamplingSettings(max_new_tokens=TOKENS), eos_token_ids(model, tokenizer)
     settings = EngineSettings(kv_cache_gib=0.5, eager=True, timeout_sec=600)
     engine = VLLMEngine(resolved_name("default"), settings, table_VD=value.embedding_table_VD, max_length=256)
-    here = Reference(model, sampling, eos_ids, tokenizer.pad_token_id)
+    here = TorchReference(model, sampling, eos_ids, tokenizer.pad_token_id)
     there = EngineReference(engine, load_skeleton(), sampling, eos_ids, tokenizer.pad_token_id)
     texts = load_prompts("recipes/smollm2_sentiment/data/prompts_test.jsonl", "prompt", limit=PROMPTS)
     prompts, seeds_BN = [encode_prompt(tokenizer, text) for text in texts], row_seeds(0, list(range(PROMPTS)), N)

@@ -19,7 +19,7 @@ from vgf_llm.engines.vllm_server import VLLMServer
 from vgf_llm.engines.vllm_table import TABLE_SETTING, save_table
 from vgf_llm.models.loading import load_skeleton
 from vgf_llm.settings import EngineSettings
-from vgf_llm.text import Reference
+from vgf_llm.text import TorchReference
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def test_a_server_writes_the_same_tokens(server, tiny_folder, name):
     url, value = server
     engine = VLLMServer(EngineSettings(url=url, max_sequences=8, timeout_sec=120))
     decoder, options, budget = DECODERS[name]
-    here = answer(Reference(build_llama(width=WIDTH), SAMPLING, EOS_IDS, 0), value, decoder, options, budget)
+    here = answer(TorchReference(build_llama(width=WIDTH), SAMPLING, EOS_IDS, 0), value, decoder, options, budget)
     reference = EngineReference(engine, load_skeleton(str(tiny_folder)), SAMPLING, EOS_IDS, 0)
     there = answer(reference, value, decoder, options, budget)
     assert torch.equal(tokens(here.originals), tokens(there.originals))

@@ -21,7 +21,7 @@ from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import Reference, row_seeds
+from vgf_llm.text import TorchReference, row_seeds
 from vgf_llm.text.sampler import ReferenceSampler
 
 PROMPT = [3, 4, 5]
@@ -44,7 +44,7 @@ def parts():
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    reference = Reference(model, SamplingSettings(top_k=12, max_new_tokens=16), (NEVER_DRAWN,), 0)
+    reference = TorchReference(model, SamplingSettings(top_k=12, max_new_tokens=16), (NEVER_DRAWN,), 0)
     return reference, RewardModel.from_base(model, num_layers=2).freeze()
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from vgf_llm.evaluation.arms import Arm, budget_arms
-from vgf_llm.evaluation.bootstrap import bootstrap_mean
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.evaluation.measures import non_ascii, repetition
 from vgf_llm.evaluation.summary import at_equal_cost, differences, summarise
 from vgf_llm.evaluation.table import difference_table, equal_cost_lines, markdown_table, print_table
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.statistics.intervals import bootstrap_mean
 from vgf_llm.text.responses import Responses, changed_tokens
 
 

@@ -10,10 +10,10 @@ from reward_models.card import (
     pair_figures,
     pearson_correlation,
     read_card,
-    wilson_interval,
     write_card,
 )
 from vgf_llm.errors import ModelError
+from vgf_llm.statistics.intervals import wilson_interval
 
 
 def test_wilson_interval_by_hand():

@@ -75,16 +75,16 @@ def test_a_bad_input_takes_nothing_away(workplace, tmp_path):
     with pytest.raises(DataError):
         workplace(data="missing.jsonl")
     with pytest.raises(ConfigError, match="holds no LoRA, but lora_r is above 0"):
-        workplace(lora_r=4, resume_from_checkpoint="last")
-    with pytest.raises(ConfigError, match="is no checkpoint"):
-        workplace(resume_from_checkpoint=str(tmp_path / "out"))
+        workplace(lora_r=4, resume=True)
+    with pytest.raises(ConfigError, match="is not a checkpoint"):
+        workplace(resume=str(tmp_path / "out"))
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
 def test_checkpoints_of_an_earlier_run_are_set_aside_unless_resumed(workplace, tmp_path, tiny_tokenizer):
     workplace(save_steps=1)
     out = tmp_path / "out"
-    workplace(save_steps=1, max_steps=3, resume_from_checkpoint="last")
+    workplace(save_steps=1, max_steps=3, resume=True)
     assert {path.name for path in out.glob("*checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
     load_reward_model(out / "checkpoint-3", tokenizer=tiny_tokenizer)
     tiny_tokenizer.chat_template = None

@@ -12,14 +12,16 @@ import torch
 from reward_models.card import read_card
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
+from reward_models.noise import add_embedding_noise
 from reward_models.pairs import EncodedPair, PairCollator, encode_pairs, hold_out
 from reward_models.settings import RewardModelSettings, RewardScript, RewardTraining
 from reward_models.train import main, run
-from reward_models.trainer import RewardTrainer, add_embedding_noise, checkpoint_to_resume
+from reward_models.trainer import RewardTrainer
 from vgf_llm.cli import run_main
 from vgf_llm.data.prompts import PreferencePair
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.runs.hf_arguments import training_arguments
+from vgf_llm.runs.resume import check_resume
 
 GOOD, BAD, FILLER = (
     ["good", "great", "happy", "love"],
@@ -160,7 +162,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(workplace, tmp_path):
     parts = {"output_dir": tmp_path / "parts", "fidelity_responses": 0, "save_steps": 3, "max_steps": 6}
     assert main(whole) == 0 and main(workplace(**parts)) == 0
     (tmp_path / "parts" / "model.safetensors").unlink()
-    assert main(workplace(**parts, resume_from_checkpoint=tmp_path / "parts" / "checkpoint-3")) == 0
+    assert main(workplace(**parts, resume=tmp_path / "parts" / "checkpoint-3")) == 0
     one, two = (load_reward_model(tmp_path / name) for name in ("whole", "parts"))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
@@ -222,7 +224,8 @@ def test_the_collator_puts_chosen_first_and_masks_padding():
         (["--train_dataset", "missing.jsonl"], "missing.jsonl"),
         (["--trainer_arguments", '{"adam_betta1": 0.9}'], "nearest: 'adam_beta1'"),
         (["--trainer_arguments", '{"seed": 1}'], "'seed' has a key of its own"),
-        (["--resume_from_checkpoint", "last"], "holds no checkpoint"),
+        (["--resume", "last"], "resume: 'last' is not a folder; write true"),
+        (["--resume_from_checkpoint", "last"], "has another name now; write '--resume true'"),
         (["--learning_rate", "0"], "learning_rate must be above 0"),
         (["--poling", "mean"], "nearest: '--pooling'"),
         (["--max_length", "3"], "training: no pair of 200 is left"),
@@ -264,8 +267,8 @@ def test_a_tokenizer_without_pad_token_trains_the_same_model(workplace, tmp_path
 
 
 def test_resume_names_a_missing_folder(tmp_path):
-    with pytest.raises(ConfigError, match="is no folder"):
-        checkpoint_to_resume(RewardTraining(resume_from_checkpoint=str(tmp_path / "no")), tmp_path)
+    with pytest.raises(ConfigError, match="is not a folder; true takes the newest checkpoint"):
+        check_resume(RewardTraining(resume=str(tmp_path / "no")).resume, tmp_path)
 
 
 @pytest.mark.parametrize("cls", FIELDS)

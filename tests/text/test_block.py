@@ -11,7 +11,7 @@ from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import BlockDecoder, Moved, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import BlockDecoder, Moved, PriorDecoder, TorchReference, row_seeds
 from vgf_llm.text.law import truncate
 from vgf_llm.text.responses import Responses
 from vgf_llm.text.sampler import ReferenceSampler
@@ -22,7 +22,7 @@ PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
 
 @pytest.fixture
 def reference(any_lm):
-    return Reference(any_lm, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
+    return TorchReference(any_lm, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_result_does_not_depend_on_the_batch(reference, value):
 
 def test_texts_end_at_the_first_eos_and_with_the_references_probability(reference, value):
     """Share of texts that have ended by token 3; the largest standard error is 0.011."""
-    short = Reference(reference.model, dataclasses.replace(reference.sampling, max_new_tokens=3), (2, 5), 0)
+    short = TorchReference(reference.model, dataclasses.replace(reference.sampling, max_new_tokens=3), (2, 5), 0)
     decoder = BlockDecoder(short, value.embedding_table_VD, block_tokens=1)
     table = value.embedding_table_VD
     samples = ReferenceSampler(short).sample(PROMPTS[:1], row_seeds(0, [0], 2_000))
@@ -129,7 +129,7 @@ def test_blocks_of_one_token_follow_the_tilted_law_of_the_text_that_was_written(
     rows each the largest standard error is 0.008.
     """
     rows, nats, table = 20_000, 1.0, value.embedding_table_VD
-    two = Reference(reference.model, SamplingSettings(top_k=12, max_new_tokens=2), (10_000,), 0)
+    two = TorchReference(reference.model, SamplingSettings(top_k=12, max_new_tokens=2), (10_000,), 0)
     samples = ReferenceSampler(two).sample(PROMPTS[:1], row_seeds(0, [0], rows))
     direction = torch.randn(table.shape[1])
     delta = direction.expand(1, rows, 2, -1)

@@ -12,7 +12,7 @@ from tests.text.moves import make_move
 from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import PriorDecoder, Reference, row_seeds
+from vgf_llm.text import PriorDecoder, TorchReference, row_seeds
 from vgf_llm.text.coupling import draft_noise, maximally_coupled
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
@@ -32,7 +32,7 @@ OPTIONS = [
 @pytest.fixture
 def parts():
     model = build_llama()
-    reference = Reference(model, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
+    reference = TorchReference(model, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
     return reference, RewardModel.from_base(model, num_layers=1).freeze()
 
 
@@ -69,7 +69,7 @@ def test_equal_laws_give_the_token_back(coupling):
 def first_tokens(parts, nats, **options):
     """20,000 first tokens moved by one direction: before, after, and the laws p and q over the vocabulary."""
     reference, value = parts
-    one = Reference(reference.model, dataclasses.replace(reference.sampling, max_new_tokens=1), (2, 5), 0)
+    one = TorchReference(reference.model, dataclasses.replace(reference.sampling, max_new_tokens=1), (2, 5), 0)
     table = value.embedding_table_VD
     samples = ReferenceSampler(one).sample(PROMPTS[:1], row_seeds(4, [0], ROWS))
     direction = torch.randn(table.shape[1])

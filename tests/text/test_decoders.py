@@ -11,7 +11,7 @@ from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.evaluation.controls import flipped_gradient, random_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import NearestDecoder, PriorDecoder, Reference, row_seeds
+from vgf_llm.text import NearestDecoder, PriorDecoder, TorchReference, row_seeds
 from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.text.tilt import kl_divergence, tilt
 
@@ -20,7 +20,7 @@ PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
 
 @pytest.fixture
 def reference(any_lm):
-    return Reference(any_lm, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
+    return TorchReference(any_lm, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_sampling_follows_the_law(reference):
 
 def dataclasses_replace_length(reference, length):
     sampling = dataclasses.replace(reference.sampling, max_new_tokens=length)
-    return Reference(reference.model, sampling, reference.eos_ids, reference.pad_id)
+    return TorchReference(reference.model, sampling, reference.eos_ids, reference.pad_id)
 
 
 def test_several_eos_ids_end_a_response_and_nothing_follows(reference):

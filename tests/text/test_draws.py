@@ -14,7 +14,7 @@ from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.controls import no_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import BlockDecoder, EditDecoder, PivotDecoder, PriorDecoder, Reference, Work, row_seeds
+from vgf_llm.text import BlockDecoder, EditDecoder, PivotDecoder, PriorDecoder, TorchReference, Work, row_seeds
 from vgf_llm.text.responses import changed_tokens
 from vgf_llm.text.sampler import ReferenceSampler
 
@@ -25,7 +25,7 @@ ROWS = 20_000
 @pytest.fixture
 def parts():
     model = build_llama()
-    reference = Reference(model, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
+    reference = TorchReference(model, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
     return reference, RewardModel.from_base(model, num_layers=1).freeze()
 
 
@@ -59,7 +59,7 @@ def test_a_particle_that_was_not_moved_gives_its_original_and_a_fresh_sample(par
     """One token, 20,000 rows: the second draw follows p, and equals the first with probability sum_v p(v)^2."""
     reference, value = parts
     sampling = dataclasses.replace(reference.sampling, max_new_tokens=1)
-    one_token = Reference(reference.model, sampling, reference.eos_ids, reference.pad_id)
+    one_token = TorchReference(reference.model, sampling, reference.eos_ids, reference.pad_id)
     outcome = run((one_token, value), TransportBudget(), prompts=PROMPTS[:1], n=ROWS, draws=2, gradient=no_gradient())
     first, second = outcome.transported.tokens_BNT[0, :, 0].view(ROWS, 2).unbind(1)
     assert torch.equal(first, outcome.originals.tokens_BNT[0, :, 0])

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import pad
 
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import Reference, row_seeds
+from vgf_llm.text import TorchReference, row_seeds
 from vgf_llm.text.law import truncate
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.sampler import ReferenceSampler
@@ -15,7 +15,7 @@ PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
 
 @pytest.fixture
 def reference(any_lm):
-    return Reference(any_lm, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
+    return TorchReference(any_lm, SamplingSettings(top_k=12, max_new_tokens=9), eos_ids=(2, 5), pad_id=0)
 
 
 @pytest.fixture

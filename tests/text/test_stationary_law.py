@@ -13,7 +13,7 @@ from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.evaluation.controls import no_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text import EditDecoder, EditGreedyDecoder, PivotDecoder, Reference, row_seeds
+from vgf_llm.text import EditDecoder, EditGreedyDecoder, PivotDecoder, TorchReference, row_seeds
 from vgf_llm.text.particles import exact_gradient
 from vgf_llm.text.responses import concatenate
 from vgf_llm.text.sampler import ReferenceSampler
@@ -40,7 +40,7 @@ def parts():
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
-    reference = Reference(model, SamplingSettings(top_k=5, max_new_tokens=LENGTH), (EOS,), PAD)
+    reference = TorchReference(model, SamplingSettings(top_k=5, max_new_tokens=LENGTH), (EOS,), PAD)
     value = RewardModel.from_base(model, num_layers=1, pooling="mean", input_skip=True)
     with torch.no_grad():
         value.skip_head.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))

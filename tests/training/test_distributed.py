@@ -160,10 +160,10 @@ def test_a_checkpoint_of_another_engine_is_refused_by_its_name(engine: Any) -> N
     folder = engine("zero2")
     parts = vgf_worker.parts_of(folder, "resumed", batch=2)
     with pytest.raises(ConfigError, match="engine ZeRO-2 -> DDP; processes 2 -> 1"):
-        checkpoint_to_resume(build_trainer(*parts), parts[3])
+        checkpoint_to_resume(build_trainer(*parts).checkpoints, parts[3])
     parts = vgf_worker.parts_of(folder, "resumed", batch=2, allow_changes=["engine", "processes"])
     with pytest.raises(CheckpointError, match="holds no optimiser state that engine DDP reads"):
-        checkpoint_to_resume(build_trainer(*parts), parts[3])
+        checkpoint_to_resume(build_trainer(*parts).checkpoints, parts[3])
 
 
 @pytest.mark.parametrize("name", ENGINES)

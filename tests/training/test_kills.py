@@ -111,7 +111,7 @@ def kill_while_saving(process: subprocess.Popen[bytes], folder: Path, log: Path)
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(whole: Path, tmp_path: Path) -> None:
     """Killed at a random moment, resumed and killed while it saves, resumed to the end: the last checkpoints agree."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    arguments = [*command(whole, folder), "--resume_from_checkpoint", "true"]
+    arguments = [*command(whole, folder), "--resume", "true"]
     seed = random.SystemRandom().randrange(10**6)  # the run above has seeded the common generator
     rng = random.Random(seed)
     step, delay = rng.randint(3, 7), rng.uniform(0, 0.2)  # a checkpoint is there, and more are to come
@@ -148,9 +148,9 @@ def test_broken_checkpoints_are_passed_over_by_name_and_refused_when_asked_for(
     flipped.write_bytes(content)
     os.truncate(cut, cut.stat().st_size - 1)
     for broken in (flipped, cut):
-        assert run_main(main, [*arguments, "--resume_from_checkpoint", str(broken.parent)]) == 2
+        assert run_main(main, [*arguments, "--resume", str(broken.parent)]) == 2
         assert f"{broken.parent.name}': {broken.name}" in capfd.readouterr().err
-    assert run_main(main, [*arguments, "--resume_from_checkpoint", "true"]) == 0
+    assert run_main(main, [*arguments, "--resume", "true"]) == 0
     said = capfd.readouterr().err
     assert "checkpoint-12 is skipped" in said and "checkpoint-10 is skipped" in said
     assert f"going on from '{folder / 'checkpoint-8'}'" in said
@@ -193,7 +193,7 @@ def test_a_killed_rank_ends_the_others_with_its_name_and_the_run_can_be_resumed(
     config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
     head = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config), "--num_processes", "2"]
     head += ["--mixed_precision", "no", "--main_process_port"]
-    arguments = [*command(whole, folder, per_device_train_batch_size=1), "--resume_from_checkpoint", "true"]
+    arguments = [*command(whole, folder, per_device_train_batch_size=1), "--resume", "true"]
     launcher = start([*head, str(free_port()), *arguments], log)
     wait_until(lambda: (folder / "checkpoint-4").exists(), launcher, log)
     rank = process_of_rank(launcher.pid, 1)

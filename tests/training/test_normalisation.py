@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from reward_models.value_losses import value_loss
-from vgf_llm.training.losses import dpo, kl_anchor, weighted_nll
-from vgf_llm.training.rollout import PromptRow, own_rows, without_effect
+from vgf_llm.training.batch import Counts, Rows, TrainBatch, ValueBatch, without_effect
+from vgf_llm.training.distillation.losses import dpo, kl_anchor, weighted_nll
+from vgf_llm.training.rollout import PromptRow, own_rows
 
 ROWS, TOKENS = 7, 9
 PARTS = (slice(0, 2), slice(2, 7))
@@ -84,19 +85,18 @@ def test_repeated_prompts_at_the_end_of_an_epoch_count_once() -> None:
 
 
 def test_a_process_without_prompts_of_its_own_adds_nothing() -> None:
-    batch = without_effect(
-        {
-            "rows": {"input_ids": torch.ones(2, 5, dtype=torch.long), "mask": MASK[:2]},
-            "weights": WEIGHTS[:2],
-            "value_mask": MASK[:2],
-            "counts": {"policy": torch.tensor(3.0), "value": torch.tensor(4.0)},
-        }
+    ids = torch.ones(2, 5, dtype=torch.long)
+    counts = Counts(
+        policy=torch.tensor(3.0), tokens=torch.tensor(5.0), value=torch.tensor(4.0), secant=torch.tensor(2.0)
     )
-    assert batch["counts"] == {"policy": 0.0, "value": 0.0}
+    value_batch = ValueBatch({}, OTHERS[:2], MASK[:2])
+    batch = without_effect(TrainBatch(Rows(ids, ids, MASK[:2]), WEIGHTS[:2], counts, value=value_batch))
+    assert batch.counts.stacked().tolist() == [0.0] * 4 and not batch.has_effect
+    assert batch.value is not None
     outputs = torch.zeros(2, TOKENS, requires_grad=True)
-    loss = weighted_nll(outputs, batch["rows"]["mask"], batch["weights"], torch.tensor(7.0))[0]
-    loss = loss + value_loss(outputs, OTHERS[:2], batch["value_mask"], 0.5, torch.tensor(7.0))[0]
-    loss = loss + kl_anchor(outputs, OTHERS[:2], batch["rows"]["mask"], torch.tensor(7.0))[0]
+    loss = weighted_nll(outputs, batch.rows.mask_RT, batch.weights, torch.tensor(7.0))[0]
+    loss = loss + value_loss(outputs, OTHERS[:2], batch.value.mask_RT1, 0.5, torch.tensor(7.0))[0]
+    loss = loss + kl_anchor(outputs, OTHERS[:2], batch.rows.mask_RT, torch.tensor(7.0))[0]
     loss.backward()
     assert loss.item() == 0
     assert outputs.grad is not None and outputs.grad.abs().max() == 0

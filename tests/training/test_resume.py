@@ -68,13 +68,13 @@ def test_n_steps_are_k_and_then_the_rest_bit_for_bit(tmp_path, kind, reward_fold
     tiny_run(tmp_path, output_dir=str(tmp_path / "whole"), **changes)
     tiny_run(tmp_path, output_dir=str(tmp_path / "cut"), callbacks=(StopAt(4),), **changes)
     assert not (tmp_path / "cut" / "checkpoint-6").exists()
-    tiny_run(tmp_path, output_dir=str(tmp_path / "cut"), resume_from_checkpoint=True, **changes)
+    tiny_run(tmp_path, output_dir=str(tmp_path / "cut"), resume=True, **changes)
     assert compare_checkpoints(tmp_path / "whole" / "checkpoint-6", tmp_path / "cut" / "checkpoint-6") == []
 
 
 def test_a_checkpoint_of_another_budget_is_refused_unless_allowed(tmp_path):
     tiny_run(tmp_path, max_steps=2, save_steps=2)
-    changed = {"budget": TransportBudget(nats=3.0), "max_steps": 3, "resume_from_checkpoint": True}
+    changed = {"budget": TransportBudget(nats=3.0), "max_steps": 3, "resume": True}
     with pytest.raises(ConfigError, match=r"budget.nats.*2.0.*3.0; set them back, .*'\[\"budget.nats\"\]'"):
         tiny_run(tmp_path, **changed)
     assert tiny_run(tmp_path, allow_changes=["budget"], **changed)["steps"] == 3
@@ -82,15 +82,15 @@ def test_a_checkpoint_of_another_budget_is_refused_unless_allowed(tmp_path):
 
 def test_a_finished_run_takes_more_steps_without_being_allowed_to(tmp_path, capsys):
     tiny_run(tmp_path, max_steps=2, save_steps=2)
-    assert tiny_run(tmp_path, max_steps=4, save_steps=2, resume_from_checkpoint=True)["steps"] == 4
+    assert tiny_run(tmp_path, max_steps=4, save_steps=2, resume=True)["steps"] == 4
     assert "changed since the checkpoint: optimisation.max_steps 2 -> 4" in capsys.readouterr().err
 
 
 def refused(folder, **changed):
     """What resuming the run of a folder with other settings is refused with, before any training."""
-    parts = settings(folder, **RUN | {"resume_from_checkpoint": True} | changed)
+    parts = settings(folder, **RUN | {"resume": True} | changed)
     with pytest.raises(ConfigError) as caught:
-        checkpoint_to_resume(build_trainer(*parts), parts[3])
+        checkpoint_to_resume(build_trainer(*parts).checkpoints, parts[3])
     return str(caught.value)
 
 
@@ -142,9 +142,9 @@ def test_a_checkpoint_without_what_the_engine_reads_is_refused(tmp_path):
         require_state(tmp_path, "FSDP2")
     run = RUN | {"trainer_arguments": {"disable_tqdm": True, "save_only_model": True}}
     tiny_run(tmp_path, **run)
-    parts = settings(tmp_path, **run, resume_from_checkpoint=True)
+    parts = settings(tmp_path, **run, resume=True)
     with pytest.raises(CheckpointError, match="holds no optimiser state"):
-        checkpoint_to_resume(build_trainer(*parts), parts[3])
+        checkpoint_to_resume(build_trainer(*parts).checkpoints, parts[3])
 
 
 def names(folder, pattern="checkpoint-*"):
@@ -159,7 +159,7 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(tmp_path):
         tiny_run(tmp_path, max_steps=8, save_steps=1)
     shutil.copytree(out / "checkpoint-4", other)
     with pytest.raises(ConfigError, match="of another run"):
-        tiny_run(tmp_path, max_steps=4, resume_from_checkpoint=str(other))
+        tiny_run(tmp_path, max_steps=4, resume=str(other))
     assert ((out / "metrics.jsonl").read_text(), (out / "vgf_config.json").read_text()) == before
     assert names(out) == ["checkpoint-2", "checkpoint-4"]
 
@@ -169,12 +169,12 @@ def test_going_on_from_an_earlier_checkpoint_sets_later_ones_aside(tmp_path, cap
     out, run = tmp_path / "out", {"max_steps": 6, "save_steps": 1, "save_total_limit": 4}
     tiny_run(tmp_path, **run)
     assert names(out) == ["checkpoint-3", "checkpoint-4", "checkpoint-5", "checkpoint-6"]
-    again = run | {"save_total_limit": 2, "resume_from_checkpoint": str(out / "checkpoint-3")}
+    again = run | {"save_total_limit": 2, "resume": str(out / "checkpoint-3")}
     tiny_run(tmp_path, **again, callbacks=(StopAt(5),))
     assert "set aside as .<name>.superseded: checkpoint-4, checkpoint-5, checkpoint-6" in capsys.readouterr().err
     assert names(out) == ["checkpoint-4", "checkpoint-5"]
     assert names(out, ".checkpoint-*") == [".checkpoint-6.superseded"]
-    tiny_run(tmp_path, **run | {"resume_from_checkpoint": True})
+    tiny_run(tmp_path, **run | {"resume": True})
     assert names(out, ".checkpoint-*") == []
 
 
@@ -230,26 +230,26 @@ def test_a_changed_byte_is_named_and_the_older_checkpoint_is_used(tmp_path, caps
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    tiny_run(tmp_path, max_steps=4, save_steps=2, resume_from_checkpoint=True)
+    tiny_run(tmp_path, max_steps=4, save_steps=2, resume=True)
     said = capsys.readouterr().err
     assert "checkpoint-4 is skipped" in said and "set aside as .<name>.superseded: checkpoint-4" in said
     assert not (tmp_path / "out" / ".checkpoint-4.superseded").exists()
     with pytest.raises(CheckpointError, match=r"trained\.safetensors"):
         path.write_bytes(bytes(content))
-        tiny_run(tmp_path, max_steps=4, resume_from_checkpoint=str(path.parent))
+        tiny_run(tmp_path, max_steps=4, resume=str(path.parent))
 
 
 def test_metrics_hold_each_step_once_after_a_resume(tmp_path):
     import json
 
     tiny_run(tmp_path, max_steps=6, save_steps=3, callbacks=(StopAt(5),))
-    tiny_run(tmp_path, max_steps=6, save_steps=3, resume_from_checkpoint=True)
+    tiny_run(tmp_path, max_steps=6, save_steps=3, resume=True)
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resuming_where_nothing_is_yet_starts_anew(tmp_path, capsys):
-    assert tiny_run(tmp_path, max_steps=1, resume_from_checkpoint=True)["steps"] == 1
+    assert tiny_run(tmp_path, max_steps=1, resume=True)["steps"] == 1
     assert "starting anew" in capsys.readouterr().err
 
 
@@ -275,7 +275,7 @@ def test_a_run_stopped_after_its_last_step_is_finished_and_takes_no_step_more(tm
     lines = (out / "metrics.jsonl").read_text()
     (out / "adapter_model.safetensors").unlink()
     shutil.rmtree(out / "value")
-    last = tiny_run(tmp_path, max_steps=3, save_steps=1, resume_from_checkpoint=True)
+    last = tiny_run(tmp_path, max_steps=3, save_steps=1, resume=True)
     assert last["steps"] == 3
     assert (out / "adapter_model.safetensors").read_bytes() == expected
     assert load_reward_model(out / "value").config.num_layers == 1
@@ -285,6 +285,6 @@ def test_a_run_stopped_after_its_last_step_is_finished_and_takes_no_step_more(tm
 
 def test_a_resumed_run_logs_as_it_is_asked_to_now(tmp_path):
     tiny_run(tmp_path, max_steps=5, save_steps=2, callbacks=(StopAt(2),))
-    tiny_run(tmp_path, max_steps=5, save_steps=2, logging_steps=2, resume_from_checkpoint=True)
+    tiny_run(tmp_path, max_steps=5, save_steps=2, logging_steps=2, resume=True)
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 4, 5]

@@ -8,10 +8,10 @@ import torch
 from tests.conftest import build_llama, build_tokenizer
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.text.responses import Responses
+from vgf_llm.training.batch import policy_rows
 from vgf_llm.training.metrics import MetricSums, kl_estimate, nll_a_token, nothing_learns
 from vgf_llm.training.policy_models import response_logps
 from vgf_llm.training.rewards import NamedReward, Rewards, load_rewards
-from vgf_llm.training.rollout import policy_rows, value_rows
 
 
 def two_prompts() -> Responses:
@@ -22,16 +22,16 @@ def two_prompts() -> Responses:
 
 def test_rows_are_padded_left_and_right_and_cut_to_the_longest_kept():
     rows = policy_rows(two_prompts(), torch.tensor([[False, True], [False, True]]))
-    assert rows["input_ids"].tolist() == [[1, 5, 8, 2], [0, 5, 2, 0]]
-    assert rows["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 0]]
-    assert rows["mask"].tolist() == [[True, True], [True, False]]
-    assert value_rows(rows)["response_mask"].tolist() == [[False, False, True, True], [False, False, True, False]]
+    assert rows.input_ids_RS.tolist() == [[1, 5, 8, 2], [0, 5, 2, 0]]
+    assert rows.attention_mask_RS.tolist() == [[1, 1, 1, 1], [0, 1, 1, 0]]
+    assert rows.mask_RT.tolist() == [[True, True], [True, False]]
+    assert rows.value_inputs["response_mask"].tolist() == [[False, False, True, True], [False, False, True, False]]
 
 
 def test_log_probabilities_of_rows_are_those_of_each_response_alone():
     model, responses = build_llama(), two_prompts()
     rows = policy_rows(responses, torch.ones(2, 2, dtype=torch.bool))
-    logps_RT = response_logps(model, rows["input_ids"], rows["attention_mask"], 3)
+    logps_RT = response_logps(model, **rows.policy_inputs)
     for row, (b, n) in enumerate((b, n) for b in range(2) for n in range(2)):
         kept = responses.tokens_BNT[b, n][responses.mask_BNT[b, n]].tolist()
         ids = torch.tensor([responses.prompts[b] + kept])

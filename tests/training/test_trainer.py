@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from tests.training.tiny import tiny_run, tiny_trainer
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.training.batch import policy_rows
+from vgf_llm.training.laws import sample
 from vgf_llm.training.policy_models import response_logps
-from vgf_llm.training.rollout import PromptRow, policy_rows
+from vgf_llm.training.rollout import PromptRow
 
 
 def lines(folder: Path) -> list[dict]:
@@ -72,17 +74,17 @@ def test_a_trained_adapter_gives_the_trainers_log_probabilities_in_plain_peft(tm
     trainer.train()
     trainer.save_model()
     prompts = [PromptRow(0, [5, 9, 12], "x")]
-    with trainer.particle_law() as law:
-        responses = trainer.sample(law, prompts, trainer.seeds(prompts))
+    with trainer.laws.particles() as law:
+        responses = sample(law, prompts, trainer.laws.seeds(prompts, trainer.state.global_step))
     rows = policy_rows(responses, torch.ones(1, 4, dtype=torch.bool))
-    inputs = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "length": rows["mask"].shape[1]}
+    inputs = rows.policy_inputs
     trainer.model.eval()
     with torch.no_grad():
-        ours = response_logps(trainer.models.policy, **inputs).masked_fill(~rows["mask"], 0)
+        ours = response_logps(trainer.models.policy, **inputs).masked_fill(~rows.mask_RT, 0)
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         plain = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
-        theirs = response_logps(plain, **inputs).masked_fill(~rows["mask"], 0)
-        merged = response_logps(plain.merge_and_unload(), **inputs).masked_fill(~rows["mask"], 0)
+        theirs = response_logps(plain, **inputs).masked_fill(~rows.mask_RT, 0)
+        merged = response_logps(plain.merge_and_unload(), **inputs).masked_fill(~rows.mask_RT, 0)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
     torch.testing.assert_close(merged, ours, atol=1e-5, rtol=0)
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vgf_llm.training.losses import dpo, group_weights, kl_anchor, weighted_nll
+from vgf_llm.training.distillation.losses import dpo, group_weights, kl_anchor, weighted_nll
 
 LOGPS = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -1.0, -2.0]])
 MASK = torch.tensor([[True, True, False], [True, True, True]])

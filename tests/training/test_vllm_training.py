@@ -20,6 +20,7 @@ from vgf_llm.engines.engine import EngineError
 from vgf_llm.errors import ConfigError, SyncError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import EngineSettings
+from vgf_llm.training.laws import sample
 from vgf_llm.training.particle_engine import PUSHED_FOLDER
 
 STEPS = 3
@@ -90,7 +91,7 @@ class Tampers(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
-            self.change(self.trainer.particle_engine)
+            self.change(self.trainer.laws.engine)
 
 
 def other_weights(folder: Path) -> Any:
@@ -129,9 +130,9 @@ def test_a_run_whose_engine_has_other_weights_stops(folder: Path, kind: str, tam
     trainer.add_callback(callback)
     with pytest.raises(SyncError, match=r"step 2: the log-probabilities of \d+ tokens .* bound 0.001") as raised:
         trainer.train()
-    assert "resume_from_checkpoint" in str(raised.value)
+    assert "resume: true" in str(raised.value)
     assert trainer.state.global_step == 1
-    assert trainer.particle_engine is None
+    assert trainer.laws.engine is None
     assert not (folder / "out" / PUSHED_FOLDER).exists()
 
 
@@ -151,7 +152,7 @@ def test_an_engine_that_cannot_be_closed_leaves_nothing_behind(folder: Path) -> 
     trainer.add_callback(callback)
     with pytest.raises(EngineError, match="cannot be closed"):
         trainer.train()
-    assert trainer.particle_engine is None
+    assert trainer.laws.engine is None
     assert not (folder / "out" / PUSHED_FOLDER).exists()
 
 
@@ -172,11 +173,11 @@ def test_after_some_steps_the_engine_has_the_trainers_log_probabilities(folder: 
     class Compares(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainer.model.eval()
-            trainer.particle_engine.begin_step()
-            prompts = trainer.train_dataset[:2]
-            own = trainer.law_of(trainer.models.policy_lm)
-            responses = trainer.sample(own, prompts, trainer.seeds(prompts, 7))
-            with trainer.particle_law() as law:
+            trainer.laws.engine.begin_step(trainer.model, trainer.state.global_step)
+            prompts = trainer.prompts[:2]
+            own = trainer.laws.policy()
+            responses = sample(own, prompts, trainer.laws.seeds(prompts, trainer.state.global_step, 7))
+            with trainer.laws.particles() as law:
                 theirs = law.logps(law.prefix(responses.prompts), responses)
             mine = own.logps(own.prefix(responses.prompts), responses)
             apart.append(float((mine - theirs).abs().max()))
@@ -207,10 +208,10 @@ def test_a_checkpoint_is_of_its_backend_and_not_of_the_engines_memory(folder: Pa
     from vgf_llm.training.resume import checkpoint_to_resume
 
     tiny_run(folder, max_steps=2, save_steps=1, **ENGINE)
-    resumed = {"max_steps": 2, "resume_from_checkpoint": str(folder / "out" / "checkpoint-1")}
+    resumed = {"max_steps": 2, "resume": str(folder / "out" / "checkpoint-1")}
     parts = settings(folder, **resumed)
     with pytest.raises(ConfigError, match="backend vllm -> transformers"):
-        checkpoint_to_resume(tiny_trainer(folder, **resumed), parts[3])
+        checkpoint_to_resume(tiny_trainer(folder, **resumed).checkpoints, parts[3])
     more = {"backend": "vllm", "engine": EngineSettings(kv_cache_gib=0.1, eager=True), "sync_check": False}
     last = tiny_run(folder, **resumed, **more)
     assert last["steps"] == 2

@@ -20,6 +20,8 @@ from vgf_llm.distributed.processes import leave_process_group
 from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.settings.parse import dump
 from vgf_llm.train import CONFIG_NAME, build_trainer
+from vgf_llm.training.batch import TrainBatch
+from vgf_llm.training.checkpoints import trained_tensors
 from vgf_llm.training.resume import checkpoint_to_resume
 
 PROMPTS = (
@@ -61,7 +63,7 @@ def parts_of(folder: Path, job: str, batch: int, accumulation: int = 1, **more: 
         output_dir=str(folder / job),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        resume_from_checkpoint=str(first) if job.startswith("resumed") else False,
+        resume=str(first) if job.startswith("resumed") else False,
         **changes,
         **more,
     )
@@ -77,9 +79,9 @@ def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str
     if plugin is not None and plugin.zero_stage == 3:  # else everything is small enough to stay whole
         plugin.deepspeed_config["zero_optimization"].update(stage3_param_persistence_threshold=0)
     seen = watch(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer, parts[3]))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.checkpoints, parts[3]))
     engine = trainer.model_wrapped
-    tensors = trainer.trained_tensors() | {
+    tensors = trained_tensors(trainer.model) | {
         f"target.{name}": w.clone() for name, w in trainer.learned.target.weights.items()
     }
     report = {
@@ -103,18 +105,21 @@ def watch(trainer: Any) -> list[tuple[int, int, list[int]]]:
     """Note step, rank and prompts of everything that is learned from, from now on."""
     seen: list[tuple[int, int, list[int]]] = []
     compute_loss = trainer.compute_loss
-    compute_targets = trainer.compute_targets
+    make_batch = trainer.learner.batch
+    prompts: dict[int, list[int]] = {}  # by the id of a batch's tokens, which are kept when its effect is taken away
 
-    def with_prompts(rollout: Any) -> dict[str, Any]:
-        return compute_targets(rollout) | {"prompts": [prompt.index for prompt in rollout.prompts]}
+    def with_prompts(rollout: Any, step: int) -> TrainBatch:
+        batch: TrainBatch = make_batch(rollout, step)
+        prompts[id(batch.rows.input_ids_RS)] = [prompt.index for prompt in rollout.prompts]
+        return batch
 
-    def noted(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
-        counted = inputs["rows"]["mask"].any()
+    def noted(model: Any, inputs: TrainBatch, **kwargs: Any) -> Any:
+        counted = inputs.rows.mask_RT.any()
         step, rank = trainer.state.global_step, trainer.accelerator.process_index
-        seen.append((step, rank, inputs["prompts"] if counted else []))
+        seen.append((step, rank, prompts.pop(id(inputs.rows.input_ids_RS)) if counted else []))
         return compute_loss(model, inputs, **kwargs)
 
-    trainer.compute_loss, trainer.compute_targets = noted, with_prompts
+    trainer.compute_loss, trainer.learner.batch = noted, with_prompts
     return seen
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.particles import GradientSource, exact_gradient, move_particles, token_spacing
 from vgf_llm.text.protocols import Decoder, Move, Moved, Value, Work
 from vgf_llm.text.responses import Responses, concatenate
-
-if TYPE_CHECKING:
-    from vgf_llm.text.sampler_protocol import Sampler  # which itself imports this package
+from vgf_llm.text.sampler import Sampler
 
 Selection = Literal["max", "softmax", "random"]
 _ROUND_STREAM, _SELECTION_STREAM, _DRAW_STREAM = 0x10000, 0x20000, 0x30000

@@ -18,7 +18,6 @@ from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
 from vgf_llm.data.endings import check_ids, padding_id
-from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.engines.start import engine_reference
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.machine.device import resolve_device
@@ -35,8 +34,8 @@ from vgf_llm.text.decoders import (
     PriorDecoder,
 )
 from vgf_llm.text.particles import GradientSource, exact_gradient
-from vgf_llm.text.protocols import Decoder, Value
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.protocols import Decoder, Reference, Value
+from vgf_llm.text.reference import TorchReference
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,14 @@ class Pipeline:
     The gradient is the reward model's secant head where its folder has one, else the exact one.
     """
 
-    reference: Reference | EngineReference
+    reference: Reference
     value: RewardModel
     tokenizer: PreTrainedTokenizerBase
     gradient: GradientSource
 
     def close(self) -> None:
         """Let go of the engine, where there is one."""
-        if isinstance(self.reference, EngineReference):
-            self.reference.engine.close()
+        self.reference.close()
 
 
 def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: EngineSettings | None = None) -> Pipeline:
@@ -97,7 +95,7 @@ def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: Eng
     gradient = load_gradient(models.reward_model, value)  # what can fail comes before an engine is started
     if engine is None:
         eos_ids, pad_id = eos_token_ids(base, tokenizer), padding_id(tokenizer, min(own_V, table_V))
-        reference = Reference(base, sampling, eos_ids, pad_id, vocabulary)
+        reference: Reference = TorchReference(base, sampling, eos_ids, pad_id, vocabulary)
     else:
         reference = engine_reference(models, sampling, engine, tokenizer, value.embedding_table_VD, device)
     return Pipeline(reference, value, tokenizer, gradient)
@@ -153,7 +151,7 @@ def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
 
 
 def make_decoder(
-    name: DecoderName, reference: Reference | EngineReference, value: Value, options: dict[str, Any] | None = None
+    name: DecoderName, reference: Reference, value: Value, options: dict[str, Any] | None = None
 ) -> Decoder:
     """Return the decoder of that name.
 

@@ -1,7 +1,8 @@
 """Losses of the control half: tensors in, ``(loss, metrics)`` out. Torch only.
 
 The critic losses take the residual target - Q of every critic and add the critics' means, so that each critic has the
-gradient that it would have alone. The targets are the caller's and carry no gradient (targets.py).
+gradient that it would have alone. The targets are the caller's and carry no gradient (targets.py). Tensors of other
+shapes than their names say raise ValueError.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from vgf_llm.flow.shapes import check_shapes
 
 Metrics = dict[str, Tensor]
 
@@ -27,12 +30,16 @@ def flow_matching(velocity_BA: Tensor, noise_BA: Tensor, actions_BA: Tensor) -> 
     Returns:
         The scalar loss, and ``clone_loss``.
     """
+    check_shapes(velocity_BA=velocity_BA, noise_BA=noise_BA, actions_BA=actions_BA)
     loss = (velocity_BA - (actions_BA - noise_BA)).square().mean()
     return loss, {"clone_loss": loss.detach()}
 
 
 def interpolate(noise_BA: Tensor, actions_BA: Tensor, times_B1: Tensor) -> Tensor:
     """Return x_t = (1 - t) x_0 + t a, the point of the linear path at time t in [0, 1]."""
+    check_shapes(noise_BA=noise_BA, actions_BA=actions_BA)
+    if times_B1.shape != (len(actions_BA), 1):
+        raise ValueError(f"times_B1 must have shape [{len(actions_BA)}, 1], got {list(times_B1.shape)}")
     return (1 - times_B1) * noise_BA + times_B1 * actions_BA
 
 
@@ -49,6 +56,7 @@ def gaussian_nll(mean_BA: Tensor, log_std_A: Tensor, actions_BA: Tensor) -> tupl
     Returns:
         The scalar loss, and ``clone_loss``.
     """
+    check_shapes(mean_BA=mean_BA, log_std_A=log_std_A, actions_BA=actions_BA)
     standard_BA = (actions_BA - mean_BA) * torch.exp(-log_std_A)
     loss = (0.5 * standard_BA.square() + log_std_A + 0.5 * math.log(2 * math.pi)).sum(1).mean()
     return loss, {"clone_loss": loss.detach()}
@@ -64,6 +72,7 @@ def td(q_CB: Tensor, target_B: Tensor) -> tuple[Tensor, Metrics]:
     Returns:
         The scalar loss, and ``critic_loss``, ``q_mean`` and ``td_abs``: the mean |y - Q| over critics.
     """
+    check_shapes(q_CB=q_CB, target_B=target_B)
     return _critic_loss((target_B - q_CB).square(), q_CB, target_B)
 
 
@@ -80,6 +89,7 @@ def expectile(q_CB: Tensor, target_B: Tensor, level: float) -> tuple[Tensor, Met
     Returns:
         The scalar loss, and the metrics of `td`.
     """
+    check_shapes(q_CB=q_CB, target_B=target_B)
     residual_CB = target_B - q_CB
     weight_CB = torch.where(residual_CB < 0, 1 - level, level)
     return _critic_loss(weight_CB * residual_CB.square(), q_CB, target_B)
@@ -101,6 +111,7 @@ def sql(q_CB: Tensor, target_B: Tensor, alpha: float) -> tuple[Tensor, Metrics]:
     Returns:
         The scalar loss, and the metrics of `td`.
     """
+    check_shapes(q_CB=q_CB, target_B=target_B)
     residual_CB = target_B - q_CB
     hinge_CB = (1 + residual_CB / (2 * alpha)).clamp(min=0)
     return _critic_loss(alpha * hinge_CB.square() - residual_CB, q_CB, target_B)
@@ -118,6 +129,7 @@ def gradient_matching(predicted_BA: Tensor, gradient_BA: Tensor) -> tuple[Tensor
     Returns:
         The scalar loss, and ``gradient_loss`` and ``gradient_cosine``, the mean cosine of the two directions.
     """
+    check_shapes(predicted_BA=predicted_BA, gradient_BA=gradient_BA)
     loss = (predicted_BA - gradient_BA).square().mean()
     cosine = torch.cosine_similarity(predicted_BA.detach(), gradient_BA, dim=1).mean()
     return loss, {"gradient_loss": loss.detach(), "gradient_cosine": cosine}

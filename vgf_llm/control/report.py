@@ -29,8 +29,8 @@ from vgf_llm.control.settings import EVALUATIONS_NAME, DataSettings
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.runs.files import check_writable, read_jsonl, write_json_atomic
 from vgf_llm.settings.parse import parse
+from vgf_llm.statistics.intervals import bootstrap_within_seeds
 
-_RESAMPLES = 10_000
 _CONFIG_NAME = "config.json"  # written by the training command
 CLONE = "clone"
 
@@ -245,14 +245,9 @@ def _arm(values: dict[str, np.ndarray], returns: dict[str, np.ndarray], arm: str
 
 
 def _interval(values_SE: np.ndarray) -> list[float]:
-    """Mean and 95% percentile interval: episodes resampled within each seed."""
-    generator = np.random.default_rng(0)
-    seeds, episodes = values_SE.shape
-    means = np.zeros(_RESAMPLES)
-    for seed in range(seeds):
-        means += values_SE[seed][generator.integers(episodes, size=(_RESAMPLES, episodes))].mean(1) / seeds
-    low, high = np.quantile(means, [0.025, 0.975])
-    return [round(float(number), 2) for number in (values_SE.mean(), low, high)]
+    """Return mean, lower and upper end, rounded as they are reported."""
+    found = bootstrap_within_seeds(values_SE)
+    return [round(number, 2) for number in (found.mean, found.low, found.high)]
 
 
 def _chosen_elsewhere(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from vgf_llm.errors import require, require_training_seed
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.runs.resume import require_resume
 
 EVALUATIONS_NAME = "evaluations.jsonl"
 
@@ -144,8 +145,8 @@ class TrainSettings:
     """Steps between checkpoints, the clone's own counted too, at least 1."""
     save_total_limit: int | None = 2
     """Checkpoints kept, at least 1; null keeps all."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint of output_dir, where there is one."""
+    resume: bool | str = False
+    """true continues from the newest whole checkpoint of output_dir, where there is one, a folder from that one."""
     allow_changes: list[str] = field(default_factory=list)
     """Keys of the checkpoint's identity that may differ when going on, for example agent.discount."""
     report_to: list[str] = field(default_factory=list)
@@ -158,6 +159,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
         require_training_seed("seed", self.seed)
+        require_resume(self.resume)
         for key in ("offline_steps", "online_steps", "online_warmup", "online_flow_steps", "clone_steps"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "at least 0")
         for key in ("batch_size", "eval_every_steps", "eval_episodes", "log_every_steps", "save_every_steps"):

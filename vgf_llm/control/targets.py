@@ -12,15 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vgf_llm.flow.shapes import check_shapes
+
 
 def aggregate(q_CBN: Tensor, kind: str) -> Tensor:
     """Join the critics: the least ("min") or the mean ("mean") over the first dimension.
 
     Raises:
-        ValueError: Another kind.
+        ValueError: Another kind, or another rank.
     """
     if kind not in ("min", "mean"):
         raise ValueError(f"an aggregation over critics is min or mean, got {kind!r}")
+    check_shapes(q_CBN=q_CBN)
     return q_CBN.amin(0) if kind == "min" else q_CBN.mean(0)
 
 
@@ -38,10 +41,11 @@ def td_target(rewards_B: Tensor, masks_B: Tensor, next_q_BN: Tensor, discount: f
         target_B, detached.
 
     Raises:
-        ValueError: Another pool.
+        ValueError: Another pool, or shapes that do not fit.
     """
     if pool not in ("mean", "max"):
         raise ValueError(f"a target pools particles by mean or max, got {pool!r}")
+    check_shapes(rewards_B=rewards_B, masks_B=masks_B, next_q_BN=next_q_BN)
     next_B = next_q_BN.mean(1) if pool == "mean" else next_q_BN.amax(1)
     return (rewards_B + discount * masks_B * next_B).detach()
 
@@ -61,8 +65,9 @@ def select(q_BN: Tensor, kind: str, uniform_B: Tensor | None = None, temperature
         Indices int64 [B].
 
     Raises:
-        ValueError: Another kind, or a draw without uniform numbers.
+        ValueError: Another kind, shapes that do not fit, or a draw without uniform numbers.
     """
+    check_shapes(q_BN=q_BN, uniform_B=uniform_B)
     if kind == "max":
         return q_BN.argmax(1)
     if kind not in ("softmax", "random"):
@@ -82,5 +87,10 @@ def average_into(target: list[Tensor], source: list[Tensor], rate: float) -> Non
         target: Averaged parameters.
         source: Trained parameters, same shapes.
         rate: tau in [0, 1].
+
+    Raises:
+        ValueError: The two are not alike.
     """
+    if [one.shape for one in target] != [one.shape for one in source]:
+        raise ValueError("average_into needs parameters of the same shapes in the same order")
     torch._foreach_lerp_(target, source, rate)

@@ -29,6 +29,7 @@ from vgf_llm.machine.device import resolve_device
 from vgf_llm.runs.checkpoint import newest_whole
 from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.runs.manifest import check_identity, verify
+from vgf_llm.runs.resume import check_resume
 from vgf_llm.settings.parse import dump, parse
 
 CONFIG_NAME = "config.json"
@@ -72,11 +73,8 @@ def run(
         VGFError: An option, a data file, a checkpoint or the output folder does not fit.
     """
     folder = check_writable(settings.output_dir)
-    checkpoint = newest_whole(folder)
-    if checkpoint is not None and not (settings.resume or only_evaluate):
-        raise ConfigError(f"output_dir: '{folder}' holds {checkpoint.name}; go on with --resume or name another folder")
-    if checkpoint is None and only_evaluate:
-        raise ConfigError(f"output_dir: '{folder}' holds no whole checkpoint to evaluate")
+    check_resume(settings.resume, folder)
+    checkpoint = _starting_point(settings, folder, only_evaluate)
     check_options(settings, data, agent)
     load_libraries("vgf_llm.control.trainer")
     with working("loading the data and building the agent"):
@@ -84,6 +82,7 @@ def run(
     start = 0
     if checkpoint is not None:
         from vgf_llm.control.agent_checkpoint import restore
+        from vgf_llm.runs.going_on import make_way
 
         manifest = verify(checkpoint)
         start = manifest.step
@@ -91,6 +90,8 @@ def run(
             raise ConfigError(f"output_dir: {checkpoint.name} lies beyond the {settings.total_steps} steps asked for")
         for change in check_identity(manifest, trainer.identity(manifest.step), settings.allow_changes):
             say(f"allowed change: {change}")
+        if not only_evaluate:
+            make_way(folder, checkpoint, start, settings.resume, first=True)
         restore(checkpoint, trainer.agent, trainer.buffer)
         say(_what_follows(checkpoint, start == settings.total_steps, only_evaluate))
     if only_evaluate:
@@ -102,6 +103,24 @@ def run(
 
         write_figure([folder])
     return rows
+
+
+def _starting_point(settings: TrainSettings, folder: Path, only_evaluate: bool) -> Path | None:
+    """Return the checkpoint that the run continues from, or evaluates; None for a new run.
+
+    Raises:
+        ConfigError: There is one and the run is new, or there is none to evaluate.
+    """
+    if isinstance(settings.resume, str):
+        return Path(settings.resume)
+    checkpoint = newest_whole(folder)
+    if checkpoint is not None and not (settings.resume or only_evaluate):
+        raise ConfigError(f"output_dir: '{folder}' holds {checkpoint.name}; go on with --resume or name another folder")
+    if checkpoint is None and only_evaluate:
+        raise ConfigError(f"output_dir: '{folder}' holds no whole checkpoint to evaluate")
+    if checkpoint is None and settings.resume:
+        say(f"'{folder}' holds no whole checkpoint: starting anew")
+    return checkpoint
 
 
 def _what_follows(checkpoint: Path, finished: bool, only_evaluate: bool) -> str:

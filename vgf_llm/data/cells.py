@@ -189,7 +189,7 @@ def messages_of(value: Sequence[Any], where: str) -> list[Message]:
 
 def _message(message: Any, where: str) -> Message:
     if isinstance(message, str):
-        raise DataError(f"{where}: expected an object with 'role' and 'content', got {shorten(repr(message))}; of a "
+        raise DataError(f"{where}: expected an object with 'role' and 'content', got {shorten(repr(message))}; a "
                         "list of texts needs one row per text")  # fmt: skip
     if isinstance(message, Mapping) and "role" not in message and {"from", "value"} <= set(message):
         message = {"role": message["from"], "content": message["value"]}

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vgf_llm.data.dialogue import Prompt, as_messages, as_text
-from vgf_llm.data.endings import answer_opening, closed, opened
+from vgf_llm.data.dialogue import Prompt, PromptText, as_messages, as_text
+from vgf_llm.data.endings import answer_opening, check_ids, closed, opened
 from vgf_llm.data.rendered import rendered_text
 from vgf_llm.errors import DataError, ModelError
 from vgf_llm.runs.files import shorten
@@ -153,3 +153,42 @@ def check_prompt_fits(
             f"positions{kept}; shorten it to {max(max_positions - reserved - new_tokens, 0)} tokens or lower "
             "max_new_tokens"
         )
+
+
+def encode_prompts(
+    tokenizer: Any,
+    prompts: Sequence[Prompt | PromptText],
+    rows: int,
+    max_positions: int | None,
+    new_tokens: int,
+    reserved: int = 0,
+    source: str = "",
+) -> list[list[int]]:
+    """Encode prompts for a model, and check that it can read each of them and answer.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompts: texts or messages; of a `PromptText`, what it was made of.
+        rows: ids from there on have no embedding in the model's table.
+        max_positions: as for `check_prompt_fits`.
+        new_tokens: as for `check_prompt_fits`.
+        reserved: as for `check_prompt_fits`.
+        source: follows a prompt's number in messages, for example " of 'prompts.jsonl'".
+
+    Returns:
+        Token ids of each.
+
+    Raises:
+        DataError: naming the prompt that is empty or too long, or holds a token without an embedding.
+    """
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        where = f"prompt {index}{source}"
+        try:
+            ids = encode_prompt(tokenizer, prompt.prompt if isinstance(prompt, PromptText) else prompt)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        check_ids(tokenizer, ids, rows, where)
+        check_prompt_fits(ids, max_positions, new_tokens, index, reserved)
+        encoded.append(ids)
+    return encoded

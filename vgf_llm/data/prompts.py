@@ -29,7 +29,7 @@ from vgf_llm.data.dialogue import (
     split_pair,
     turns_of,
 )
-from vgf_llm.data.encoding import check_prompt_fits, encode_prompt, encode_response, encode_text
+from vgf_llm.data.encoding import check_prompt_fits, encode_prompt, encode_prompts, encode_response, encode_text
 from vgf_llm.data.rows import Place, Row, read_rows
 from vgf_llm.errors import DataError
 from vgf_llm.runs.files import shorten
@@ -39,6 +39,7 @@ __all__ = [
     "Preferences",
     "check_prompt_fits",
     "encode_prompt",
+    "encode_prompts",
     "encode_response",
     "encode_text",
     "load_preferences",

@@ -71,6 +71,11 @@ def full_tensors(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
     return {name: _full(parameters[name]) for name in names}
 
 
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with a prefix, under their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _full(parameter: Any) -> Tensor:
     with contextlib.ExitStack() as stack:
         whole: Tensor = parameter.detach()

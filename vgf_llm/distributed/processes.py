@@ -30,7 +30,12 @@ def leave_process_group() -> None:
 
 
 def of_first(found: Any) -> Any:
-    """Return what the first process found, on every process; called by all of them."""
+    """Return what the first process found, on every process; called by all of them.
+
+    Without a process group the answer is the process's own, and accelerate is not needed.
+    """
+    if not in_process_group():
+        return found
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([found])[0]

@@ -49,7 +49,7 @@ def require_state(folder: Path, engine: str) -> None:
     wanted = next(names for kind, names in _FILES.items() if engine.startswith(kind))
     if not any(any(folder.glob(name)) for name in wanted):
         raise CheckpointError(
-            f"resume_from_checkpoint: '{folder}' holds no optimiser state that engine {engine} reads "
+            f"resume: '{folder}' holds no optimiser state that engine {engine} reads "
             f"({' or '.join(wanted)}); resume under the engine that wrote it"
         )
 
@@ -62,14 +62,17 @@ def save_engine_state(trainer: Trainer, folder: str) -> None:
     """
     from accelerate.utils import DeepSpeedSchedulerWrapper, save_fsdp_optimizer
 
+    model: Any = trainer.model
+    engine: Any = trainer.model_wrapped
+    scheduler: Any = trainer.lr_scheduler
     if trainer.is_deepspeed_enabled:
-        with without_frozen(trainer.model):
-            trainer.model_wrapped.save_checkpoint(folder, exclude_frozen_parameters=True)
+        with without_frozen(model):
+            engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     else:
         plugin = trainer.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, folder)
-    if trainer.args.should_save and not isinstance(trainer.lr_scheduler, DeepSpeedSchedulerWrapper):
-        torch.save(trainer.lr_scheduler.state_dict(), os.path.join(folder, "scheduler.pt"))
+        save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, model, folder)
+    if trainer.args.should_save and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
+        torch.save(scheduler.state_dict(), os.path.join(folder, "scheduler.pt"))
 
 
 @contextlib.contextmanager
@@ -101,6 +104,7 @@ def copy_whole(parameter: nn.Parameter, tensor: Tensor) -> None:
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
+        sharded: Any = parameter
         whole = tensor.to(parameter.device, parameter.dtype)
-        tensor = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        tensor = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
     parameter.copy_(tensor)

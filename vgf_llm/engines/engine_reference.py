@@ -62,7 +62,7 @@ class EngineReference:
         adapter: LoRA that the model is to answer with, by what the engine knows it as.
         stop: Strings that end what is written; a text keeps the token that completes one. Read by what writes a
             response from its start (sampling, the decoder ``prior``), where the engine sees all of it.
-        vocabulary: As for :class:`vgf_llm.text.Reference`.
+        vocabulary: As for :class:`vgf_llm.text.TorchReference`.
 
     Attributes:
         reserved_positions: Of the model's positions, those that no text may take: one, as an engine that reads a text
@@ -126,6 +126,10 @@ class EngineReference:
         order = stray.long().argsort(dim=-1, stable=True)[..., :columns]
         logps = logps.masked_fill(stray, -torch.inf).gather(-1, order)
         return ids.masked_fill(stray, 0).gather(-1, order), logps
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
 
     def prefix(self, prompts: list[list[int]]) -> EnginePrefix:
         """Return B prompts with nothing written after them."""

@@ -26,8 +26,7 @@ from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.evaluation.measures import nll_per_token, non_ascii, repetition
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.particles import GradientSource, exact_gradient, token_spacing
-from vgf_llm.text.protocols import Value
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.protocols import Reference, Value
 from vgf_llm.text.responses import Responses, changed_tokens, concatenate
 from vgf_llm.text.sampler import ReferenceSampler
 

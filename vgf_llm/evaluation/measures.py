@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.protocols import Prefix, Reference
 from vgf_llm.text.responses import Responses
 
 
-def nll_per_token(reference: Reference, prefix: ReferencePrefix, responses: Responses) -> Tensor:
+def nll_per_token(reference: Reference, prefix: Prefix, responses: Responses) -> Tensor:
     """Return -log p(y | x) / T under the untruncated base at temperature 1, in nats per token, [B, N]."""
     total_BN = -reference.logps(prefix, responses).sum(-1)
     return total_BN / responses.lengths_BN.clamp(min=1)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
-
-import torch
 
 from reward_models.functions import load_function, remembered
 from reward_models.secant import stated_fidelity
@@ -20,6 +16,7 @@ from vgf_llm.evaluation.experiment import Experiment, Prompts
 from vgf_llm.evaluation.flops import Sizes
 from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.evaluation.summary import Row, at_equal_cost, differences, summarise
+from vgf_llm.machine.facts import hardware
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.settings.parse import dump
 
@@ -93,16 +90,3 @@ def _at_equal_cost(arms: list[Arm], rows: list[Row]) -> dict[str, Any]:
     """Compare the arms that move responses with best-of-N."""
     best_of = [arm.name for arm in arms if arm.transport.is_none and not arm.is_plain_base]
     return at_equal_cost(rows, best_of, [arm.name for arm in arms if not arm.transport.is_none])
-
-
-def hardware() -> dict[str, Any]:
-    """Return what the numbers were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vgf_llm.errors import require, require_sampling_seed
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.runs.resume import require_resume_rows
 from vgf_llm.settings import BackendSettings, PromptSettings
 
 
@@ -35,21 +36,22 @@ class EvaluateSettings(PromptSettings, BackendSettings):
     """Seed of the first repetition; repetition i uses seed + i."""
     batch_prompts: int = 6
     """Prompts per batch, at least 1."""
-    resume: bool = False
-    """Go on with the rows that output_dir already holds; without it they are an error."""
+    resume: bool | str = False
+    """true continues the rows that output_dir already holds; without it they are an error."""
     record: str | None = None
     """Also write the summary to docs/results/<record>.json and its tables to <record>.md."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
         super().__post_init__()
+        require_resume_rows(self.resume)
         for key in ("draws", "batch_prompts"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         arms = self.all_arms()
         require_sampling_seed("seed", self.seed, max(arm.num_seeds for arm in arms))
         names = [arm.name for arm in arms]
         twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, "arms", twice[:1], "named apart: each name once")
+        require(not twice, "arms", twice[:1], "of unique names")
         for baseline in self.baselines:
             require(baseline in names, "baselines", baseline, f"arms of this run ({', '.join(names)})")
 

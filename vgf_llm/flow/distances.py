@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vgf_llm.flow.kernels import rbf_kernel, squared_distances
+from vgf_llm.flow.shapes import check_shapes
 
 
 def mmd2(x: Tensor, y: Tensor, sigma: float) -> Tensor:
@@ -22,7 +23,11 @@ def mmd2(x: Tensor, y: Tensor, sigma: float) -> Tensor:
 
     Returns:
         MMD^2 [...] in [0, 2].
+
+    Raises:
+        ValueError: The clouds differ in their leading dimensions or in F.
     """
+    _check_clouds(x, y)
 
     def mean_kernel(a: Tensor, b: Tensor) -> Tensor:
         return rbf_kernel(squared_distances(a, b), sigma).mean(dim=(-2, -1))
@@ -59,9 +64,13 @@ def wasserstein2(x_NF: Tensor, y_MF: Tensor) -> float:
 
     Returns:
         The distance >= 0, in the unit of the points.
+
+    Raises:
+        ValueError: The clouds are not two-dimensional, or differ in F.
     """
     import ot
 
+    check_shapes(x_NF=x_NF, y_MF=y_MF)
     cost_NM = squared_distances(x_NF.detach().double(), y_MF.detach().double()).cpu().numpy()
     return math.sqrt(max(float(ot.emd2([], [], cost_NM)), 0.0))
 
@@ -75,8 +84,16 @@ def displacement_in_token_units(delta: Tensor, nearest_token_distance: Tensor | 
 
     Returns:
         Displacements [...] >= 0; from 0.5 on the nearest token can be another one.
+
+    Raises:
+        ValueError: There are distances, but not one per token.
     """
     length: Tensor = delta.norm(dim=-1)
+    if isinstance(nearest_token_distance, Tensor) and nearest_token_distance.shape not in (length.shape, ()):
+        raise ValueError(
+            f"nearest_token_distance must be one number, or one per token {list(length.shape)}, "
+            f"got {list(nearest_token_distance.shape)}"
+        )
     return length / nearest_token_distance
 
 
@@ -92,8 +109,9 @@ def nearest_token_distances(table_VD: Tensor, chunk: int = 1024, rows: Tensor | 
         Distances [M] (or [V]) >= 0; 0 for a duplicated row.
 
     Raises:
-        ValueError: The table has fewer than two rows.
+        ValueError: The table has fewer than two rows, or another rank.
     """
+    check_shapes(table_VD=table_VD)
     V = table_VD.shape[0]
     if V < 2:
         raise ValueError(f"an embedding table needs at least 2 rows to have neighbours, got {V}")
@@ -109,3 +127,8 @@ def nearest_token_distances(table_VD: Tensor, chunk: int = 1024, rows: Tensor | 
         neighbours = scores.argmin(1)
         distances.append((queries - table_VD[neighbours]).norm(dim=1))
     return torch.cat(distances)
+
+
+def _check_clouds(x: Tensor, y: Tensor) -> None:
+    if x.dim() < 2 or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"mmd2 needs clouds [..., N, F] and [..., M, F], got {list(x.shape)} and {list(y.shape)}")

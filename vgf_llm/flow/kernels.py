@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vgf_llm.flow.shapes import check_same_shape, check_shapes
+
 Features = Callable[[Tensor], Tensor]  # particles [B, N, *E] -> features [B, N, F], each particle on its own
 
 
@@ -57,7 +59,11 @@ def median_bandwidth(squared_distances_BNN: Tensor, present_BN: Tensor | None = 
 
     Returns:
         sigma_B > 0.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
+    check_shapes(squared_distances_BNN=squared_distances_BNN, present_BN=present_BN)
     B, N, _ = squared_distances_BNN.shape
     i, j = torch.triu_indices(N, N, offset=1, device=squared_distances_BNN.device)
     pairs_BM = squared_distances_BNN[:, i, j]
@@ -98,7 +104,13 @@ def stein_direction(
 
     Returns:
         phi, shape of `particles`. Entries of padding are not cleared here.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
+    check_same_shape(particles=particles, gradients=gradients)
+    if mask is not None and mask.shape != particles.shape[:-1]:
+        raise ValueError(f"mask must have shape {list(particles.shape[:-1])}, got {list(mask.shape)}")
     B, N = particles.shape[:2]
     present_BN = None if mask is None else mask.reshape(B, N, -1).any(2)
     with torch.enable_grad():

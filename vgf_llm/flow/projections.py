@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vgf_llm.flow.shapes import check_same_shape
+
 Projection = Callable[[Tensor], Tensor]  # particles [B, N, *E] -> particles of the same shape
 
 
@@ -40,12 +42,13 @@ def clip_to_ball(centre: Tensor, radius: float) -> Projection:
         The projection.
 
     Raises:
-        ValueError: radius is negative.
+        ValueError: radius is negative; or, at a call, the particles have another shape than the centre.
     """
     if not radius >= 0:
         raise ValueError(f"clip_to_ball needs radius >= 0, got {radius!r}")
 
     def project(particles: Tensor) -> Tensor:
+        check_same_shape(centre=centre, particles=particles)
         offset = particles - centre
         norm: Tensor = offset.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(offset.dtype).tiny)
         return centre + offset * (radius / norm).clamp(max=1)

@@ -121,6 +121,7 @@ def transport(
     step = make_step(budget, length_unit)
     for index in range(budget.steps):
         values_BN, gradients = value_gradient(x.to(initial.dtype))
+        _check_answer(values_BN, gradients, x)
         gradients = _without_padding(gradients.to(start.dtype), mask)
         gradient_norms.append(_particle_norm(gradients))
         finite_BN = torch.isfinite(gradient_norms[-1]) & torch.isfinite(_without_padding(values_BN, _present(mask)))
@@ -162,6 +163,16 @@ def _checked(particles: Tensor, mask: Tensor | None, length_unit: float) -> Tens
     if mask.shape != particles.shape[:-1]:
         raise ValueError(f"mask must have shape {tuple(particles.shape[:-1])}, got {tuple(mask.shape)}")
     return mask.bool()
+
+
+def _check_answer(values_BN: Tensor, gradients: Tensor, x: Tensor) -> None:
+    """Refuse values or gradients that would broadcast to the particles."""
+    if values_BN.shape != x.shape[:2]:
+        raise ValueError(f"values_BN must have shape {list(x.shape[:2])}, got {list(values_BN.shape)}")
+    if gradients.shape != x.shape:
+        raise ValueError(
+            f"gradients must have the shape of the particles, {list(x.shape)}, got {list(gradients.shape)}"
+        )
 
 
 def _present(mask: Tensor | None) -> Tensor | None:

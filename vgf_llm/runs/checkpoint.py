@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 from vgf_llm.console.screen import say
 from vgf_llm.errors import CheckpointError, ConfigError, OutputError
+from vgf_llm.runs.files import fsync
 from vgf_llm.runs.manifest import MANIFEST_NAME, verify
 from vgf_llm.runs.manifest import write as write_manifest
 
@@ -135,7 +136,7 @@ def publish(staging: str | Path, output_dir: str | Path, step: int, identity: di
     with saving(staging):
         write_manifest(staging, step, identity)
         for path in [*staging.rglob("*"), staging]:
-            _fsync(path)
+            fsync(path)
         if target.exists():
             os.rename(target, aside)
         try:
@@ -143,7 +144,7 @@ def publish(staging: str | Path, output_dir: str | Path, step: int, identity: di
         except OSError:
             _restore_replaced(output_dir)
             raise
-        _fsync(output_dir)
+        fsync(output_dir)
         if aside.exists():
             shutil.rmtree(aside)
         for remains in _hidden(output_dir, "superseded"):
@@ -154,7 +155,7 @@ def publish(staging: str | Path, output_dir: str | Path, step: int, identity: di
 
 def beyond(output_dir: str | Path, step: int) -> list[Path]:
     """Return the checkpoints of later steps than one, oldest first; ``rotate`` would take them for the newest."""
-    return [folder for folder in _published(Path(output_dir)) if _step(folder) > step]
+    return [folder for folder in published(output_dir) if _step(folder) > step]
 
 
 def supersede(folders: list[Path]) -> None:
@@ -171,7 +172,7 @@ def supersede(folders: list[Path]) -> None:
             if aside.exists():
                 shutil.rmtree(aside)
             os.rename(folder, aside)
-            _fsync(folder.parent)
+            fsync(folder.parent)
         except OSError as error:
             raise OutputError(
                 f"checkpoint '{folder}' cannot be set aside ({error.strerror or error}); make '{folder.parent}' "
@@ -192,7 +193,7 @@ def newest_whole(output_dir: str | Path) -> Path | None:
     """
     output_dir = Path(output_dir)
     _restore_replaced(output_dir)
-    for folder in reversed(_published(output_dir)):
+    for folder in reversed(published(output_dir)):
         try:
             verify(folder)
         except CheckpointError as error:
@@ -202,7 +203,7 @@ def newest_whole(output_dir: str | Path) -> Path | None:
     return None
 
 
-def rotate(output_dir: str | Path, limit: int | None) -> list[Path]:
+def rotate(output_dir: str | Path, limit: int | None, spare: str | None = None) -> list[Path]:
     """Delete the oldest published checkpoints beyond a limit, after the newer one is published.
 
     A folder without a manifest was not published here and is left alone. Where none of the kept ones verifies, the
@@ -212,6 +213,7 @@ def rotate(output_dir: str | Path, limit: int | None) -> list[Path]:
     Args:
         output_dir: folder of the run.
         limit: checkpoints to keep (>= 1); None keeps all.
+        spare: name of one that is kept whatever its age, such as that of the best step.
 
     Returns:
         The checkpoints that were deleted, oldest first.
@@ -225,8 +227,9 @@ def rotate(output_dir: str | Path, limit: int | None) -> list[Path]:
     if limit < 1:
         raise ConfigError(f"save_total_limit {limit} is not in range; at least 1, or null to keep all")
     output_dir = Path(output_dir)
-    ours = [folder for folder in _published(output_dir) if (folder / MANIFEST_NAME).exists()]
+    ours = [folder for folder in published(output_dir) if (folder / MANIFEST_NAME).exists()]
     doomed, kept = ours[:-limit], ours[-limit:]
+    doomed = [folder for folder in doomed if folder.name != spare]
     if doomed and not any(_is_whole(folder) for folder in reversed(kept)):
         spared = next((folder for folder in reversed(doomed) if _is_whole(folder)), None)
         doomed = [folder for folder in doomed if folder != spared]
@@ -236,7 +239,7 @@ def rotate(output_dir: str | Path, limit: int | None) -> list[Path]:
             if trash.exists():
                 shutil.rmtree(trash)
             os.rename(folder, trash)
-            _fsync(output_dir)
+            fsync(output_dir)
             shutil.rmtree(trash)
         except OSError as error:
             raise OutputError(
@@ -254,9 +257,9 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _published(output_dir: Path) -> list[Path]:
-    """Folders named checkpoint-<step>, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+def published(output_dir: str | Path) -> list[Path]:
+    """Return the folders named checkpoint-<step>, oldest first; they are not looked into."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=_step)
 
 
@@ -278,15 +281,6 @@ def _restore_replaced(output_dir: Path) -> None:
         if not target.exists():
             with contextlib.suppress(FileNotFoundError):  # another rank was faster
                 os.rename(aside, target)
-
-
-def _fsync(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_failure(error: BaseException) -> str | None:

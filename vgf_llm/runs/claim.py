@@ -74,17 +74,3 @@ def _read_config(path: Path) -> Config:
     if not isinstance(found, dict):
         raise OutputError(f"{path} holds a {type(found).__name__} where settings are expected; name another output_dir")
     return found
-
-
-def check_resumes(wanted: Any, output_dir: str | Path) -> None:
-    """Refuse to resume from a checkpoint folder that does not exist.
-
-    Args:
-        wanted: A folder; ``"last"``, true, false and None name none.
-        output_dir: Where the newest checkpoint is looked for.
-
-    Raises:
-        ConfigError: There is no such folder.
-    """
-    if isinstance(wanted, str) and wanted != "last" and not Path(wanted).is_dir():
-        raise ConfigError(f"resume_from_checkpoint: '{wanted}' is not a folder; name one of those in '{output_dir}'")

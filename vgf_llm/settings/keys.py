@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from vgf_llm.errors import ConfigError
+from vgf_llm.settings.renamed import now_called
 
 _LISTED = 20  # valid keys that a message still names
 
@@ -165,6 +166,8 @@ def check_keys(content: Mapping[Any, Any], hints: Hints, source: str, prefix: st
     """
     for key, value in content.items():
         if key not in hints:
+            if not prefix and (line := now_called(str(key), value, hints)):
+                raise ConfigError(f"{source}: key '{key}' has another name now; write '{line}'")
             raise ConfigError(_unknown(f"{source}: unknown key", f"{prefix}{key}", prefix, hints))
         check_blocks(value, hints[key], source, f"{prefix}{key}")
 
@@ -233,8 +236,10 @@ def complete_flags(argv: Sequence[str], hints: Hints) -> list[str]:
             completed.append(token)
             continue
         key = name[2:].removesuffix("+")
-        hint = flag_hint(key, hints)
         follows = bool(tokens) and not is_flag(tokens[0].partition("=")[0])
+        if key not in hints and (line := now_called(key, value or (tokens[0] if follows else "true"), hints)):
+            raise ConfigError(f"flag '{name}' has another name now; write '--{line.replace(': ', ' ')}'")
+        hint = flag_hint(key, hints)
         if bool in members(hint) and not equals and not follows:
             completed.append(f"{name}=true")
         elif hint is None or not (equals or follows):

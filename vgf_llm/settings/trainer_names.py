@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vgf_llm.errors import ConfigError
+from vgf_llm.settings.renamed import now_called
 
-TRANSLATED = {"resume_from_checkpoint", "trainer_arguments", "warmup_ratio", "save_steps", "eval_steps"}
+TRANSLATED = {"trainer_arguments", "warmup_ratio", "save_steps", "eval_steps"}
 FIXED = {"output_dir", "warmup_steps", "remove_unused_columns"}
 _CHOICES = {  # field: (file, enumeration)
     "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
@@ -117,7 +118,9 @@ def key_of(name: str, own: Collection[str]) -> str:
 
 
 def _check_fields(given: dict[str, Any], own: set[str], known: Collection[str], fixed: Collection[str]) -> None:
-    for name in given:
+    for name, value in given.items():
+        if line := now_called(name, value, own):
+            raise ConfigError(f"trainer_arguments: {name!r} has a key of its own here; write '{line}' beside it")
         if name in own | FIXED | set(fixed):
             raise ConfigError(f"trainer_arguments: {name!r} is set by a key of ours, or is fixed; use that key")
         if name not in known:

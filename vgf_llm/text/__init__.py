@@ -1,4 +1,4 @@
-"""Text as particles: the reference's law, responses and their embeddings, decoders, and the implicit policy."""
+"""Text as particles: the reference's law, responses and their embeddings, and decoders."""
 
 from vgf_llm.text.decoders import (
     BlockDecoder,
@@ -9,9 +9,10 @@ from vgf_llm.text.decoders import (
     PriorDecoder,
 )
 from vgf_llm.text.noise import row_seeds
-from vgf_llm.text.protocols import Decoded, Decoder, Move, Moved, Value, Work
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.protocols import Decoded, Decoder, Move, Moved, Reference, Value, Work
+from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses
+from vgf_llm.text.sampler import ReferenceSampler
 
 __all__ = [
     "BlockDecoder",
@@ -25,7 +26,9 @@ __all__ = [
     "PivotDecoder",
     "PriorDecoder",
     "Reference",
+    "ReferenceSampler",
     "Responses",
+    "TorchReference",
     "Value",
     "Work",
     "row_seeds",

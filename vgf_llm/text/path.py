@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vgf_llm.text.law import Shortlist
-from vgf_llm.text.protocols import Work
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.protocols import Prefix, Reference, Work
 from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import linear_bonus
 
@@ -51,7 +50,7 @@ class Path:
         return Path(law, torch.where(use_BNT, other.own_BNT, self.own_BNT))
 
 
-def path_of(reference: Reference, context: ReferencePrefix, responses: Responses) -> tuple[Path, Work]:
+def path_of(reference: Reference, context: Prefix, responses: Responses) -> tuple[Path, Work]:
     """Return the path of responses and what it cost: nothing where the sampler kept the laws, else one forward."""
     if responses.law is not None:
         law = Shortlist(pad(responses.law.ids, (0, 1)), pad(responses.law.logps, (0, 1), value=-torch.inf))

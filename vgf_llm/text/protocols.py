@@ -1,4 +1,4 @@
-"""The seams of the text pipeline: what a value and a decoder must offer, and what passes between them."""
+"""The seams of the text pipeline: what a reference, a value and a decoder must offer, and what passes between them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,143 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.settings import SamplingSettings
+from vgf_llm.text.choosing import Chooser
+from vgf_llm.text.law import Shortlist
 from vgf_llm.text.responses import Responses
+
+
+class Prefix(Protocol):
+    """R texts in the form that a reference needs them: a prompt each, and what has been written after it."""
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The prompts' ids, one list per text."""
+        ...
+
+    def select(self, rows_R: Tensor) -> Prefix:
+        """Pick texts by index (int64); they may repeat."""
+        ...
+
+
+class Reference(Protocol):
+    """A frozen base model under a sampling law, wherever it runs.
+
+    It gives the law before each token of given responses, their likelihood, and what the model writes when a chooser
+    picks the tokens. :class:`vgf_llm.text.reference.TorchReference` runs it in this process,
+    :class:`vgf_llm.engines.engine_reference.EngineReference` in an engine. A prefix is read by the reference that made
+    it alone.
+    """
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The base model. Its config and its shapes can always be read, its weights in this process alone."""
+        ...
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """Temperature, truncation and length."""
+        ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends a response."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Id for padding, which is told by masks; it may be one of ``eos_ids``."""
+        ...
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens of the tokenizer. Rows of the model's table from there on have probability 0; None: all are tokens."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device that responses and laws are returned on."""
+        ...
+
+    @property
+    def reserved_positions(self) -> int:
+        """Of the model's positions, those that no text may take."""
+        ...
+
+    def prefix(self, prompts: list[list[int]]) -> Prefix:
+        """Prepare B prompts, with nothing written after them."""
+        ...
+
+    def shortlists(self, prefix: Any, responses: Responses, sampling: SamplingSettings | None = None) -> Shortlist:
+        """Return the law at every position of the responses, with the response's own token on the list.
+
+        Args:
+            prefix: The prompts of ``responses``.
+            responses: N responses to each of the B prompts.
+            sampling: Another law than the reference's own, for instance a wider top-k.
+
+        Returns:
+            A shortlist of shape [B*N, T, K + 1].
+        """
+        ...
+
+    def logps(self, prefix: Any, responses: Responses) -> Tensor:
+        """Return the log-probability of every token under the untruncated model at temperature 1, [B, N, T].
+
+        Padding is 0.
+        """
+        ...
+
+    def write(self, prefix: Any, num_particles: int, choose: Chooser) -> Responses:
+        """Write responses token by token, as ``choose`` picks.
+
+        Args:
+            prefix: B prompts.
+            num_particles: N responses per prompt; rows are ordered ``b * N + n``.
+            choose: Picks the next token of every row, all at one position.
+
+        Returns:
+            Responses of at most ``sampling.max_new_tokens`` tokens, ended by the first EOS.
+        """
+        ...
+
+    def extend(
+        self, rows: Any, positions: range, choose: Chooser, done_R: Tensor | None = None
+    ) -> tuple[Tensor, Prefix]:
+        """Write more tokens after rows; stops early where all have ended.
+
+        Args:
+            rows: R texts; left as they are.
+            positions: Places in the response that the tokens go to.
+            choose: Picks the next token of every row, all at one position.
+            done_R: bool, rows that have ended before; none when not given.
+
+        Returns:
+            The tokens [R, at most len(positions)], padding after an EOS, and the rows with them.
+        """
+        ...
+
+    def rewrite(self, prefix: Any, responses: Responses, keep_BN: Tensor, choose: Chooser) -> Responses:
+        """Keep the first tokens of each response and write the rest anew.
+
+        Args:
+            prefix: The prompts of ``responses``.
+            responses: B x N responses.
+            keep_BN: int64, tokens kept of each, from 0 to its length - 1.
+            choose: Picks the next token of every row; rows stand at different positions.
+
+        Returns:
+            Responses of at most ``sampling.max_new_tokens`` tokens, ended by the first EOS.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what runs the model outside this process, if anything does."""
+        ...
 
 
 class Value(Protocol):

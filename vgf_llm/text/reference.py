@@ -1,4 +1,4 @@
-"""The reference: a frozen causal language model together with the law that its responses are drawn from.
+"""The reference in this process: a frozen causal language model with the law that its responses are drawn from.
 
 It answers three questions and does nothing else: which logits stand before each token of given responses (one parallel
 forward), how probable those responses are, and what it writes when somebody else chooses the token at each step.
@@ -31,7 +31,7 @@ _LOGITS_PER_FORWARD = 2**25  # numbers that a parallel forward may return at onc
 
 
 @dataclass(frozen=True)
-class ReferencePrefix:
+class TorchPrefix:
     """Prompts as the reference needs them: all but their last token as keys and values, and that token.
 
     Attributes:
@@ -44,14 +44,14 @@ class ReferencePrefix:
     last_token_B: Tensor
     prompts: list[list[int]]
 
-    def select(self, rows_R: Tensor) -> ReferencePrefix:
+    def select(self, rows_R: Tensor) -> TorchPrefix:
         """Pick prompts by index (int64); they may repeat."""
         prompts = [self.prompts[row] for row in rows_R.tolist()]
-        return ReferencePrefix(self.prefix.select(rows_R), self.last_token_B[rows_R], prompts)
+        return TorchPrefix(self.prefix.select(rows_R), self.last_token_B[rows_R], prompts)
 
 
-class Reference:
-    """A frozen base model under a sampling law.
+class TorchReference:
+    """A frozen base model of transformers under a sampling law; see :class:`vgf_llm.text.protocols.Reference`.
 
     Args:
         model: Causal language model; only read.
@@ -80,23 +80,26 @@ class Reference:
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.vocabulary = vocabulary
-        self._last_prefix: ReferencePrefix | None = None
+        self._last_prefix: TorchPrefix | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.model.device
 
-    def prefix(self, prompts: list[list[int]]) -> ReferencePrefix:
+    def close(self) -> None:
+        """Nothing runs outside this process; see :class:`vgf_llm.text.protocols.Reference`."""
+
+    def prefix(self, prompts: list[list[int]]) -> TorchPrefix:
         """Run B prompts once; asked for the same prompts again, as sampler and decoder do, it gives the same prefix."""
         if self._last_prefix is None or self._last_prefix.prompts != prompts:
             last_token_B = torch.tensor([prompt[-1] for prompt in prompts], device=self.device)
             prefix = compute_prefix(decoder_of(self.model), prompts, self.pad_id)
-            self._last_prefix = ReferencePrefix(prefix.without_last(), last_token_B, prompts)
+            self._last_prefix = TorchPrefix(prefix.without_last(), last_token_B, prompts)
         return self._last_prefix
 
     def shortlists(
-        self, prefix: ReferencePrefix, responses: Responses, sampling: SamplingSettings | None = None
+        self, prefix: TorchPrefix, responses: Responses, sampling: SamplingSettings | None = None
     ) -> Shortlist:
         """Return the law at every position of the responses, with the response's own token on the list.
 
@@ -118,7 +121,7 @@ class Reference:
             logps.append(shortlist.logps)
         return Shortlist(torch.cat(ids), torch.cat(logps))
 
-    def logps(self, prefix: ReferencePrefix, responses: Responses) -> Tensor:
+    def logps(self, prefix: TorchPrefix, responses: Responses) -> Tensor:
         """Return the log-probability of every token under the untruncated model at temperature 1, [B, N, T].
 
         Padding is 0.
@@ -130,7 +133,7 @@ class Reference:
         return torch.cat(parts).view(responses.tokens_BNT.shape)
 
     @torch.no_grad()
-    def _forwards(self, prefix: ReferencePrefix, responses: Responses):  # noqa: ANN202 - a generator of three tensors
+    def _forwards(self, prefix: TorchPrefix, responses: Responses):  # noqa: ANN202 - a generator of three tensors
         """Yield (logits_RTV, tokens_RT, mask_RT) for a few rows at a time: R*T*V numbers never stand together."""
         n = responses.tokens_BNT.shape[1]
         tokens_RT, mask_RT = responses.tokens_BNT.flatten(0, 1), responses.mask_BNT.flatten(0, 1)
@@ -151,7 +154,7 @@ class Reference:
             yield logits_RTV, tokens_RT[rows], mask_RT[rows]
 
     @torch.no_grad()
-    def write(self, prefix: ReferencePrefix, num_particles: int, choose: ChooseToken) -> Responses:
+    def write(self, prefix: TorchPrefix, num_particles: int, choose: ChooseToken) -> Responses:
         """Write responses token by token; ``choose`` picks each token from the reference's logits.
 
         Args:
@@ -171,8 +174,8 @@ class Reference:
 
     @torch.no_grad()
     def extend(
-        self, rows: ReferencePrefix, positions: range, choose: ChooseToken, done_R: Tensor | None = None
-    ) -> tuple[Tensor, ReferencePrefix]:
+        self, rows: TorchPrefix, positions: range, choose: ChooseToken, done_R: Tensor | None = None
+    ) -> tuple[Tensor, TorchPrefix]:
         """Write more tokens after rows; stops early where all have ended.
 
         Args:
@@ -203,12 +206,10 @@ class Reference:
             if bool(done_R.all()):
                 break
         prefix = PromptPrefix.of(cache, mask_RS.bool())
-        return torch.stack(written, 1), ReferencePrefix(prefix, token_R, rows.prompts)
+        return torch.stack(written, 1), TorchPrefix(prefix, token_R, rows.prompts)
 
     @torch.no_grad()
-    def rewrite(
-        self, prefix: ReferencePrefix, responses: Responses, keep_BN: Tensor, choose: ChooseNextToken
-    ) -> Responses:
+    def rewrite(self, prefix: TorchPrefix, responses: Responses, keep_BN: Tensor, choose: ChooseNextToken) -> Responses:
         """Keep the first tokens of each response and write the rest anew.
 
         One parallel forward over what is kept, then one token at a time. In between, the rows are moved to the right

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vgf_llm.text.choosing import Draws
 from vgf_llm.text.law import Shortlist
-from vgf_llm.text.reference import Reference
+from vgf_llm.text.protocols import Reference
 from vgf_llm.text.responses import Responses
 
 _KEPT_COLUMNS = 512  # a longer shortlist is not kept: 12 bytes a column and token
@@ -33,7 +33,7 @@ class ReferenceSampler:
     """Draws where the reference runs: a model of transformers in this process, or an engine.
 
     Args:
-        reference: The frozen base model and its law (:class:`vgf_llm.engines.engine_reference.EngineReference` too).
+        reference: The frozen base model and its law.
     """
 
     def __init__(self, reference: Reference) -> None:

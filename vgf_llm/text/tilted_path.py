@@ -15,14 +15,13 @@ from torch.nn.functional import pad
 
 from vgf_llm.text.choosing import RowPlan, law_rule
 from vgf_llm.text.law import Shortlist, truncate
-from vgf_llm.text.protocols import Move, Work
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.protocols import Move, Prefix, Reference, Work
 from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import calibrate_multiplier, linear_bonus
 from vgf_llm.text.tilted_step import DraftTokens, TiltedRows, TiltOptions, tilted_token
 
 
-def laws_of(reference: Reference, context: ReferencePrefix, responses: Responses) -> tuple[Shortlist, Work]:
+def laws_of(reference: Reference, context: Prefix, responses: Responses) -> tuple[Shortlist, Work]:
     """Return the laws [R, T, K] of responses and what they cost: one parallel forward where the sampler kept none."""
     law, work = responses.law, Work.none(len(responses.prompts))
     if law is None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers import TrainerState
 
 from vgf_llm.console.screen import say
 from vgf_llm.runs.checkpoint import writing
-from vgf_llm.training.saving import VALUE_FOLDER
+from vgf_llm.training.checkpoints import VALUE_FOLDER, Checkpoints
 from vgf_llm.training.settings import OptimSettings
-
-if TYPE_CHECKING:
-    from vgf_llm.training.trainer import VGFTrainer
 
 _RESULT = ("adapter_*", "model*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "README.md")
 
@@ -24,27 +20,27 @@ def finished(checkpoint: str, optim: OptimSettings) -> bool:
 
     transformers would take one more step from there, at a learning rate beyond its schedule.
     """
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    state: TrainerState = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     steps = optim.max_steps
     if steps < 0:  # as many as the checkpoint's run was to take, in proportion to the epochs
         steps = round(state.max_steps * optim.num_train_epochs / state.num_train_epochs)
-    return state.global_step >= steps
+    return bool(state.global_step >= steps)
 
 
-def take_result(trainer: VGFTrainer, checkpoint: str) -> TrainerState:
+def take_result(checkpoints: Checkpoints, checkpoint: str) -> TrainerState:
     """Copy a finished run's policy and value from its last checkpoint to its output folder; returns its state.
 
     Raises:
         OutputError: The folder cannot be written.
     """
-    source, target = Path(checkpoint), Path(trainer.args.output_dir)
-    state = TrainerState.load_from_json(str(source / "trainer_state.json"))
-    if trainer.is_world_process_zero():
+    source, target = Path(checkpoint), checkpoints.output_dir
+    state: TrainerState = TrainerState.load_from_json(str(source / "trainer_state.json"))
+    if checkpoints.is_first:
         say(f"'{source}' is of the last step: nothing is left to train; raise max_steps to go on")
         with writing("the result", target, "make room, and call this again"):
             for path in sorted({path for pattern in _RESULT for path in source.glob(pattern)}):
                 shutil.copy2(path, target / path.name)
             if (source / VALUE_FOLDER).is_dir():
                 shutil.copytree(source / VALUE_FOLDER, target / VALUE_FOLDER, dirs_exist_ok=True)
-    trainer.accelerator.wait_for_everyone()
+    checkpoints.accelerator.wait_for_everyone()
     return state

@@ -16,11 +16,12 @@ from vgf_llm.distributed.shards import engine_name
 from vgf_llm.models.loading import fingerprint
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.settings.parse import dump
+from vgf_llm.training.policy_models import PolicyModels
 from vgf_llm.training.rollout import PromptRow
 from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings
 
 if TYPE_CHECKING:
-    from vgf_llm.training.trainer import VGFTrainer
+    from accelerate import Accelerator
 
 _OPTIM = (
     "learning_rate",
@@ -52,7 +53,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return what a checkpoint is a checkpoint of: model, data, rewards, method, optimisation, processes.
 
-    `identity_of_trainer` adds what is known once the trainer is there.
+    `identity_of_models` adds what is known once the models are prepared.
     """
     rows = json.dumps([[row.index, row.ids] for row in prompts])
     tokens = fingerprint(tokenizer)
@@ -72,13 +73,13 @@ def identity_of(
     }
 
 
-def identity_of_trainer(trainer: VGFTrainer) -> dict[str, Any]:
+def identity_of_models(models: PolicyModels, accelerator: Accelerator) -> dict[str, Any]:
     """Return the engine, the precision it computes in, and a digest of the base's weights, which must be whole."""
-    with trainer.models.reference() as base:
+    with models.reference() as base:
         named = [(name, p) for name, p in base.named_parameters() if "lora_" not in name]
     return {
-        "engine": engine_name(trainer.accelerator),
-        "mixed_precision": str(trainer.accelerator.mixed_precision),
+        "engine": engine_name(accelerator),
+        "mixed_precision": str(accelerator.mixed_precision),
         "weights": weights_digest(named),
     }
 

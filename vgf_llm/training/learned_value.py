@@ -7,7 +7,6 @@ network of Value Gradient Flow, arXiv 2604.14265, in its discrete form): a flow 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from reward_models.loading import reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import SecantHead, save_secant_head, secant_gradient
-from reward_models.secant_online import secant_rows
+from reward_models.secant_online import SecantRows, secant_rows
 from reward_models.value_losses import secant_loss, td_lambda_targets, value_loss
 from reward_models.value_model import EmaTarget
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.responses import Responses
-from vgf_llm.training.rollout import Rollout, policy_rows, value_rows
+from vgf_llm.training.batch import Counts, TrainBatch, ValueBatch, policy_rows
+from vgf_llm.training.rollout import Rollout
 from vgf_llm.training.settings import LearnedValueSettings
 
 _HEADS = {"head", "skip_head"}
@@ -62,11 +62,11 @@ class LearnedValue:
         """Return what the flow climbs, and where its direction comes from."""
         return self.reward_model, exact_gradient if self.secant is None else secant_gradient(self.secant)
 
-    def value_batch(self, rollout: Rollout) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the pool as the value takes it with TD(lambda) targets, and what its loss is divided by."""
+    def value_batch(self, rollout: Rollout) -> ValueBatch:
+        """Return the pool as the value takes it, with TD(lambda) targets."""
         pool, rewards_BM = rollout.pool, rollout.all_rewards_BM
         rows = policy_rows(pool, torch.ones_like(rewards_BM, dtype=torch.bool))
-        inputs, mask_RT = value_rows(rows), rows["mask"]
+        inputs, mask_RT = rows.value_inputs, rows.mask_RT
         values_RS = self.target.call(self.model, **inputs, token_level=True)
         values_BMT1 = values_RS[:, -mask_RT.shape[1] - 1 :].view(*rewards_BM.shape, -1)
         values_BM = values_BMT1.gather(-1, pool.lengths_BN.unsqueeze(-1)).squeeze(-1)
@@ -76,44 +76,41 @@ class LearnedValue:
             values_BMT1.flatten(0, 1), rewards_BM.flatten(), mask_RT, self.settings.td_lambda, prompt_targets_R
         )
         mask_RT1 = torch.nn.functional.pad(mask_RT, (1, 0), value=True)
-        batch = {"value_inputs": inputs, "value_targets": targets_RT1, "value_mask": mask_RT1}
-        return batch, {"value": mask_RT1.sum().float()}
+        return ValueBatch(inputs, targets_RT1, mask_RT1)
 
-    def secant_batch(
-        self, responses: Responses, law: Shortlist, seeds_BN: Tensor
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return exact changes that the secant head learns from, and what its loss is divided by.
+    def secant_batch(self, head: SecantHead, responses: Responses, law: Shortlist, seeds_BN: Tensor) -> SecantRows:
+        """Return exact changes that the secant head learns from.
 
         Args:
+            head: The secant head.
             responses: B x N originals.
             law: Their tokens' shortlists, [..., T, K].
             seeds_BN: Of the substitutions drawn.
         """
-        rows = secant_rows(
-            self.reward_model, responses, law, seeds_BN, self.settings.secant_substitutions, self.secant.base
-        )
-        batch = {f"secant_{name}": tensor for name, tensor in vars(rows).items()}
-        return batch, {"secant": rows.mask_RS.sum().float()}
+        return secant_rows(self.reward_model, responses, law, seeds_BN, self.settings.secant_substitutions, head.base)
 
     def loss(
-        self, values_RS: Tensor, directions_RSD: Tensor | None, inputs: dict[str, Any], counts: dict[str, Tensor]
+        self, values_RS: Tensor, directions_RSD: Tensor | None, batch: TrainBatch, counts: Counts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the value's loss, with the secant head's where there is one, and their metrics by full name.
 
         Args:
-            values_RS: Token-level values of ``value_inputs``, with a graph.
-            directions_RSD: The secant head's answer to ``secant_features_RSF``, with a graph.
-            inputs: Of :meth:`value_batch` and :meth:`secant_batch`.
+            values_RS: Token-level values of the batch's value inputs, with a graph.
+            directions_RSD: The secant head's answer to the batch's features, with a graph.
+            batch: Holds what :meth:`value_batch` and :meth:`secant_batch` gave.
             counts: What the losses are divided by.
+
+        Raises:
+            ValueError: The batch holds nothing for a value.
         """
-        mask_RT1 = inputs["value_mask"]
-        values_RT1 = values_RS[:, -mask_RT1.shape[1] :]
-        loss, metrics = value_loss(
-            values_RT1, inputs["value_targets"], mask_RT1, self.settings.expectile, counts["value"]
-        )
-        if directions_RSD is not None:
-            names = ("steps_RSD", "targets_RS", "known_RS", "mask_RS")
-            part, more = secant_loss(directions_RSD, *(inputs[f"secant_{name}"] for name in names), counts["secant"])
+        if batch.value is None:
+            raise ValueError("a learned value needs targets; the batch holds none")
+        value, secant = batch.value, batch.secant
+        values_RT1 = values_RS[:, -value.mask_RT1.shape[1] :]
+        loss, metrics = value_loss(values_RT1, value.targets_RT1, value.mask_RT1, self.settings.expectile, counts.value)
+        if directions_RSD is not None and secant is not None:
+            rest = (secant.steps_RSD, secant.targets_RS, secant.known_RS, secant.mask_RS)
+            part, more = secant_loss(directions_RSD, *rest, counts.secant)
             loss, metrics = loss + part, metrics | more
         return loss, {f"value/{name}": value for name, value in metrics.items()}
 

@@ -7,60 +7,46 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from transformers import TrainerCallback
+from typing import TYPE_CHECKING
 
 from vgf_llm.runs.files import write_json_atomic
+from vgf_llm.training.metrics import MetricSums
+from vgf_llm.training.transformers_internals import LossSums
 
 if TYPE_CHECKING:
-    from vgf_llm.training.trainer import VGFTrainer
+    from accelerate import Accelerator
 
 
-def save_log_state(trainer: VGFTrainer, folder: str | Path) -> None:
+def save_log_state(folder: str | Path, accelerator: Accelerator, metrics: MetricSums, losses: LossSums) -> None:
     """Write this process's sums since the last log line into a checkpoint.
 
     Raises:
         OutputError: The file cannot be written.
     """
     state = {
-        "processes": trainer.accelerator.num_processes,
-        "metrics": trainer.metrics.state_dict(),
-        "loss": trainer._tr_loss.item(),
-        "logged_loss": trainer._total_loss_scalar,
-        "logged_step": trainer._globalstep_last_logged,
+        "processes": accelerator.num_processes,
+        "metrics": metrics.state_dict(),
+        "loss": losses.loss,
+        "logged_loss": losses.logged_loss,
+        "logged_step": losses.logged_step,
     }
-    write_json_atomic(_path(trainer, folder), state)
+    write_json_atomic(_path(folder, accelerator), state)
 
 
-class GoesOnLogging(TrainerCallback):
-    """Gives a trainer the sums of a checkpoint back when training begins, which is when the Trainer sets its own to 0.
+def load_log_state(folder: str | Path, accelerator: Accelerator, metrics: MetricSums) -> LossSums | None:
+    """Give figures their sums of a checkpoint back, and return those of the loss.
 
     Nothing is given back to another number of processes, whose shares would be others.
-
-    Args:
-        trainer: Goes on.
-        folder: Of the checkpoint.
     """
-
-    def __init__(self, trainer: VGFTrainer, folder: str | Path) -> None:
-        self.trainer = trainer
-        self.path = _path(trainer, folder)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read them, once."""
-        trainer = self.trainer
-        trainer.remove_callback(self)
-        if not self.path.is_file():
-            return
-        saved = json.loads(self.path.read_text())
-        if saved["processes"] != trainer.accelerator.num_processes:
-            return
-        trainer.metrics.load_state_dict(saved["metrics"])
-        trainer._tr_loss.fill_(saved["loss"])
-        trainer._total_loss_scalar = saved["logged_loss"]
-        trainer._globalstep_last_logged = saved["logged_step"]
+    path = _path(folder, accelerator)
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text())
+    if saved["processes"] != accelerator.num_processes:
+        return None
+    metrics.load_state_dict(saved["metrics"])
+    return LossSums(saved["loss"], saved["logged_loss"], saved["logged_step"])
 
 
-def _path(trainer: VGFTrainer, folder: str | Path) -> Path:
-    return Path(folder) / f"log_state_{trainer.accelerator.process_index}.json"
+def _path(folder: str | Path, accelerator: Accelerator) -> Path:
+    return Path(folder) / f"log_state_{accelerator.process_index}.json"

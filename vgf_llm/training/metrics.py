@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from vgf_llm.flow.kernels import squared_distances
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
 from vgf_llm.training.rollout import Rollout
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class MetricSums:
@@ -47,7 +50,7 @@ class MetricSums:
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def update(self, metrics: dict[str, Tensor | float]) -> None:
+    def update(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Add several."""
         for name, values in metrics.items():
             self.add(name, values)
@@ -75,7 +78,7 @@ class MetricSums:
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self._totals = set(state["totals"])
 
-    def means(self, accelerator) -> dict[str, float]:  # noqa: ANN001 - an accelerate.Accelerator
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the means over all processes, and start anew; called by all of them."""
         names = sorted(self._sums)
         table = torch.tensor(

@@ -1,6 +1,6 @@
-"""What a trainer logs: beside each rollout's own figures, likelihoods, distances and samples of the policy itself.
+"""What a log line holds beside each rollout's own figures: likelihoods, distances and samples of the policy itself.
 
-A mixin for transformers' Trainer. What costs a forward is done only in the steps that end in a log line.
+What costs a forward is done only in the steps that end in a log line.
 """
 
 from __future__ import annotations
@@ -8,53 +8,79 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vgf_llm.console.progress import Bar, duration
 from vgf_llm.console.screen import say
+from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.text.protocols import Value
-from vgf_llm.training.metrics import flow_metrics, kl_estimate, nll_a_token, peak_memory_gib
+from vgf_llm.training.journal import Journal
+from vgf_llm.training.laws import Laws, sample
+from vgf_llm.training.metrics import MetricSums, flow_metrics, kl_estimate, nll_a_token, peak_memory_gib
+from vgf_llm.training.rewards import Rewards
 from vgf_llm.training.rollout import Rollout
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainerState, TrainingArguments
 
 _POLICY_STREAM = 0x50  # the policy's own samples, drawn for the log
 _KINDS = ("original", "transported", "policy")
 _OWN_SAMPLES = 2  # of these per prompt, for rewards and for the KL: with four, a log line took as long as two steps
 
 
-class Observes:
-    """Measures and logs; expects the attributes of `VGFTrainer`."""
+class Observer:
+    """Measures what a log line is to hold, and writes it.
 
-    logged_at: float = 0.0
-    """When the last line was written, or training began, by `time.perf_counter`."""
+    Args:
+        laws: The run's distributions.
+        rewards: What responses are scored by.
+        budget: Training budget of the transport.
+        metrics: Figures since the last line.
+        journal: The files of the run.
+        accelerator: Of the run's processes.
 
-    @property
-    def logs_this_step(self) -> bool:
-        """Whether the step under way ends in a log line."""
-        step = self.state.global_step + 1
-        wanted = step % self.args.logging_steps == 0 or (self.args.logging_first_step and step == 1)
-        return wanted or step >= self.state.max_steps
+    Attributes:
+        logged_at: When the last line was written, or training began, by `time.perf_counter`.
+    """
+
+    def __init__(
+        self,
+        laws: Laws,
+        rewards: Rewards,
+        budget: TransportBudget,
+        metrics: MetricSums,
+        journal: Journal,
+        accelerator: Accelerator,
+    ) -> None:
+        self.laws, self.rewards, self.budget = laws, rewards, budget
+        self.metrics, self.journal, self.accelerator = metrics, journal, accelerator
+        self.logged_at = 0.0
 
     @torch.no_grad()
-    def observe(self, rollout: Rollout, value: Value) -> None:
+    def observe(self, rollout: Rollout, value: Value, step: int) -> None:
         """Add what a log line needs beside the rollout: likelihoods, distances, and the policy's own samples.
 
         Rewards are of samples under the run's sampling law, as users will draw them; the KL is of samples of the
         untruncated policy at temperature 1, without which its estimate would be biased.
+
+        Args:
+            rollout: Of this step.
+            value: What its flow climbed.
+            step: Optimiser steps done.
         """
         started = time.perf_counter()
         prompts, sums = rollout.prompts, self.metrics
-        seeds_BN = self.seeds(prompts, _POLICY_STREAM)[:, :_OWN_SAMPLES]
-        own = self.sample(self.law_of(self.models.policy_lm), prompts, seeds_BN)
-        whole = dataclasses.replace(self.sampling, temperature=1.0, top_k=0, top_p=1.0)
-        law = self.law_of(self.models.policy_lm, whole)
-        free = self.sample(law, prompts, seeds_BN)
+        seeds_BN = self.laws.seeds(prompts, step, _POLICY_STREAM)[:, :_OWN_SAMPLES]
+        own = sample(self.laws.policy(), prompts, seeds_BN)
+        law = self.laws.policy(dataclasses.replace(self.laws.sampling, temperature=1.0, top_k=0, top_p=1.0))
+        free = sample(law, prompts, seeds_BN)
         free_logps_BNT = law.logps(law.prefix(free.prompts), free)
         outcome = rollout.outcome
         parts = {"original": outcome.originals, "transported": outcome.transported, "policy": own, "free": free}
-        with self.models.reference() as base:
-            law = self.law_of(base)
+        with self.laws.reference() as law:
             prefix = law.prefix(own.prompts)
             logps = {name: law.logps(prefix, part) for name, part in parts.items()}
         kl_BN = kl_estimate(free_logps_BNT, logps.pop("free"))
@@ -64,25 +90,40 @@ class Observes:
         sums.total("policy/kl_samples", kl_BN.numel())
         for name, values_BN in self.rewards([prompt.text for prompt in prompts], own).items():
             sums.add(f"{name}/policy", values_BN)
-        sums.update(flow_metrics(rollout, value, self.method.budget))
-        self.journal.completions(rollout, self.state.global_step + 1)
+        sums.update(flow_metrics(rollout, value, self.budget))
+        self.journal.completions(rollout, step + 1)
         sums.add("seconds/observe", time.perf_counter() - started)
 
-    def largest(self, value: float) -> float:
+    def write_line(self, logs: dict[str, float], step: int, epoch: float | None) -> None:
+        """Add the means since the last line over all processes to a line of losses, and write metrics.jsonl.
+
+        Called by all processes.
+
+        Args:
+            logs: The Trainer's own figures; added to in place. One without a loss is no line of a step, and stays.
+            step: Optimiser steps done.
+            epoch: Passes over the prompts done.
+        """
+        if "loss" not in logs:
+            return
+        metrics = self.metrics.means(self.accelerator)
+        now = time.perf_counter()
+        metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / (now - self.logged_at)
+        self.logged_at = now
+        metrics["peak_memory_gib"] = self._largest(peak_memory_gib())
+        logs |= {name: round(value, 5) for name, value in metrics.items()}
+        self.journal.metrics(step, epoch, logs)
+
+    def _largest(self, value: float) -> float:
         """Return the largest value of all processes."""
         return float(self.accelerator.gather(torch.tensor([value], device=self.accelerator.device)).max())
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means since the last line over all processes; write metrics.jsonl."""
-        if "loss" in logs:
-            metrics = self.metrics.means(self.accelerator)
-            now = time.perf_counter()
-            metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / (now - self.logged_at)
-            self.logged_at = now
-            metrics["peak_memory_gib"] = self.largest(peak_memory_gib())
-            logs |= {name: round(value, 5) for name, value in metrics.items()}
-            self.journal.metrics(self.state.global_step, self.state.epoch, logs)
-        super().log(logs, start_time)  # type: ignore[misc]
+
+def ends_in_log_line(args: TrainingArguments, state: TrainerState) -> bool:
+    """Return whether the step under way ends in a log line."""
+    step = state.global_step + 1
+    wanted = step % args.logging_steps == 0 or (args.logging_first_step and step == 1)
+    return bool(wanted or step >= state.max_steps)
 
 
 def bar_figures(logs: Mapping[str, float]) -> dict[str, float | str]:

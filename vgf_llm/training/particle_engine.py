@@ -16,36 +16,74 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from vgf_llm.distributed.gather import full_tensors
+from vgf_llm.distributed.gather import full_tensors, under
 from vgf_llm.distributed.processes import of_first
 from vgf_llm.engines.engine import EngineRequest, EngineText, TakesWeights
 from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.errors import ConfigError
 from vgf_llm.models.architecture import max_positions
+from vgf_llm.models.base import LoadedBase
 from vgf_llm.runs.checkpoint import writing
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.training.saving import under
+from vgf_llm.training.metrics import MetricSums
+from vgf_llm.training.policy_models import PolicyModels
 from vgf_llm.training.settings import PolicySettings, VGFSettings
 from vgf_llm.training.sync_proof import require_sync, sync_bound, sync_distance
 
 if TYPE_CHECKING:
-    from vgf_llm.training.trainer import VGFTrainer
+    from accelerate import Accelerator
 
 PUSHED_FOLDER = ".pushed"
-EngineStart = Callable[[Tensor], TakesWeights]
-"""Starts an engine, given the input embeddings that particles live in."""
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """The run that an engine is for.
+
+    Attributes:
+        models: Policy and reference.
+        base: Tokenizer and ids of the base model.
+        table_VD: Input embeddings that particles live in.
+        metrics: Gets the distance between the engine's weights and the trainer's.
+        accelerator: Of the run's processes.
+        output_dir: Folder of the run.
+        longest_prompt_tokens: Of the training prompts.
+    """
+
+    models: PolicyModels
+    base: LoadedBase
+    table_VD: Tensor
+    metrics: MetricSums
+    accelerator: Accelerator
+    output_dir: Path
+    longest_prompt_tokens: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return bool(self.accelerator.is_main_process)
 
 
 class ParticleEngine:
-    """An engine with a trainer's policy or reference in it.
+    """An engine with a run's policy or reference in it.
 
     Args:
-        trainer: Whose weights they are.
+        run: Whose weights they are.
+        method: Says which of them, and whether they are proved.
+        sampling: The distribution of responses.
         start: Starts the engine.
         dtype: Of the engine's parameters.
         adapter: LoRA that the base model is, by what the engine knows it as.
@@ -54,42 +92,55 @@ class ParticleEngine:
         EngineError: It does not start.
     """
 
-    def __init__(self, trainer: VGFTrainer, start: EngineStart, dtype: str, adapter: str | None = None) -> None:
-        self.trainer, self.dtype = trainer, dtype
-        self.runs_policy = trainer.method.particles_from == "policy"
-        self.shared = trainer.method.engine.url is not None
-        self.folder = Path(trainer.args.output_dir).resolve() / PUSHED_FOLDER
-        self._run = of_first(uuid.uuid4().hex[:8])  # a folder of an earlier run is never taken for one of this
+    def __init__(
+        self,
+        run: EngineRun,
+        method: VGFSettings,
+        sampling: SamplingSettings,
+        start: Callable[[], TakesWeights],
+        dtype: str,
+        adapter: str | None = None,
+    ) -> None:
+        self.run, self.dtype = run, dtype
+        self.runs_policy, self.proves = method.particles_from == "policy", method.sync_check
+        self.shared = method.engine.url is not None
+        self.folder = run.output_dir.resolve() / PUSHED_FOLDER
+        self._run_id = of_first(uuid.uuid4().hex[:8])  # a folder of an earlier run is never taken for one of this
         self._pushed: Path | None = None
+        self._step = 0
         self._unproved = False
         self._clear()
-        value, _ = trainer.flow_value()
         # Made first: nothing is to fail between the start of an engine and where it is closed.
         self.law = EngineReference(
             None,
-            trainer.models.policy_lm,
-            trainer.sampling,
-            trainer.eos_ids,
-            trainer.pad_id,
-            trainer.args.device,
+            run.models.policy_lm,
+            sampling,
+            run.base.eos_ids,
+            run.base.pad_id,
+            run.device,
             adapter,
-            vocabulary=trainer.vocabulary,
+            vocabulary=run.base.vocabulary,
         )
         self.law.on_written = self._prove
-        with _own_gpu(trainer):
-            self.engine = self.law.engine = start(value.embedding_table_VD)
+        with _own_gpu(run.device, run.accelerator.num_processes):
+            self.engine = self.law.engine = start()
 
-    def begin_step(self) -> None:
+    def begin_step(self, model: nn.Module, step: int) -> None:
         """Give the engine the weights of now, where they are the policy's; what it writes next is proved.
 
         Called by all processes, with whole weights.
 
+        Args:
+            model: The `PolicyAndValue` without its wrapper.
+            step: Optimiser steps done.
+
         Raises:
             EngineError: It does not take them.
         """
+        self._step = step
         if self.runs_policy:
-            self._push()
-        self._unproved = self.trainer.method.sync_check
+            self._push(model)
+        self._unproved = self.proves
 
     def close(self) -> None:
         """Stop the engine and remove what was pushed."""
@@ -98,69 +149,51 @@ class ParticleEngine:
         finally:
             self._clear()
 
-    def _push(self) -> None:
-        trainer, before = self.trainer, self._pushed
-        folder = self.folder / f"{self._run}-{trainer.state.global_step}"
+    def _push(self, model: nn.Module) -> None:
+        run, before = self.run, self._pushed
+        folder = self.folder / f"{self._run_id}-{self._step}"
         if folder == before:
             return
         self._pushed = folder
-        names = [name for name, p in trainer.model.named_parameters() if p.requires_grad and name.startswith("policy.")]
-        tensors = under(full_tensors(trainer.model, names), "policy.")
-        if trainer.args.should_save:
+        names = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("policy.")]
+        tensors = under(full_tensors(model, names), "policy.")
+        if run.is_first:
             with writing("the weights that the engine is given", folder, "free some space, and resume"):
-                trainer.models.policy.save_pretrained(folder, state_dict=tensors)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.models.is_lora:
+                run.models.save_policy(folder, tensors)
+        run.accelerator.wait_for_everyone()
+        if run.models.is_lora:
             self.law.adapter = self.engine.push_adapter(folder) if self._gives else str(folder)
         elif self._gives:
             self.engine.push_weights(folder)
-        trainer.accelerator.wait_for_everyone()
+        run.accelerator.wait_for_everyone()
         # Weights are in the engine for good; vLLM may read an adapter again for as long as it answers with it.
-        needless = before if trainer.models.is_lora else folder
-        if trainer.args.should_save and needless is not None:
+        needless = before if run.models.is_lora else folder
+        if run.is_first and needless is not None:
             shutil.rmtree(needless, ignore_errors=True)
 
     @property
     def _gives(self) -> bool:
-        return not self.shared or self.trainer.is_world_process_zero()
+        return not self.shared or self.run.is_first
 
     def _prove(self, requests: list[EngineRequest], texts: list[EngineText]) -> None:
-        """Hold what the engine wrote first in a step against the trainer's weights."""
+        """Compare what the engine wrote first in a step with the trainer's weights."""
         if not self._unproved or not texts:
             return
-        self._unproved, trainer = False, self.trainer
-        policy = contextlib.nullcontext(trainer.models.policy_lm)
-        with policy if self.runs_policy else trainer.models.reference() as model:
+        self._unproved, models = False, self.run.models
+        policy = contextlib.nullcontext(models.policy_lm)
+        with policy if self.runs_policy else models.reference() as model:
             distance, tokens = sync_distance(model, requests, texts, self.law.pad_id)
             bound = sync_bound(model, self.dtype)
-        trainer.metrics.add("sync/logps_abs", distance)
-        require_sync(distance, tokens, bound, trainer.state.global_step + 1, self.engine.name, self.dtype)
+        self.run.metrics.add("sync/logps_abs", distance)
+        require_sync(distance, tokens, bound, self._step + 1, self.engine.name, self.dtype)
 
     def _clear(self) -> None:
-        if self.trainer.args.should_save:
+        if self.run.is_first:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-EngineMaker = Callable[["VGFTrainer"], ParticleEngine]
-"""Starts the engine of a trainer."""
-
-
-class SamplesInEngine:
-    """Keeps an engine for as long as training lasts; a mixin that expects the attributes of `VGFTrainer`."""
-
-    particle_engine: ParticleEngine | None = None
-    make_engine: EngineMaker | None = None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; the engine, where there is one, is closed however that ends."""
-        if self.make_engine is None:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
-        self.particle_engine = self.make_engine(self)
-        try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            engine, self.particle_engine = self.particle_engine, None
-            engine.close()
+EngineMaker = Callable[[EngineRun], ParticleEngine]
+"""Starts the engine of a run."""
 
 
 def engine_maker(
@@ -191,20 +224,21 @@ def engine_maker(
     if pushes:  # an adapter that is trained on in full is part of the weights that are pushed
         models = dataclasses.replace(models, model_name_or_path=base_model_name(models.model_name_or_path))
 
-    def make(trainer: VGFTrainer) -> ParticleEngine:
-        def start(table_VD: Tensor) -> TakesWeights:
-            lora = trainer.models.policy.peft_config["default"].to_dict() if pushes and trainer.models.is_lora else None
-            return start_engine(models, sampling, method.engine, table_VD, pushed=lora, max_length=_longest(trainer))
+    def make(run: EngineRun) -> ParticleEngine:
+        def start() -> TakesWeights:
+            lora = run.models.lora_config if pushes else None
+            longest = _longest_tokens(run, sampling)
+            return start_engine(models, sampling, method.engine, run.table_VD, pushed=lora, max_length=longest)
 
-        return ParticleEngine(trainer, start, policy.dtype, adapter)
+        return ParticleEngine(run, method, sampling, start, policy.dtype, adapter)
 
     return make
 
 
-def _longest(trainer: VGFTrainer) -> int:
+def _longest_tokens(run: EngineRun, sampling: SamplingSettings) -> int:
     """Return the most tokens that the engine will hold of a text: less than its model's limit needs less memory."""
-    needed = max(len(row.ids) for row in trainer.train_dataset) + trainer.sampling.max_new_tokens
-    limit = max_positions(trainer.models.policy_lm.config) or needed + 1
+    needed = run.longest_prompt_tokens + sampling.max_new_tokens
+    limit = max_positions(run.models.policy_lm.config) or needed + 1
     return min(needed + 1, limit)  # an engine writes a token after what it is to read
 
 
@@ -222,10 +256,10 @@ def _require_engines_apart(method: VGFSettings, processes: int) -> None:
 
 
 @contextlib.contextmanager
-def _own_gpu(trainer: VGFTrainer) -> Iterator[None]:
+def _own_gpu(device: torch.device, processes: int) -> Iterator[None]:
     """Let an engine that is started see no GPU but this process's."""
-    device, seen = trainer.args.device, os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device.type != "cuda" or trainer.accelerator.num_processes == 1:
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device.type != "cuda" or processes == 1:
         yield
         return
     own = str(device.index) if seen is None else seen.split(",")[device.index]

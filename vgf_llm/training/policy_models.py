@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,11 @@ from vgf_llm.models.architecture import decoder_of
 from vgf_llm.models.lora import linear_names, not_in_the_decoder, tell_left_out
 from vgf_llm.models.prefix import positions_from_mask
 from vgf_llm.runs.provenance import model_mark
+from vgf_llm.training.batch import PolicyInputs
 from vgf_llm.training.settings import PolicySettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class PolicyAndValue(nn.Module):
@@ -33,7 +38,12 @@ class PolicyAndValue(nn.Module):
         secant: The value's secant head, or None.
     """
 
-    def __init__(self, policy: nn.Module, value: nn.Module | None = None, secant: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        value: nn.Module | None = None,
+        secant: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
@@ -52,7 +62,7 @@ class PolicyAndValue(nn.Module):
 
     def forward(
         self,
-        policy_inputs: dict[str, Tensor],
+        policy_inputs: PolicyInputs,
         value_inputs: dict[str, Tensor] | None = None,
         secant_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -68,17 +78,22 @@ class PolicyAndValue(nn.Module):
             secant head's directions [..., D].
         """
         logps_RT = response_logps(self.policy, **policy_inputs)
-        values_RS = None if value_inputs is None else self.value(**value_inputs, token_level=True)
-        return logps_RT, values_RS, None if secant_features is None else self.secant(secant_features)
+        values_RS = directions = None
+        if self.value is not None and value_inputs is not None:
+            values_RS = self.value(**value_inputs, token_level=True)
+        if self.secant is not None and secant_features is not None:
+            directions = self.secant(secant_features)
+        return logps_RT, values_RS, directions
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the policy's activations in backward; the value, some layers deep, keeps its own.
 
         Takes what transformers' models take.
         """
-        self.policy.gradient_checkpointing_enable(*args, **kwargs)
-        if hasattr(self.policy, "enable_input_require_grads") and hasattr(self.policy, "peft_config"):
-            self.policy.enable_input_require_grads()
+        policy: Any = self.policy
+        policy.gradient_checkpointing_enable(*args, **kwargs)
+        if hasattr(policy, "enable_input_require_grads") and hasattr(policy, "peft_config"):
+            policy.enable_input_require_grads()
 
 
 def response_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
@@ -102,7 +117,8 @@ def response_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     ).logits[:, :-1]
     logits_RTV = logits_RTV.to(torch.promote_types(logits_RTV.dtype, torch.float32))
     own_RT = logits_RTV.gather(-1, input_ids[:, -length:].unsqueeze(-1)).squeeze(-1)
-    return own_RT - logits_RTV.logsumexp(-1)
+    logps_RT: Tensor = own_RT - logits_RTV.logsumexp(-1)
+    return logps_RT
 
 
 class PolicyModels:
@@ -123,33 +139,57 @@ class PolicyModels:
         self.policy_lm = base
         self.base_weights = model_mark(base)
         self._full_reference: PreTrainedModel | None = None
+        self._adapted: PeftModel | None = None
         if settings.lora_r:
-            self.policy: nn.Module = add_policy_lora(base, settings)
+            self._adapted = add_policy_lora(base, settings)
         else:
             self._full_reference = copy.deepcopy(base).requires_grad_(False).eval()
-            self.policy = base.requires_grad_(True)
+            base.requires_grad_(True)
+
+    @property
+    def policy(self) -> PreTrainedModel | PeftModel:
+        """What is trained and saved: the model, or the adapter around it."""
+        return self.policy_lm if self._adapted is None else self._adapted
 
     @property
     def is_lora(self) -> bool:
         """Whether an adapter is trained."""
-        return self._full_reference is None
+        return self._adapted is not None
+
+    @property
+    def lora_config(self) -> dict[str, Any] | None:
+        """The adapter's PEFT configuration; None where all weights are trained."""
+        if self._adapted is None:
+            return None
+        config: dict[str, Any] = self._adapted.peft_config["default"].to_dict()
+        return config
+
+    def save_policy(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Write the policy as users load it: a PEFT adapter, or a transformers model.
+
+        Args:
+            folder: Made if missing.
+            tensors: Its trained parameters, whole, by name.
+        """
+        self.policy.save_pretrained(str(folder), state_dict=tensors)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """Yield the causal language model that answers as the untrained base for as long as the context lasts."""
         if self._full_reference is not None:
             yield self._full_reference
-            return
-        with self.policy.disable_adapter():
-            yield self.policy_lm
+        elif self._adapted is not None:
+            with self._adapted.disable_adapter():
+                yield self.policy_lm
 
     def to(self, device: torch.device) -> None:
         """Move what no engine moves: the frozen copy of a policy that is trained in full."""
-        if self._full_reference is not None:
-            self._full_reference.to(device)
+        frozen: nn.Module | None = self._full_reference
+        if frozen is not None:
+            frozen.to(device)
 
 
-def add_policy_lora(base: PreTrainedModel, settings: PolicySettings) -> nn.Module:
+def add_policy_lora(base: PreTrainedModel, settings: PolicySettings) -> PeftModel:
     """Put a LoRA on the linear layers of a causal language model, all but the output layer unless named.
 
     Raises:
@@ -159,9 +199,10 @@ def add_policy_lora(base: PreTrainedModel, settings: PolicySettings) -> nn.Modul
 
     output = base.get_output_embeddings()
     unsuitable = [name for name in not_in_the_decoder(base, decoder_of(base)) if base.get_submodule(name) is not output]
+    alpha: Any = settings.lora_alpha  # PEFT annotates a whole number, and divides
     config = LoraConfig(
         r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_target_modules or "all-linear",
         exclude_modules=None if settings.lora_target_modules else unsuitable or None,

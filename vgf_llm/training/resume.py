@@ -1,29 +1,19 @@
-"""Where a run goes on from."""
+"""The checkpoint that a training run continues from."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from vgf_llm.console.screen import say
-from vgf_llm.distributed.processes import of_first
-from vgf_llm.distributed.shards import engine_name, require_state
-from vgf_llm.errors import CheckpointError, ConfigError
-from vgf_llm.runs.checkpoint import beyond, newest_whole, supersede
-from vgf_llm.runs.manifest import check_identity, verify
+from vgf_llm.distributed.shards import engine_name
+from vgf_llm.runs.going_on import check, find, make_way
+from vgf_llm.training.checkpoints import Checkpoints
 from vgf_llm.training.settings import OptimSettings
 
-if TYPE_CHECKING:
-    from vgf_llm.training.trainer import VGFTrainer
 
-_LENGTH = ("optimisation.max_steps", "optimisation.num_train_epochs")  # may change: a run may be made longer or shorter
-
-
-def checkpoint_to_resume(trainer: VGFTrainer, optim: OptimSettings) -> str | None:
-    """Return the checkpoint that training goes on from, checked, or None for a new run.
+def checkpoint_to_resume(checkpoints: Checkpoints, optim: OptimSettings) -> str | None:
+    """Return the checkpoint that training continues from, checked, or None for a new run.
 
     Called by all processes. Checkpoints of output_dir beyond that step would be taken for newer ones of this run: they
-    are set aside where this run goes on with an earlier one of theirs, and are an error otherwise.
+    are set aside where this run continues from an earlier one of theirs, and are an error otherwise.
 
     Raises:
         CheckpointError: The one that is named is not whole, or lacks what the engine reads.
@@ -31,60 +21,14 @@ def checkpoint_to_resume(trainer: VGFTrainer, optim: OptimSettings) -> str | Non
             overwrite another's.
         OutputError: A later checkpoint cannot be set aside.
     """
-    wanted = optim.resume_from_checkpoint
-    folder, step = _find(trainer, wanted), 0
+    first, step = checkpoints.is_first, 0
+    folder = find(checkpoints.output_dir, optim.resume, first)
     if folder is not None:
-        step = _check(folder, trainer, optim)
-    _make_way(trainer, folder, step, goes_on=wanted is True)
+        engine = engine_name(checkpoints.accelerator)
+        step = check(folder, checkpoints.identity, engine, first=first, allow=optim.allow_changes)
+    make_way(checkpoints.output_dir, folder, step, optim.resume, first)
     if folder is None:
         return None
-    if trainer.is_world_process_zero():
+    if first:
         say(f"going on from '{folder}'")
     return str(folder)
-
-
-def _find(trainer: VGFTrainer, wanted: bool | str) -> Path | None:
-    """Return the folder that is named, or the newest whole one."""
-    if wanted is False:
-        return None
-    if wanted is not True:
-        if not Path(wanted).is_dir():
-            raise ConfigError(f"resume_from_checkpoint: '{wanted}' is no folder; true takes the newest of output_dir")
-        return Path(wanted)
-    first = trainer.is_world_process_zero()
-    folder = of_first(newest_whole(trainer.args.output_dir) if first else None)
-    if folder is None and first:
-        say(f"'{trainer.args.output_dir}' holds no whole checkpoint: starting anew")
-    return folder
-
-
-def _check(folder: Path, trainer: VGFTrainer, optim: OptimSettings) -> int:
-    """Verify a checkpoint and that it is of this run; returns its step."""
-    try:
-        manifest = verify(folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"resume_from_checkpoint: {error}") from error
-    allowed = check_identity(manifest, trainer.whole_identity, optim.allow_changes, _LENGTH)
-    require_state(folder, engine_name(trainer.accelerator))
-    if trainer.is_world_process_zero():
-        for change in allowed:
-            say(f"changed since the checkpoint: {change}")
-    return manifest.step
-
-
-def _make_way(trainer: VGFTrainer, folder: Path | None, step: int, goes_on: bool) -> None:
-    """Set later checkpoints of this run aside, and refuse to mix with those of another one."""
-    output_dir, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    own = goes_on or (folder is not None and folder.resolve().parent == output_dir.resolve())
-    found = of_first(beyond(output_dir, step if own else 0) if first else [])
-    if not found:
-        return
-    names = ", ".join(path.name for path in found)
-    if not own:
-        raise ConfigError(
-            f"output_dir '{output_dir}' holds {names} of another run, which this one would mix with its own and "
-            "delete; set resume_from_checkpoint: true to go on with that run, name another output_dir, or remove them"
-        )
-    if first:
-        say(f"set aside as .<name>.superseded: {names}")
-        supersede(found)

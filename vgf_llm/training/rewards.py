@@ -28,6 +28,9 @@ from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
 
+Flow = Callable[[], tuple[Value, GradientSource]]
+"""Returns what the flow climbs as it is now, and where its direction comes from."""
+
 
 @dataclass(frozen=True)
 class NamedReward:
@@ -90,23 +93,25 @@ class Rewards:
         rewards = call_function(scorer, flat_prompts, [text for group in texts for text in group])
         return torch.tensor(rewards, device=responses.tokens_BNT.device).view(responses.tokens_BNT.shape[:2])
 
-    def value(self) -> tuple[Value, GradientSource]:
-        """Return what the flow climbs where no value is learned, and where its direction comes from.
+    def flow(self) -> Flow:
+        """Return what gives the flow its value and direction where no value is learned.
 
         A single model brings its secant head where it has one; several are climbed by their exact gradient.
 
         Raises:
             ConfigError: There is no reward model among the rewards.
         """
-        models = [member for member in self.members if isinstance(member.scorer, RewardModel)]
+        models = [(member, member.scorer) for member in self.members if isinstance(member.scorer, RewardModel)]
         if not models:
             names = ", ".join(member.name for member in self.members)
             raise ConfigError(
                 f"rewards: {names} have no gradient that could move responses; set value: learned, or add a model"
             )
-        if len(models) == 1 and models[0].weight == 1:
-            return models[0].scorer, load_gradient(models[0].source, models[0].scorer)
-        return WeightedRewards([m.scorer for m in models], [m.weight for m in models]), exact_gradient
+        if len(models) == 1 and models[0][0].weight == 1:
+            found = models[0][1], load_gradient(models[0][0].source, models[0][1])
+            return lambda: found
+        weighted = WeightedRewards([scorer for _, scorer in models], [member.weight for member, _ in models])
+        return lambda: (weighted, exact_gradient)
 
 
 def load_rewards(

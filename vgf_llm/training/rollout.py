@@ -1,12 +1,10 @@
-"""What one batch of prompts gave: originals, transported responses and their rewards, and the rows to learn from it.
+"""What one batch of prompts gave: originals, transported responses and their rewards.
 
-Nothing here holds weights; models are run by the trainer. Rows are padded as every causal language model takes them:
-prompts on the left, responses on the right, so that the last T columns are the response's.
+Nothing here holds weights; models are run by the rollout worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,65 +110,6 @@ def own_rows(rows: list[PromptRow], process: int, left: int) -> tuple[list[Promp
     """
     own = rows[: max(0, left - process * len(rows))] if left > 0 else rows
     return (own, True) if own else (rows[:1], False)
-
-
-def without_effect(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return a forward's tensors with nothing that counts in its losses."""
-    counted = ("weights", "value_mask", "secant_mask_RS")
-    nothing = {name: torch.zeros_like(batch[name]) for name in counted if name in batch}
-    rows = batch["rows"] | {"mask": torch.zeros_like(batch["rows"]["mask"])}
-    counts = {name: torch.zeros_like(count) for name, count in batch["counts"].items()}
-    return batch | nothing | {"rows": rows, "counts": counts, "without_effect": True}
-
-
-def policy_rows(responses: Responses, keep_BM: Tensor) -> dict[str, Tensor]:
-    """Lay chosen responses out for a causal language model.
-
-    Args:
-        responses: A pool of M responses per prompt.
-        keep_BM: bool, those that are wanted, at least one.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` [R, P + T], and ``mask`` bool [R, T], in the order of ``keep_BM.nonzero()``.
-    """
-    prompt_R, index_R = keep_BM.nonzero(as_tuple=True)
-    mask_RT = responses.mask_BNT[prompt_R, index_R]
-    length = max(1, int(mask_RT.sum(-1).max()))
-    tokens_RT, mask_RT = responses.tokens_BNT[prompt_R, index_R][:, :length], mask_RT[:, :length]
-    prompts_BP, prompt_mask_BP = left_padded(responses.prompts, responses.pad_id, tokens_RT.device)
-    return {
-        "input_ids": torch.cat([prompts_BP[prompt_R], tokens_RT], 1),
-        "attention_mask": torch.cat([prompt_mask_BP[prompt_R], mask_RT], 1).long(),
-        "mask": mask_RT,
-    }
-
-
-def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return prompts as one tensor [B, P], padded on the left, and the bool mask of what is text."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    lengths_B1 = torch.tensor([len(prompt) for prompt in prompts], device=device).unsqueeze(1)
-    return torch.tensor(ids, device=device), torch.arange(longest, device=device) >= longest - lengths_B1
-
-
-def value_rows(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return rows of :func:`policy_rows` as a token-level value model takes them."""
-    prompt_columns = rows["input_ids"].shape[1] - rows["mask"].shape[1]
-    response_mask = torch.nn.functional.pad(rows["mask"], (prompt_columns, 0), value=False)
-    return {name: rows[name] for name in ("input_ids", "attention_mask")} | {"response_mask": response_mask}
-
-
-def best_pair(rollout: Rollout) -> Tensor:
-    """Return the pair that DPO compares, [B, 2] by index in the pool: a transported response, and its original.
-
-    It is the pair whose reward was raised most. The two differ by what the transport changed; the worst original in
-    place of the source would mostly teach the order of the base's own samples, which needs no transport.
-    """
-    n, m = (scores["reward"].shape[1] for scores in (rollout.original_scores, rollout.transported_scores))
-    rewards_BM = rollout.pool_rewards_BM
-    source_M = torch.arange(m, device=rewards_BM.device) * n // m
-    best_B = (rewards_BM[:, n:] - rewards_BM[:, source_M]).argmax(1)
-    return torch.stack([n + best_B, source_M[best_B]], 1)
 
 
 def completions(rollout: Rollout, tokenizer: Any, step: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vgf_llm.errors import require
+from vgf_llm.runs.resume import require_resume
 from vgf_llm.settings import BackendSettings, BaseModelSettings, DtypeName, ParticleSettings
 from vgf_llm.settings.training import LoraSettings, OptimiserSettings
 
@@ -149,14 +150,15 @@ class OptimSettings(OptimiserSettings):
     """Steps between log lines, each with completions and samples of the policy, which take time."""
     save_total_limit: int | None = 2
     """Checkpoints kept; null keeps all."""
-    resume_from_checkpoint: bool | str = False
-    """true goes on from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
+    resume: bool | str = False
+    """true continues from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
     allow_changes: list[str] = field(default_factory=list)
     """Names of settings that may differ from the checkpoint's on resume, as the error names them."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
         super().__post_init__()
+        require_resume(self.resume)
         limit = self.save_total_limit
         require(limit is None or limit >= 1, "save_total_limit", limit, "null or at least 1")
         require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "at least 0")

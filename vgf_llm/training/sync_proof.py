@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from vgf_llm.engines.engine import EngineRequest, EngineText
 from vgf_llm.errors import SyncError
 from vgf_llm.text.responses import Responses
+from vgf_llm.training.batch import policy_rows
 from vgf_llm.training.policy_models import response_logps
-from vgf_llm.training.rollout import policy_rows
 
 SYNC_BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # nats per token
 _ROWS = 4  # responses that are looked at
@@ -45,13 +45,16 @@ def sync_distance(
     mask_RT, engine_RT = torch.zeros_like(tokens_RT, dtype=torch.bool), torch.zeros((len(chosen), length))
     for place, row in enumerate(chosen):
         here = slice(0, len(texts[row].tokens))
+        written = texts[row].written
+        if written is None:
+            raise ValueError("sync_distance needs texts with log-probabilities of what was written")
         tokens_RT[place, here], mask_RT[place, here] = torch.tensor(texts[row].tokens, device=device), True
-        engine_RT[place, here] = texts[row].written.own_T
+        engine_RT[place, here] = written.own_T
     responses = Responses(
         [requests[row].prompt for row in chosen], tokens_RT.unsqueeze(1), mask_RT.unsqueeze(1), (), pad_id
     )
     rows = policy_rows(responses, torch.ones_like(mask_RT[:, :1]))
-    logps_RT = response_logps(model, rows["input_ids"], rows["attention_mask"], length)
+    logps_RT = response_logps(model, **rows.policy_inputs)
     apart_RT: Tensor = (logps_RT - engine_RT.to(device)).abs()
     return float(apart_RT[mask_RT].mean()), int(mask_RT.sum())
 
@@ -74,5 +77,5 @@ def require_sync(distance: float, tokens: int, bound: float, step: int, engine: 
         f"step {step}: the log-probabilities of {tokens} tokens that the {engine} wrote are {distance:.4g} nats "
         f"from the trainer's in the mean, bound {bound:g} (sync_check): it does not run the weights that are trained, "
         f"and nothing was learned from these tokens. A server must serve this base model in {dtype}, to this run "
-        "alone; go on from the last checkpoint with resume_from_checkpoint: true"
+        "alone; go on from the last checkpoint with resume: true"
     )

@@ -31,8 +31,7 @@ from torch.nn.functional import pad
 from vgf_llm.text.choosing import Draws
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.noise import combine_seeds
-from vgf_llm.text.protocols import Decoded, Move, Work
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.protocols import Decoded, Move, Prefix, Reference, Work
 from vgf_llm.text.responses import Responses, is_any_of, mask_after_eos
 from vgf_llm.text.tilted_path import TiltedPath, laws_of
 
@@ -55,12 +54,12 @@ class BlockDecoder:
         self.table_VD = table_VD
         self.block_tokens = block_tokens
 
-    def prepare(self, prompts: list[list[int]]) -> ReferencePrefix:
+    def prepare(self, prompts: list[list[int]]) -> Prefix:
         """Run the prompts through the reference once."""
         return self.reference.prefix(prompts)
 
     @torch.no_grad()
-    def decode(self, context: ReferencePrefix, move: Move) -> Decoded:
+    def decode(self, context: Prefix, move: Move) -> Decoded:
         """Write every response again, a block at a time."""
         n, longest = move.responses.tokens_BNT.shape[1], self.reference.sampling.max_new_tokens
         law, work = laws_of(self.reference, context, move.responses)
@@ -96,7 +95,7 @@ class _Text:
         self.as_original_R = move.coupled_BN.flatten()
         self.work = Work.none(len(move.responses.prompts))
 
-    def draft(self, rows: ReferencePrefix, block: range) -> None:
+    def draft(self, rows: Prefix, block: range) -> None:
         """Let the reference draft the block of rows that are no longer their original; the others keep theirs."""
         path, columns = self.path, slice(block.start, block.stop)
         path.inside_RT[path.done_R, columns] = False

@@ -31,8 +31,7 @@ from torch import Tensor
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.path import Path, chosen, edit_scores, is_on_list, path_of, with_token
-from vgf_llm.text.protocols import Decoded, Move, Work, check_no_kernel
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.protocols import Decoded, Move, Prefix, Reference, Work, check_no_kernel
 from vgf_llm.text.responses import Responses
 
 _POSITION, _TOKEN, _FIRST_TEST, _SECOND_TEST = 0, 1, 2, 3
@@ -50,12 +49,12 @@ class EditDecoder:
         self.reference = reference
         self.table_VD = table_VD
 
-    def prepare(self, prompts: list[list[int]]) -> ReferencePrefix:
+    def prepare(self, prompts: list[list[int]]) -> Prefix:
         """Run the prompts through the reference once."""
         return self.reference.prefix(prompts)
 
     @torch.no_grad()
-    def decode(self, context: ReferencePrefix, move: Move) -> Decoded:
+    def decode(self, context: Prefix, move: Move) -> Decoded:
         """Propose one edit of each response, test it and keep it or not."""
         check_no_kernel("edit", move.budget)
         responses, path, work = move.responses, move.state, Work.none(len(move.responses.prompts))
@@ -99,7 +98,7 @@ class EditDecoder:
             state=path.where(kept_BN, new_path),
         )
 
-    def _path_where(self, context: ReferencePrefix, edited: Responses, path: Path, wanted_BN: Tensor) -> Path:
+    def _path_where(self, context: Prefix, edited: Responses, path: Path, wanted_BN: Tensor) -> Path:
         """Return the path of the edited responses that are wanted, the old one elsewhere."""
         rows_X = wanted_BN.flatten().nonzero().squeeze(-1)
         if len(rows_X) == 0:

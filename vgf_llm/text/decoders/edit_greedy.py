@@ -23,8 +23,7 @@ from torch import Tensor
 
 from vgf_llm.text.noise import gumbel_noise
 from vgf_llm.text.path import chosen, edit_scores, is_on_list, path_of, with_token
-from vgf_llm.text.protocols import Decoded, Move, Work
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.protocols import Decoded, Move, Prefix, Reference, Work
 
 
 class EditGreedyDecoder:
@@ -45,12 +44,12 @@ class EditGreedyDecoder:
         self.proposals = proposals
         self.checked = checked
 
-    def prepare(self, prompts: list[list[int]]) -> ReferencePrefix:
+    def prepare(self, prompts: list[list[int]]) -> Prefix:
         """Run the prompts through the reference once."""
         return self.reference.prefix(prompts)
 
     @torch.no_grad()
-    def decode(self, context: ReferencePrefix, move: Move) -> Decoded:
+    def decode(self, context: Prefix, move: Move) -> Decoded:
         """Propose, score, check, and keep the best edit of each response if it is one."""
         responses, path, work = move.responses, move.state, Work.none(len(move.responses.prompts))
         if path is None:

@@ -41,8 +41,7 @@ from vgf_llm.text.choosing import RowPlan, law_rule
 from vgf_llm.text.law import Shortlist, truncate
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.path import Path, chosen, own_logps, path_of
-from vgf_llm.text.protocols import Decoded, Move, Moved, Work, check_no_kernel
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.protocols import Decoded, Move, Moved, Prefix, Reference, Work, check_no_kernel
 from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import capped_multiplier, linear_bonus, tilt
 
@@ -66,12 +65,12 @@ class PivotDecoder:
         self.table_VD = table_VD
         self.tilted_tokens = tilted_tokens
 
-    def prepare(self, prompts: list[list[int]]) -> ReferencePrefix:
+    def prepare(self, prompts: list[list[int]]) -> Prefix:
         """Run the prompts through the reference once."""
         return self.reference.prefix(prompts)
 
     @torch.no_grad()
-    def decode(self, context: ReferencePrefix, move: Move) -> Decoded:
+    def decode(self, context: Prefix, move: Move) -> Decoded:
         """Regrow each response from a pivot, test it and keep it or not."""
         check_no_kernel("pivot", move.budget)
         length = self.reference.sampling.max_new_tokens

@@ -37,8 +37,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vgf_llm.text.protocols import Decoded, Move, Work
-from vgf_llm.text.reference import Reference, ReferencePrefix
+from vgf_llm.text.protocols import Decoded, Move, Prefix, Reference, Work
 from vgf_llm.text.tilted_path import TiltedPath, laws_of
 from vgf_llm.text.tilted_step import TiltOptions
 
@@ -70,12 +69,12 @@ class PriorDecoder:
         self.reference = reference
         self.table_VD = table_VD
 
-    def prepare(self, prompts: list[list[int]]) -> ReferencePrefix:
+    def prepare(self, prompts: list[list[int]]) -> Prefix:
         """Run the prompts through the reference once."""
         return self.reference.prefix(prompts)
 
     @torch.no_grad()
-    def decode(self, context: ReferencePrefix, move: Move) -> Decoded:
+    def decode(self, context: Prefix, move: Move) -> Decoded:
         """Write every response again under the tilted law."""
         n = move.responses.tokens_BNT.shape[1]
         law, work = laws_of(self.reference, context, move.responses)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vgf_llm.flow.shapes import check_shapes
+
 Metrics = dict[str, Tensor]
 
 
@@ -27,7 +29,11 @@ def group_weights(rewards_BM: Tensor, temperature: float, kept: int | None = Non
 
     Returns:
         weights_BM, at least 0.
+
+    Raises:
+        ValueError: The rewards have another rank.
     """
+    check_shapes(rewards_BM=rewards_BM)
     if kept is not None and kept < rewards_BM.shape[1]:
         lowest_BM = rewards_BM.argsort(dim=1, descending=True, stable=True)[:, kept:]
         rewards_BM = rewards_BM.scatter(1, lowest_BM, -torch.inf)
@@ -49,7 +55,11 @@ def weighted_nll(
 
     Returns:
         The scalar loss, and ``policy_nll``: the mean over these rows.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
+    check_shapes(policy_logps_RT=policy_logps_RT, mask_RT=mask_RT, weights_R=weights_R, num_items=num_items)
     local = (weights_R.unsqueeze(1) * mask_RT).sum()
     total = -(weights_R.unsqueeze(1) * policy_logps_RT.masked_fill(~mask_RT, 0)).sum()
     loss = total / _at_least_something(local if num_items is None else num_items)
@@ -80,7 +90,18 @@ def dpo(
 
     Returns:
         The scalar loss, and ``dpo_accuracy``, ``dpo_margin`` (in nats times beta) over the pairs that count.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
+    check_shapes(
+        chosen_policy_logps_B=chosen_policy_logps_B,
+        rejected_policy_logps_B=rejected_policy_logps_B,
+        chosen_reference_logps_B=chosen_reference_logps_B,
+        rejected_reference_logps_B=rejected_reference_logps_B,
+        weights_B=weights_B,
+        num_items=num_items,
+    )
     weights_B = torch.ones_like(chosen_policy_logps_B) if weights_B is None else weights_B
     margin_B = beta * (
         (chosen_policy_logps_B - chosen_reference_logps_B) - (rejected_policy_logps_B - rejected_reference_logps_B)
@@ -113,7 +134,13 @@ def kl_anchor(
 
     Returns:
         The scalar loss, and ``kl_a_token``: the mean over these rows.
+
+    Raises:
+        ValueError: The shapes do not fit.
     """
+    check_shapes(
+        policy_logps_RT=policy_logps_RT, reference_logps_RT=reference_logps_RT, mask_RT=mask_RT, num_items=num_items
+    )
     difference_RT = (reference_logps_RT - policy_logps_RT).masked_fill(~mask_RT, 0)
     total = (torch.expm1(difference_RT) - difference_RT).sum()
     local = mask_RT.sum()

@@ -1,0 +1,113 @@
+"""Several files that take the place of others together: a kill leaves the old ones or the new ones.
+
+New files are written into a hidden folder and forced to disk; one rename makes it `.result`, which is the moment from
+which the new ones hold. They are then moved to their places one by one. A kill in between leaves `.result`, and whoever
+writes or reads the folder next finishes the moves first (`settle`). For readers that know nothing of it, the file
+without which a folder does not load is removed first and comes back last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vgf_llm.errors import OutputError
+from vgf_llm.runs.files import fsync, write_json_atomic
+
+_READY, _PARTIAL, _ORDER = ".result", ".result.partial", "order.json"
+
+
+@contextlib.contextmanager
+def replaced(folder: str | Path, last: str, stale: Callable[[Path], list[str]] = lambda folder: []) -> Iterator[Path]:
+    """Yield an empty hidden folder; the files written there are in ``folder`` once the block has ended.
+
+    Called on one process. An error inside the block leaves the folder as it was.
+
+    Args:
+        folder: Where the files go; created if missing.
+        last: The file without which the folder does not load.
+        stale: Given the folder, names files of the old result that have no place in the new one.
+
+    Raises:
+        OutputError: The folder refuses a rename or removal.
+        FileNotFoundError: ``last`` was not written.
+    """
+    folder = Path(folder)
+    settle(folder)
+    partial = folder / _PARTIAL
+    with _told(folder):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        names = sorted(path.name for path in partial.iterdir() if path.name != last)
+        write_json_atomic(partial / _ORDER, {"names": [*names, last], "stale": stale(folder)})
+        with _told(folder):
+            for path in [*partial.rglob("*"), partial]:
+                fsync(path)
+            os.rename(partial, folder / _READY)
+            fsync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    settle(folder)
+
+
+def settle(folder: str | Path) -> None:
+    """Finish what a kill has left of the moves; costs one look where there is nothing.
+
+    Raises:
+        OutputError: The folder refuses it.
+    """
+    folder = Path(folder)
+    ready = folder / _READY
+    if not ready.is_dir():
+        return
+    with _told(folder), _locked(folder):  # two at once would remove what the other has put in place
+        try:
+            order = json.loads((ready / _ORDER).read_bytes())
+        except FileNotFoundError:  # killed while the empty folder was removed, or another process has done it
+            order = {"names": [], "stale": []}
+        for last in order["names"][-1:]:
+            if (ready / last).exists():
+                _move(ready, folder, order["names"], order["stale"])
+        shutil.rmtree(ready, ignore_errors=True)
+
+
+def _move(ready: Path, folder: Path, names: list[str], stale: list[str]) -> None:
+    """Move the files, the last one's old version gone before any other's."""
+    for name in [names[-1], *(name for name in stale if name not in names)]:
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # moved before a kill
+            os.replace(ready / name, folder / name)
+    fsync(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from settling the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turn a refusal of the folder into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the result in '{folder}' cannot be put in place ({error.strerror or error}); make the folder writable "
+            "and make room, then run the command again"
+        ) from error

@@ -1,0 +1,43 @@
+"""The private attributes of transformers' Trainer that training reads or sets, each with the reason.
+
+They hold for the version that pyproject.toml pins. Private *methods* that are overridden stand in trainer.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import Trainer
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What the Trainer has added up of its loss.
+
+    Attributes:
+        loss: Since the last log line, this process's.
+        logged_loss: Of all log lines before.
+        logged_step: The step of the last log line.
+    """
+
+    loss: float
+    logged_loss: float
+    logged_step: int
+
+
+def loss_sums(trainer: Trainer) -> LossSums:
+    """Return the sums of the next log line; the Trainer saves none of them with a checkpoint."""
+    return LossSums(trainer._tr_loss.item(), trainer._total_loss_scalar, trainer._globalstep_last_logged)
+
+
+def set_loss_sums(trainer: Trainer, sums: LossSums) -> None:
+    """Give the sums of a checkpoint back, after the Trainer has set its own to 0 at the beginning of training."""
+    trainer._tr_loss.fill_(sums.loss)
+    trainer._total_loss_scalar = sums.logged_loss
+    trainer._globalstep_last_logged = sums.logged_step
+
+
+def rows_per_forward(trainer: Trainer) -> int:
+    """Return the rows that a process gets in a forward; ``args`` does not know what the Trainer has changed it to."""
+    rows: int = trainer._train_batch_size
+    return rows
