@@ -36,6 +36,7 @@ _KINDS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
 }
+_PROBES = ("The lamp isn't on; 12.5% of 3,400 rooms are dark.", "  two\n\nlines\t", "naïve café 日本語 🙂")
 _TASKS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
 
 
@@ -194,7 +195,7 @@ def load_classifier(
     folder: str | Path,
     *,
     outputs: Mapping[str, float] | None = None,
-    tokenizer: Any | None = None,
+    base_tokenizer: Any | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> RewardModel:
     """Load a classifier on a causal decoder as a reward model; its own parameters are used, not copied.
@@ -202,7 +203,8 @@ def load_classifier(
     Args:
         folder: Of the model, or of a PEFT adapter around one.
         outputs: Weights of its outputs by name or number; needed where there are several.
-        tokenizer: Its own; None loads it from the folder, which should hold one.
+        base_tokenizer: The base model's. Both must give texts the same ids; templates may differ: prompts are then
+            read under the classifier's own.
         dtype: Of the decoder; the head is float32.
 
     Raises:
@@ -218,7 +220,12 @@ def load_classifier(
         )
     check_structure(model, str(folder))
     head = reward_head(score, output_weights(output_names(model), outputs, f"'{folder}'"))
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
+    if base_tokenizer is not None and not same_ids(tokenizer, base_tokenizer):
+        raise ModelError(
+            f"the tokenizer of '{folder}' gives other ids than the base model's, so its gradient means nothing there; "
+            "name it among the rewards of `vgf-llm train` with value: learned, where it is called as a function"
+        )
     decoder, config = decoder_of(model), text_config(model.config)
     with parameters_on_meta():
         value = RewardModel(
@@ -238,7 +245,18 @@ def load_classifier(
     settle_attention(value.body)
     check_decoder(value.body, str(folder))
     value.config.base_weights = model_mark(value.body)
+    if base_tokenizer is not None and tokenizer.chat_template != base_tokenizer.chat_template:
+        value.own_tokenizer = tokenizer
     return value.eval()
+
+
+def same_ids(one: Any, other: Any) -> bool:
+    """Return whether two tokenizers give texts the same ids; what they call their EOS or padding may differ."""
+    same = one.get_vocab() == other.get_vocab()
+    return same and all(
+        one(text, add_special_tokens=False)["input_ids"] == other(text, add_special_tokens=False)["input_ids"]
+        for text in _PROBES
+    )
 
 
 def _width(head: nn.Module) -> int:

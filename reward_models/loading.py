@@ -119,7 +119,7 @@ def load_reward_model(
     """
     folder = Path(path)
     if classifier_class(folder) is not None:
-        model = load_classifier(folder, outputs=outputs, dtype=dtype).to(device)
+        model = load_classifier(folder, outputs=outputs, base_tokenizer=tokenizer, dtype=dtype).to(device)
         return model.freeze() if freeze else model
     config = _read_config(folder)
     if tokenizer is not None:

@@ -33,6 +33,7 @@ from reward_models.body import (
     weight_shape,
 )
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
+from vgf_llm.data.encoding import EncodedPrompt, encode_prompt
 from vgf_llm.errors import ModelError
 from vgf_llm.models.architecture import check_config, decoder_class, num_layers, text_config
 from vgf_llm.models.attention import caps_scores, settle_attention
@@ -136,6 +137,7 @@ class RewardModel(PreTrainedModel):
         self.head = nn.Linear(config.output_width or body_config.hidden_size, 1)
         self.skip_head = nn.Linear(embedding_width, 1, bias=False) if config.input_skip else None
         self._scale: float | None = None
+        self.own_tokenizer: Any = None  # of a classifier whose template is not the base's
         self.post_init()
         self.unfreeze()
 
@@ -321,8 +323,22 @@ class RewardModel(PreTrainedModel):
         return values_RS.masked_fill(~mask_RS, 0.0) + reads_RS.masked_fill(~prompt_RS, 0.0)
 
     def prefix(self, prompts: Sequence[Sequence[int]]) -> PromptPrefix:
-        """Run B prompts (token ids) once; the result serves any number of `score` calls."""
+        """Run B prompts (token ids) once; the result serves any number of `score` calls.
+
+        Raises:
+            ModelError: the model has a template of its own, and a prompt does not say what it was made of.
+        """
+        if self.own_tokenizer is not None:
+            prompts = [self._own_prompt(prompt) for prompt in prompts]
         return compute_prefix(self.body, prompts, self.config.pad_token_id or 0)
+
+    def _own_prompt(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Encode a prompt under the model's own template."""
+        if not isinstance(prompt, EncodedPrompt):
+            raise ModelError(
+                "this reward model reads prompts under its own chat template: give what `encode_prompt` returns"
+            )
+        return encode_prompt(self.own_tokenizer, prompt.prompt)
 
     def score(self, prefix: PromptPrefix, responses: Tensor, mask_BNT: Tensor) -> Tensor:
         """Score N responses to each of B prompts; equals `forward` on prompt + response.

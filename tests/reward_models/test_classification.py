@@ -20,6 +20,7 @@ from tests.reward_models.classifiers import (
 from vgf_llm.data.encoding import encode_prompt, encode_response
 from vgf_llm.data.endings import eos_ids_of
 from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.models.loading import load_tokenizer
 
 WORDS = "rain desk lamp bright sentence write about one 1 2 3 on the is Please".split()
 
@@ -74,6 +75,7 @@ def test_scores_are_those_of_transformers_under_every_style_of_template(tmp_path
 def test_families(tmp_path, family):
     tokenizer = byte_tokenizer()
     folder = classifier(tmp_path, tokenizer, family)
+    tokenizer = load_tokenizer(str(folder))  # Qwen's has rules of its own, whatever was saved
     talks = talks_of(tokenizer, 8)
     value, ids, tokens, mask = scored(load_reward_model(folder, tokenizer=tokenizer), tokenizer, talks)
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
@@ -164,3 +166,24 @@ def test_what_cannot_be_a_reward_model_is_told(tmp_path):
         load_classifier(tmp_path)
     with pytest.raises(ModelError, match="is not a sequence- or token-classification model"):
         read_classifier(tmp_path / "nothing")
+
+
+def test_prompts_are_read_under_the_classifiers_own_template(tmp_path):
+    """The base has Llama 3's template, the classifier ChatML; both have the same ids."""
+    own, base = byte_tokenizer(), byte_tokenizer(**TOKENIZERS["llama3"])
+    folder = classifier(tmp_path, own)
+    talks = talks_of(own, 6)
+    value = load_reward_model(folder, tokenizer=base)
+    _, _, tokens, mask = scored(value, own, talks)
+    ids = [encode_prompt(base, talk[:-1]) for talk in talks]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    expected = torch.tensor(scores_by_transformers(model, own, talks))[:, 0]
+    assert (value.score(value.prefix(ids), tokens, mask)[:, 0] - expected).abs().max() < 1e-4
+    with pytest.raises(ModelError, match="own chat template"):
+        value.prefix([[5, 6, 7]])
+
+
+def test_another_tokenizer_is_refused_where_gradients_are_asked_for(tmp_path, tiny_tokenizer):
+    folder = classifier(tmp_path, byte_tokenizer())
+    with pytest.raises(ModelError, match="gives other ids than the base model's"):
+        load_reward_model(folder, tokenizer=tiny_tokenizer)

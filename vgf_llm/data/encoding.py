@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vgf_llm.data.dialogue import Prompt, PromptText, as_messages, as_text
@@ -18,7 +18,26 @@ from vgf_llm.errors import DataError, ModelError
 from vgf_llm.runs.files import shorten
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+class EncodedPrompt(list[int]):
+    """Token ids of a prompt, with what they were made of: a reward model may read it under a template of its own.
+
+    Attributes:
+        prompt: Text or messages.
+    """
+
+    prompt: Prompt
+
+    def __init__(self, ids: Iterable[int], prompt: Prompt) -> None:
+        """Keep the prompt with its ids."""
+        super().__init__(ids)
+        self.prompt = prompt
+
+    def __reduce__(self) -> tuple[type[EncodedPrompt], tuple[list[int], Prompt]]:
+        """Survive pickling."""
+        return EncodedPrompt, (list(self), self.prompt)
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> EncodedPrompt:
     """Encode a prompt up to where the model's response begins.
 
     With a chat template: a string is one user message, a Human/Assistant dialogue its turns, and the generation prompt
@@ -46,7 +65,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         ids = encode_text(tokenizer, as_text(prompt))
     if not ids:
         raise DataError(f"the prompt {shorten(repr(prompt))} has no tokens")
-    return list(ids)
+    return EncodedPrompt(ids, prompt)
 
 
 def _templated(tokenizer: Any, prompt: Prompt) -> list[int]:
