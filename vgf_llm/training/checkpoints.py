@@ -96,7 +96,7 @@ class Checkpoints:
         Raises:
             OutputError: They cannot be written.
         """
-        advice = "checkpoints are untouched: free some space and go on with resume_from_checkpoint: true"
+        advice = "checkpoints are untouched: free some space and go on with resume: true"
         with writing(f"result '{folder}'", folder, advice):
             self.write(model, folder, with_state=False)
 
