@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.decoder_arms import CONTROL_LEVEL, decodings
 from reward_models.modelling import RewardModel
+from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
-from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.errors import ConfigError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
@@ -76,15 +76,16 @@ class CostModels:
 
     def answer(self, arm: Arm, tokens: int | None = None) -> Outcome:
         """Sample, transport, decode and select as the arm says."""
-        reference = self.reference(tokens)
-        policy = ImplicitPolicy(
-            ReferenceSampler(reference),
+        policy = make_policy(
+            ImplicitPolicy,
+            self.reference(tokens),
             self.value,
-            make_decoder(arm.decoder, reference, self.value, arm.decoder_options),
             arm.transport,
+            arm.decoder,
+            arm.decoder_options,
+            draws=arm.draws,
             select=arm.select,
             gradient=self.gradient,
-            draws=arm.draws,
             length_unit=self.length_unit,
         )
         return policy(self.prompts, self.seeds(arm.num_particles))

@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from vgf_llm.engines.engine import EngineRequest
 from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.engines.vllm_engine import VLLMEngine
+from vgf_llm.engines.vllm_env import ERRORS_ALONE, IN_THIS_PROCESS, set_defaults
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.machine.facts import facts
 from vgf_llm.machine.precision import choose_dtype
@@ -125,8 +126,7 @@ def _move(responses: Responses, displacement_BNTD: Tensor, seeds_BN: Tensor) -> 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     arguments = _arguments(argv)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    set_defaults(os.environ, IN_THIS_PROCESS, ERRORS_ALONE)
     with tempfile.TemporaryDirectory(prefix="sampling.") as scratch:
         models = _load(arguments, Path(scratch))
         try:

@@ -38,9 +38,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
-from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, make_decoder
+from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
 from vgf_llm.data.prompts import load_prompts
+from vgf_llm.engines.backend import Backend
+from vgf_llm.engines.transformers_backend import TransformersBackend
+from vgf_llm.engines.vllm_backend import VLLMBackend
+from vgf_llm.engines.vllm_env import ERRORS_ALONE, IN_THIS_PROCESS, set_defaults
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.machine.facts import facts
 from vgf_llm.machine.precision import choose_dtype
@@ -49,7 +54,7 @@ from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
 from vgf_llm.statistics.intervals import bootstrap_mean
 from vgf_llm.text import Responses, row_seeds
 from vgf_llm.text.noise import gumbel_noise
-from vgf_llm.text.sampler import ReferenceSampler
+from vgf_llm.text.protocols import Reference
 
 _RECORD = "docs/results/sampling_parity.json"
 _PADDING = -1
@@ -74,19 +79,14 @@ class Answers:
         return torch.cat(found).float().view(self.num_seeds, -1).mean(0).tolist()
 
 
-def answers(arguments: argparse.Namespace, engine: EngineSettings | None) -> tuple[Answers, list[Tensor]]:
+def answers(arguments: argparse.Namespace, backend: Backend[Reference]) -> tuple[Answers, list[Tensor]]:
     """Answer the prompts with one backend; returns the seeds of each batch too."""
     models = ModelSettings(arguments.model_name_or_path, arguments.reward_model, arguments.dtype, arguments.device)
     sampling = SamplingSettings(max_new_tokens=arguments.max_new_tokens)
-    with closing(load_pipeline(models, sampling, engine)) as pipeline:
+    with closing(load_pipeline(models, sampling, backend)) as pipeline:
         prompts = encode_prompts(pipeline, load_prompts(arguments.prompts, "prompt", limit=arguments.num_prompts))
-        policy = ImplicitPolicy(
-            ReferenceSampler(pipeline.reference),
-            pipeline.value,
-            make_decoder("prior", pipeline.reference, pipeline.value),
-            TransportBudget(nats=arguments.nats),
-            gradient=pipeline.gradient,
-        )
+        budget = TransportBudget(nats=arguments.nats)
+        policy = make_policy(ImplicitPolicy, pipeline.reference, pipeline.value, budget, gradient=pipeline.gradient)
         batches = [range(start, min(start + 10, len(prompts))) for start in range(0, len(prompts), 10)]
         seeds, outcomes, started = [], [], time.perf_counter()
         for seed in arguments.seeds:
@@ -168,12 +168,12 @@ def _differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, record if asked, and print the JSON line."""
     arguments = _arguments(argv)
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    set_defaults(os.environ, IN_THIS_PROCESS, ERRORS_ALONE)
     if arguments.record:
         check_writable(str(Path(_RECORD).parent))
-    here, seeds = answers(arguments, None)
-    there, _ = answers(arguments, EngineSettings(kv_cache_gib=arguments.kv_cache_gib, eager=True, timeout_sec=900))
+    here, seeds = answers(arguments, TransformersBackend())
+    engine = EngineSettings(kv_cache_gib=arguments.kv_cache_gib, eager=True, timeout_sec=900)
+    there, _ = answers(arguments, VLLMBackend(engine))
     setting = {key: value for key, value in vars(arguments).items() if key != "record"}
     figures = {
         **compare(here, there, seeds),

@@ -34,6 +34,7 @@ import torch
 from benchmarks.serving_load import Load, Question, Reply, alone, resident_mib, under_load
 from benchmarks.serving_process import ServerProcess, served
 from vgf_llm.cli import run_main
+from vgf_llm.engines.vllm_env import UNBOUND_THREADS, set_defaults
 from vgf_llm.machine.facts import hardware
 from vgf_llm.runs.files import check_writable, write_json_atomic
 
@@ -206,5 +207,5 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    set_defaults(os.environ, UNBOUND_THREADS)
     sys.exit(run_main(main))

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import psutil
 
-_ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # whose memory is read beside the server's
-}
+from vgf_llm.engines.vllm_env import ERRORS_ALONE, IN_OWN_PROCESS
+
+_ENVIRONMENT = {**ERRORS_ALONE, **IN_OWN_PROCESS}  # whose memory is read beside the server's
 _ROOT = Path(__file__).parents[1]
 _START_SEC, _END_SEC = 600, 60
 _LISTENS = r"at (http://\S+)/v1"

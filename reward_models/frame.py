@@ -91,14 +91,12 @@ def train_scores(
     with working(f"reading {script.train_dataset}"):
         texts = task.read()
     load_libraries(*task.libraries, "vgf_llm.runs.hf_arguments")
-    import torch
     from transformers import set_seed
 
     from reward_models.pairs import check_max_length, check_rows
-    from vgf_llm.data.endings import padding_id
     from vgf_llm.machine.precision import for_training
-    from vgf_llm.models.architecture import vocabulary_rows
-    from vgf_llm.models.loading import fingerprint, load_causal_lm, load_tokenizer
+    from vgf_llm.models.base import load_base, tokenizer_of
+    from vgf_llm.models.loading import fingerprint
     from vgf_llm.runs.going_on import find
     from vgf_llm.runs.hf_arguments import training_arguments
 
@@ -107,23 +105,18 @@ def train_scores(
     checkpoint = find(output_dir, training.resume, arguments.process_index == 0, unlisted=True)
     if checkpoint is not None:
         refuse_other_kind(checkpoint, adapter=settings.lora_r > 0)
-    name, remote = settings.model_name_or_path, settings.trust_remote_code
-    tokenizer = load_tokenizer(
-        name,
-        pad_token=settings.pad_token,
-        trust_remote_code=remote,
-        chat_template_kwargs=settings.chat_template_kwargs,
-    )
+    tokenizer = tokenizer_of(settings)
     with working(f"encoding the {task.rows}"):
         train_rows, held_out, dropped = task.encode(tokenizer, texts)
     set_seed(training.seed)
-    with working(f"loading the base model {name}"):
-        lm = load_causal_lm(name, dtype=getattr(torch, settings.dtype), trust_remote_code=remote)
+    with working(f"loading the base model {settings.model_name_or_path}"):
+        base = load_base(settings, tokenizer)
+    lm = base.lm
     check_max_length(script.max_length, lm.config)
-    check_rows(tokenizer, [*train_rows, *held_out], vocabulary_rows(lm.config))
+    check_rows(tokenizer, [*train_rows, *held_out], base.rows)
     model = untrained_model(lm, settings, training.seed, share=task.shares_base)
     trainer = task.trainer(
-        padding_id(tokenizer, vocabulary_rows(lm.config)),
+        base.pad_id,
         model=model,
         args=arguments,
         settings=training,

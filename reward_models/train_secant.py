@@ -66,14 +66,9 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     from reward_models.loading import load_reward_model
     from reward_models.secant import save_secant_head
     from reward_models.secant_fit import compare_with_gradient, fit_secant_head, score_substitutions, secant_targets
-    from vgf_llm.models.loading import load_tokenizer
+    from vgf_llm.models.base import tokenizer_of
 
-    tokenizer = load_tokenizer(
-        script.model_name_or_path,
-        pad_token=script.pad_token,
-        trust_remote_code=script.trust_remote_code,
-        chat_template_kwargs=script.chat_template_kwargs,
-    )
+    tokenizer = tokenizer_of(script)
     with working(f"loading the reward model {script.reward_model}"):
         value = load_reward_model(script.reward_model, tokenizer=tokenizer, device=resolve_device(script.device))
     if training.base == "skip" and value.skip_head is None:
@@ -135,40 +130,23 @@ def _sample(
 ) -> list[Sampled]:
     """Sample the base model on each list of prompts; ids stay below the rows of the value's table."""
     from reward_models.secant_fit import sample_reference
-    from vgf_llm.data.endings import padding_id
-    from vgf_llm.models.architecture import input_table
-    from vgf_llm.models.loading import eos_token_ids, load_causal_lm
+    from vgf_llm.data.encoding import encode_prompts
+    from vgf_llm.models.base import load_base
     from vgf_llm.text.reference import TorchReference
 
     with working(f"loading the base model {script.model_name_or_path}"):
-        lm = load_causal_lm(
-            script.model_name_or_path,
-            dtype=script.dtype,
-            device=resolve_device(script.device),
-            trust_remote_code=script.trust_remote_code,
-        )
-    rows = min(len(input_table(lm)), most_rows)
-    eos_ids, pad_id = eos_token_ids(lm, tokenizer), padding_id(tokenizer, rows)
-    reference = TorchReference(lm, sampling, eos_ids, pad_id, min(len(tokenizer), rows))
+        base = load_base(script, tokenizer, resolve_device(script.device)).within(most_rows)
+    reference = TorchReference(base.lm, sampling, base.eos_ids, base.pad_id, base.vocabulary)
     return [
         sample_reference(
             reference,
-            [_encoded(tokenizer, prompt, rows, number) for number, prompt in enumerate(group)],
+            encode_prompts(tokenizer, group, base.rows, base.max_positions, sampling.max_new_tokens),
             script.responses,
             script.shortlist,
             script.seed + index,
         )
         for index, group in enumerate(prompts)
     ]
-
-
-def _encoded(tokenizer: Any, prompt: Any, rows: int, number: int) -> list[int]:
-    from vgf_llm.data.encoding import encode_prompt
-    from vgf_llm.data.endings import check_ids
-
-    ids = encode_prompt(tokenizer, prompt)
-    check_ids(tokenizer, ids, rows, f"prompt {number}")
-    return ids
 
 
 def _print_table(script: SecantScript, before: Fidelity, after: Fidelity) -> None:

@@ -85,12 +85,13 @@ def run(
     from vgf_llm.answering.pipeline import load_pipeline
     from vgf_llm.engines.deadline import Deadline
     from vgf_llm.engines.engine import Engine
-    from vgf_llm.engines.engine_reference import EngineReference
     from vgf_llm.engines.start import start_engine
+    from vgf_llm.engines.vllm_backend import VLLMBackend
+    from vgf_llm.engines.vllm_env import SPAWNED_WORKERS, set_defaults
     from vgf_llm.serving.keeper import EngineKeeper
     from vgf_llm.serving.service import Service
 
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # a restart must not fork a threaded process
+    set_defaults(os.environ, SPAWNED_WORKERS)
     died = False
 
     def another(deadline: Deadline) -> Engine:
@@ -103,10 +104,9 @@ def run(
     say("vgf-llm serve: loading the models; an engine takes a minute or more to start")
     models = with_dtype(models)
     with working("loading the base and the reward model"):
-        pipeline = load_pipeline(models, sampling, settings.engine)
+        pipeline = load_pipeline(models, sampling, VLLMBackend(settings.engine))
     metrics = Metrics()
     restarts = settings.on_engine_death == "restart"
-    assert isinstance(pipeline.reference, EngineReference)  # which an engine was asked for
     keeper = EngineKeeper(pipeline.reference.engine, another if restarts else None, metrics.restarts.inc, end)
     server = Server(Service(pipeline, settings, keeper.engine), keeper, metrics, served_name(settings, models), api_key)
     http = uvicorn.Server(

@@ -1,4 +1,4 @@
-r"""Prove on this machine that a run can be resumed: go on from a checkpoint twice, and compare what comes of it.
+r"""Prove on this machine that a run can be resumed: continue from a checkpoint twice, and compare the results.
 
     vgf-llm verify-resume --checkpoint outputs/<run>/checkpoint-50 --steps 2
     accelerate launch --config_file recipes/accelerate_configs/zero2.yaml \
@@ -89,7 +89,7 @@ def run(settings: VerifySettings) -> list[str]:
         one, other = [_go_on(config, checkpoint, folder, first + settings.steps) for folder in folders]
         state = PartialState()
         differences = compare_checkpoints(one, other) if state.is_main_process else []
-        state.wait_for_everyone()  # nobody removes what the first process still reads
+        state.wait_for_everyone()  # the first process still reads them
         return differences
     finally:
         for folder in folders:

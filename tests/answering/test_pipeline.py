@@ -10,14 +10,15 @@ import vgf_llm.evaluation.runner
 from reward_models.loading import save_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import SecantHead, save_secant_head, stated_fidelity
-from vgf_llm.answering.answer import AnswerSettings, answer
-from vgf_llm.answering.pipeline import Pipeline, encode_prompts, load_gradient, make_decoder
+from vgf_llm.answering.answer import answer
+from vgf_llm.answering.pipeline import Pipeline, encode_prompts, load_gradient
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.evaluation.settings import EvaluateSettings
-from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.settings import AnswerSettings, ModelSettings, SamplingSettings
 from vgf_llm.text import EditGreedyDecoder, PivotDecoder, TorchReference
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.text.particles import exact_gradient
 
 

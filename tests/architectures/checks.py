@@ -22,7 +22,7 @@ from reward_models.modelling import RewardModel
 from reward_models.secant import SecantHead, save_secant_head
 from tests.architectures.zoo import EOS_IDS, LAYERS, PAD_ID, Architecture
 from vgf_llm.answering.implicit_policy import ImplicitPolicy
-from vgf_llm.answering.pipeline import load_gradient, make_decoder
+from vgf_llm.answering.pipeline import load_gradient
 from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.models.architecture import decoder_layers, decoder_of, layer_outputs, max_positions, vocabulary_rows
@@ -30,6 +30,7 @@ from vgf_llm.models.loading import load_causal_lm
 from vgf_llm.models.prefix import positions_from_mask
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import Responses, TorchReference, row_seeds
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.text.particles import exact_gradient
 from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.training.policy_models import add_policy_lora, response_logps

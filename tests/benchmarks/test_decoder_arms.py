@@ -17,10 +17,10 @@ from benchmarks.decoder_arms import (
 )
 from benchmarks.decoders import BenchmarkSettings, stages
 from reward_models.modelling import RewardModel
-from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.errors import ConfigError
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import TorchReference
+from vgf_llm.text.decoders.make import make_decoder
 
 PASSES = {
     "prior": lambda n, draws, rounds: n * (1 + draws),

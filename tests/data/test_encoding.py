@@ -10,7 +10,7 @@ from reward_models.modelling import RewardModel
 from reward_models.pairs import check_rows, encode_pairs
 from tests.byte_tokenizers import CHATML, LLAMA2, byte_tokenizer
 from tests.conftest import build_llama, build_tokenizer
-from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, make_decoder
+from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
 from vgf_llm.data.encoding import encode_prompt, encode_response, encode_text, set_in_template
 from vgf_llm.data.endings import check_ids, closed, closing_id, eos_ids_of, padding_id, remember_eos_ids
 from vgf_llm.data.prompts import PreferencePair
@@ -18,6 +18,7 @@ from vgf_llm.errors import DataError, ModelError
 from vgf_llm.models.loading import eos_token_ids, fingerprint, load_tokenizer
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text import row_seeds
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.sampler import ReferenceSampler
 

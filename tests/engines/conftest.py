@@ -13,6 +13,7 @@ from reward_models.modelling import RewardModel
 from tests.conftest import build_llama, build_tokenizer
 from vgf_llm.engines.engine import Engine
 from vgf_llm.engines.engine_reference import EngineReference
+from vgf_llm.engines.vllm_env import ERRORS_ALONE, IN_THIS_PROCESS, NO_USAGE_STATS, UNBOUND_THREADS, set_defaults
 from vgf_llm.models.loading import load_skeleton
 from vgf_llm.settings import EngineSettings, SamplingSettings
 from vgf_llm.text import TorchReference
@@ -61,7 +62,4 @@ def quiet_vllm(environment) -> None:
     """In this process, one unbound thread, errors only, nothing reported to anyone."""
     # vLLM looks into every loaded module while it starts, and falls over an object of this one that simulators load.
     sys.modules.pop("dm_control.mjcf.physics", None)
-    environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+    set_defaults(environment, IN_THIS_PROCESS, UNBOUND_THREADS, ERRORS_ALONE, NO_USAGE_STATS)

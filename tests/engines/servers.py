@@ -17,6 +17,7 @@ import pytest
 
 from tests.engines.conftest import quiet_vllm
 from vgf_llm.engines.vllm_engine import PROCESSOR
+from vgf_llm.engines.vllm_env import IN_OWN_PROCESS
 
 _START_SEC = 400
 
@@ -29,7 +30,7 @@ def running_server(model: Path, *flags: str, **environment: str) -> Iterator[str
         port = free.getsockname()[1]
     variables = dict(os.environ)
     quiet_vllm(variables)
-    variables |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": os.getcwd(), **environment}
+    variables |= {**IN_OWN_PROCESS, "PYTHONPATH": os.getcwd(), **environment}
     process = subprocess.Popen(
         [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host",

@@ -14,13 +14,15 @@ from tests.conftest import build_llama
 from tests.text.moves import make_move
 from vgf_llm.engines.engine import EngineRequest, EngineText, TopLogps
 from vgf_llm.engines.engine_reference import EngineReference
+from vgf_llm.engines.plan_kinds import KINDS
 from vgf_llm.engines.plan_rows import PlannedRow, step
 from vgf_llm.errors import DataError
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import TorchReference, row_seeds
-from vgf_llm.text.choosing import Draws, RowPlan, drawn_token
+from vgf_llm.text.choosing import Draws, drawn_token
 from vgf_llm.text.law import normalised, truncate
 from vgf_llm.text.noise import combine_seeds
+from vgf_llm.text.plans import RowPlan
 from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.text.tilted_path import TiltedPath, TiltOptions, laws_of
 
@@ -49,7 +51,7 @@ def tilted_path(parts, options=None, *, nats=2.0, coupled=True):
 
 def rows_of(chooser, number, tokens=9):
     plans = chooser.plans(torch.zeros(number, dtype=torch.int64), tokens)
-    return [PlannedRow.of(RowPlan.decoded(plan.encoded())) for plan in plans]
+    return [PlannedRow.of(RowPlan.decoded(plan.encoded(), KINDS)) for plan in plans]
 
 
 def recorded(reference, chooser):
@@ -77,7 +79,7 @@ def test_a_plan_picks_what_the_path_picks(parts, options, coupled):
         live = mask_RT[:, offset].nonzero().squeeze(-1)
         picked = step([rows[i] for i in live], [offset] * len(live), logits_RV[live], path.table_VD)
         assert torch.equal(picked, tokens_RT[live, offset])
-    spent = torch.tensor([row.spent[-1] for row in rows])
+    spent = torch.tensor([row.states[-1].spent for row in rows])
     torch.testing.assert_close(spent, path.nats_R, atol=1e-6, rtol=0)
     assert path.nats_R.max() > 0.5
 
@@ -130,7 +132,7 @@ def good_plan(parts):
 @pytest.mark.parametrize("text", ["", "not base64!", base64.b64encode(b"\x00" * 40).decode(), "AAAA"])
 def test_text_that_is_no_plan_is_refused(text):
     with pytest.raises(DataError, match="plan of a row"):
-        RowPlan.decoded(text)
+        RowPlan.decoded(text, KINDS)
 
 
 BROKEN_TENSORS = {
@@ -186,9 +188,9 @@ def test_a_rule_that_is_none_is_refused(parts, change):
 def test_a_rule_that_is_nested_deeply_is_refused(parts, where, depth):
     plan = good_plan(parts)
     rule = json.dumps({**plan.rule, where: "DEEP"}).replace('"DEEP"', "[" * depth + "]" * depth)
-    text = base64.b64encode(save(plan.tensors, metadata={"kind": plan.kind, "rule": rule})).decode()
+    text = base64.b64encode(save(plan.tensors, metadata={"kind": plan.kind.name, "rule": rule})).decode()
     with pytest.raises(DataError, match="plan of a row|tilt row"):
-        PlannedRow.of(RowPlan.decoded(text))
+        PlannedRow.of(RowPlan.decoded(text, KINDS))
 
 
 @pytest.mark.parametrize("top_k", [0, 12])

@@ -34,7 +34,8 @@ from vgf_llm.text import (
     TorchReference,
     row_seeds,
 )
-from vgf_llm.text.choosing import Draws, RowPlan
+from vgf_llm.text.choosing import Draws
+from vgf_llm.text.plans import RowPlan
 from vgf_llm.text.responses import Responses
 from vgf_llm.text.sampler import ReferenceSampler
 

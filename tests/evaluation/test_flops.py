@@ -16,12 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reward_models.modelling import RewardModel
 from vgf_llm.answering.implicit_policy import ImplicitPolicy
-from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import TorchReference, row_seeds
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.text.sampler import ReferenceSampler
 
 PROMPT = [3, 4, 5]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import httpx
 
 from benchmarks.serving_process import served
+from vgf_llm.engines.vllm_env import IN_OWN_PROCESS, UNBOUND_THREADS
 
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+ENVIRONMENT = {**IN_OWN_PROCESS, **UNBOUND_THREADS}
 
 
 def serve(models, *flags):

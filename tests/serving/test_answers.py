@@ -11,10 +11,10 @@ import torch
 
 from tests.serving.conftest import MODEL, SAMPLING, chat
 from vgf_llm.answering.implicit_policy import ImplicitPolicy
-from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.data.prompts import encode_prompt, encode_response
 from vgf_llm.engines.engine import EngineRequest
 from vgf_llm.text import row_seeds
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.text.sampler import ReferenceSampler
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed (it comes with vLLM)")

@@ -155,7 +155,7 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(tmp_path):
     out, other = tmp_path / "out", tmp_path / "other" / "checkpoint-4"
     tiny_run(tmp_path, max_steps=4, save_steps=2)
     before = (out / "metrics.jsonl").read_text(), (out / "vgf_config.json").read_text()
-    with pytest.raises(ConfigError, match=r"holds checkpoint-2, checkpoint-4 of another run.*from_checkpoint: true"):
+    with pytest.raises(ConfigError, match=r"holds checkpoint-2, checkpoint-4 of another run.*set resume: true"):
         tiny_run(tmp_path, max_steps=8, save_steps=1)
     shutil.copytree(out / "checkpoint-4", other)
     with pytest.raises(ConfigError, match="of another run"):

@@ -60,7 +60,7 @@ def test_a_reward_that_is_not_finite_or_not_there_is_named():
 
     with pytest.raises(ModelError, match="broken returned nan"):
         Rewards([NamedReward("broken", 1.0, broken, "b")], build_tokenizer())(["x", "y"], two_prompts())
-    with pytest.raises(ConfigError, match="'outputs/nowhere' is no folder"):
+    with pytest.raises(ConfigError, match="'outputs/nowhere' is not a folder"):
         load_rewards(["outputs/nowhere"], [], build_tokenizer())
 
 

@@ -56,24 +56,27 @@ def answer(
         VGFError: If prompts, models or options do not fit; NonFiniteError names the prompt.
     """
     load_libraries("vgf_llm.answering.pipeline", "vgf_llm.text")
+    from vgf_llm.answering.assemble import make_policy
     from vgf_llm.answering.implicit_policy import ImplicitPolicy
-    from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, make_decoder, prompt_text
+    from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, prompt_text
+    from vgf_llm.engines.backends import backend_named
     from vgf_llm.text import row_seeds
-    from vgf_llm.text.sampler import ReferenceSampler
 
     with working(f"loading the base model {models.model_name_or_path} and the reward model {models.reward_model}"):
-        pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
+        pipeline = load_pipeline(models, sampling, backend_named(settings.backend, settings.engine))
     with closing(pipeline):
         encoded = encode_prompts(pipeline, list(prompts))
         todo = list(range(len(encoded)) if indices is None else indices)
-        policy = ImplicitPolicy(
-            ReferenceSampler(pipeline.reference),
+        policy = make_policy(
+            ImplicitPolicy,
+            pipeline.reference,
             pipeline.value,
-            make_decoder(settings.decoder, pipeline.reference, pipeline.value, settings.decoder_options),
             settings.budget,
+            settings.decoder,
+            settings.decoder_options,
+            draws=settings.draws,
             select=settings.select,
             gradient=pipeline.gradient,
-            draws=settings.draws,
         )
         asked = "1 prompt" if len(todo) == 1 else f"{len(todo)} prompts"
         stage(f"answering {asked}, {settings.num_particles} particles of {settings.draws} texts each")

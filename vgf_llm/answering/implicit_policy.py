@@ -127,22 +127,23 @@ class ImplicitPolicy:
             return self._nothing_moved(value_prefix, originals, seeds_BN)
         flow, score = partial(self.transport, value_prefix), partial(self._score, value_prefix)
         context = self.decoder.prepare(originals.prompts)
-        moved = flow(originals)
+        first = flow(originals)
         work = Work.of(originals.lengths_BN, value=self.passes_a_flow)
-        pool, values = [originals], [moved.values_BN]
+        pool, values = [originals], [first.values_BN]
         particle_BM, draw_BM = self._texts(originals)
         coupled_BM, seeds_BM = draw_BM == 0, seeds_BN.repeat_interleave(self.draws, 1)
         seeds_BM = torch.where(coupled_BM.cpu(), seeds_BM, combine_seeds(seeds_BM, _DRAW_STREAM + draw_BM.cpu()))
-        current, moved, state = originals.take(particle_BM), moved.take(particle_BM), None
+        current, state = originals.take(particle_BM), None
+        known: Moved | None = first.take(particle_BM)
         nats: list[Tensor] = []
         distances: list[Tensor] = []
         for index in range(self.budget.rounds):
-            if moved is None:
-                moved = flow(current)
+            if known is None:
+                known = flow(current)
                 work += Work.of(current.lengths_BN, value=self.passes_a_flow)
             move = Move(
                 responses=current,
-                moved=moved,
+                moved=known,
                 budget=self.budget,
                 nats=self.budget.nats / self.budget.rounds,
                 seeds_BN=combine_seeds(seeds_BM, _ROUND_STREAM + index),
@@ -152,9 +153,9 @@ class ImplicitPolicy:
                 score=score,
                 state=state,
             )
-            distances.append(moved.distance_BN)
+            distances.append(known.distance_BN)
             decoded = self.decoder.decode(context, move)
-            current, moved, state = decoded.responses, decoded.moved, decoded.state
+            current, known, state = decoded.responses, decoded.moved, decoded.state
             coupled_BM = torch.ones_like(coupled_BM)
             work += decoded.work
             if decoded.values_BN is None:

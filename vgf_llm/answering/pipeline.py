@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,35 +14,30 @@ from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
-from vgf_llm.data.endings import check_ids, padding_id
-from vgf_llm.engines.start import engine_reference
-from vgf_llm.errors import ConfigError, DataError, ModelError
+from vgf_llm.data.encoding import encode_prompts as encode
+from vgf_llm.engines.backend import Backend
+from vgf_llm.engines.transformers_backend import TransformersBackend
+from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.machine.precision import with_dtype
-from vgf_llm.models.architecture import decoder_layers, max_positions
-from vgf_llm.models.loading import eos_token_ids, load_causal_lm, load_skeleton, load_tokenizer
-from vgf_llm.settings import DecoderName, EngineSettings, ModelSettings, SamplingSettings
-from vgf_llm.text.decoders import (
-    BlockDecoder,
-    EditDecoder,
-    EditGreedyDecoder,
-    NearestDecoder,
-    PivotDecoder,
-    PriorDecoder,
-)
+from vgf_llm.models.architecture import decoder_layers, input_table, max_positions
+from vgf_llm.models.base import tokenizer_of
+from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text.particles import GradientSource, exact_gradient
-from vgf_llm.text.protocols import Decoder, Reference, Value
+from vgf_llm.text.protocols import Reference, Value
 from vgf_llm.text.reference import TorchReference
+
+R_co = TypeVar("R_co", bound=Reference, covariant=True)
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class Pipeline(Generic[R_co]):
     """A reference, a value in the same token space with its gradient, and their tokenizer.
 
     The gradient is the reward model's secant head where its folder has one, else the exact one.
     """
 
-    reference: Reference
+    reference: R_co
     value: RewardModel
     tokenizer: PreTrainedTokenizerBase
     gradient: GradientSource
@@ -55,50 +47,48 @@ class Pipeline:
         self.reference.close()
 
 
-def load_pipeline(models: ModelSettings, sampling: SamplingSettings, engine: EngineSettings | None = None) -> Pipeline:
+@overload
+def load_pipeline(models: ModelSettings, sampling: SamplingSettings) -> Pipeline[TorchReference]: ...
+
+
+@overload
+def load_pipeline(models: ModelSettings, sampling: SamplingSettings, backend: Backend[R_co]) -> Pipeline[R_co]: ...
+
+
+def load_pipeline(
+    models: ModelSettings, sampling: SamplingSettings, backend: Backend[Any] | None = None
+) -> Pipeline[Any]:
     """Load the base model and the reward model.
 
     Args:
         models: Their names, dtype and device.
         sampling: The reference law.
-        engine: Runs the base model in a vLLM engine; in this process without it.
+        backend: Runs the base model; transformers in this process by default.
 
     Raises:
         ConfigError: If no reward model is named.
         ModelError: If one cannot be loaded, the reward model's tokenizer or template differs from the base's, or its
             embedding table is smaller than the vocabulary.
+        VGFError: If the backend does not start.
     """
-    if models.reward_model is None:
+    folder = models.reward_model
+    if folder is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
-    if not Path(models.reward_model).is_dir():
+    if not Path(folder).is_dir():
         raise ModelError(
-            f"reward_model {models.reward_model!r} is not a folder; train one with `vgf-llm reward` and name its folder"
+            f"reward_model {folder!r} is not a folder; train one with `vgf-llm reward` and name its folder"
         )
     models = with_dtype(models)
     device, dtype = resolve_device(models.device), getattr(torch, models.dtype)
-    tokenizer = load_tokenizer(
-        models.model_name_or_path,
-        pad_token=models.pad_token,
-        trust_remote_code=models.trust_remote_code,
-        chat_template_kwargs=models.chat_template_kwargs,
-    )
-    value = load_reward_model(models.reward_model, tokenizer=tokenizer, dtype=dtype, device=device)
-    if engine is None:
-        base = load_causal_lm(
-            models.model_name_or_path, dtype=dtype, device=device, trust_remote_code=models.trust_remote_code
-        )
-    else:
-        base = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
-    table_V, own_V = len(value.embedding_table_VD), base.get_input_embeddings().weight.shape[0]
-    vocabulary = check_table(value, tokenizer, own_V)
-    tell_other_table(value, base, models.reward_model)
-    gradient = load_gradient(models.reward_model, value)  # what can fail comes before an engine is started
-    if engine is None:
-        eos_ids, pad_id = eos_token_ids(base, tokenizer), padding_id(tokenizer, min(own_V, table_V))
-        reference: Reference = TorchReference(base, sampling, eos_ids, pad_id, vocabulary)
-    else:
-        reference = engine_reference(models, sampling, engine, tokenizer, value.embedding_table_VD, device)
-    return Pipeline(reference, value, tokenizer, gradient)
+    tokenizer = tokenizer_of(models)
+    value = load_reward_model(folder, tokenizer=tokenizer, dtype=dtype, device=device)
+    backend = backend or TransformersBackend()
+    base, table_VD = backend.load(models, tokenizer, device), value.embedding_table_VD
+    check_table(value, tokenizer, base.rows)
+    tell_other_table(value, base.lm, folder)
+    gradient = load_gradient(folder, value)  # what can fail comes before an engine is started
+    pad_id = base.within(len(table_VD)).pad_id
+    return Pipeline(backend.start(base, models, sampling, pad_id, table_VD), value, tokenizer, gradient)
 
 
 def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int) -> int:
@@ -124,7 +114,7 @@ def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> 
         base: The base model; one without weights is not compared.
         folder: Of the reward model, for the message.
     """
-    own_VD, base_VD = value.get_input_embeddings().weight, base.get_input_embeddings().weight
+    own_VD, base_VD = input_table(value), input_table(base)
     if base_VD.is_meta or value.config.train_embeddings:
         return
     rows = min(len(own_VD), len(base_VD))
@@ -150,62 +140,19 @@ def load_gradient(folder: str | Path, value: RewardModel) -> GradientSource:
     return replace(source, passes=source.passes + sum(p.numel() for p in head.parameters()) / body)
 
 
-def make_decoder(
-    name: DecoderName, reference: Reference, value: Value, options: dict[str, Any] | None = None
-) -> Decoder:
-    """Return the decoder of that name.
-
-    Raises:
-        ConfigError: If it has no such option, or the option no such value.
-    """
-    options = options or {}
-    makers: dict[str, Callable[..., Decoder]] = {
-        "prior": PriorDecoder,
-        "block": BlockDecoder,
-        "edit": EditDecoder,
-        "edit_greedy": EditGreedyDecoder,
-        "pivot": PivotDecoder,
-    }
-    if name == "nearest":
-        maker = partial(
-            NearestDecoder, value.embedding_table_VD, (*reference.eos_ids, reference.pad_id), reference.vocabulary
-        )
-    else:
-        maker = partial(makers[name], reference, value.embedding_table_VD)
-    known = [key for key, one in signature(maker).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ConfigError(
-            f"decoder_options: the decoder {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
-        )
-    try:
-        return maker(**options)
-    except (ValueError, TypeError) as error:  # out of range, or of another type
-        raise ConfigError(f"decoder_options {options} of {name!r}: {error}") from error
-
-
 def encode_prompts(pipeline: Pipeline, prompts: list) -> list[list[int]]:
     """Encode prompts and check that each leaves room for a response.
 
     Raises:
         DataError: Naming the prompt that is empty or too long.
     """
-    from vgf_llm.data.encoding import check_prompt_fits, encode_prompt
-
     reference = pipeline.reference
     limit = max_positions(reference.model.config)
     rows = len(pipeline.value.embedding_table_VD)
     if reference.vocabulary is not None:
         rows = min(rows, reference.vocabulary)
-    encoded = []
-    for index, prompt in enumerate(prompts):
-        ids = encode_prompt(pipeline.tokenizer, prompt)
-        if not ids:
-            raise DataError(f"prompt {index} is empty; remove it or write something")
-        check_ids(pipeline.tokenizer, ids, rows, f"prompt {index}")
-        check_prompt_fits(ids, limit, reference.sampling.max_new_tokens, index, reference.reserved_positions)
-        encoded.append(ids)
-    return encoded
+    new_tokens = reference.sampling.max_new_tokens
+    return encode(pipeline.tokenizer, prompts, rows, limit, new_tokens, reference.reserved_positions)
 
 
 def prompt_text(prompt: Prompt) -> PromptText:

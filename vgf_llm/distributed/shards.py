@@ -1,8 +1,8 @@
-"""What an engine adds to a checkpoint: its name, its own shards, and whether a checkpoint holds what it reads.
+"""Sharded state in a checkpoint: the name of what shards, its own shards, and whether a checkpoint holds what it reads.
 
 Frozen weights are in no checkpoint: they are the base's, whose digest is in the manifest. Trained ones are in the
 policy's own files and in trained.safetensors, so FSDP2's shards hold the optimiser alone; DeepSpeed keeps its own
-copies of trained weights beside its optimiser, which needs them.
+copies of trained weights with its optimiser, which needs them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What an engine must offer: token ids in, token ids and the reference's log-probabilities out.
 
 An engine is a language model that runs outside this process's torch (vLLM, here or behind a URL). It knows nothing of
-transport: what a row is to do comes to it as a plan (:mod:`vgf_llm.text.choosing`).
+transport: what a row is to do comes to it as a plan (:mod:`vgf_llm.text.plans`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from vgf_llm.engines.deadline import Deadline
 from vgf_llm.errors import VGFError
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.choosing import RowPlan
+from vgf_llm.text.plans import RowPlan
 
 
 class EngineError(VGFError):
@@ -91,6 +91,17 @@ class EngineText:
     tokens: list[int]
     written: TopLogps | None = None
     prompt: TopLogps | None = None
+
+
+def reported(logps: TopLogps | None, engine: str) -> TopLogps:
+    """Return log-probabilities that an engine was asked for.
+
+    Raises:
+        EngineError: If it reported none.
+    """
+    if logps is None:
+        raise EngineError(f"the {engine} did not report the log-probabilities that it was asked for")
+    return logps
 
 
 def engine_seed(seed: int | None) -> int | None:

@@ -11,7 +11,7 @@ Prompts and what is kept of a response are found in the engine's prefix cache; r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from vgf_llm.engines.engine import Engine, EngineError, EngineRequest, EngineText, TopLogps
+from vgf_llm.engines.engine import Engine, EngineError, EngineRequest, EngineText, TopLogps, reported
 from vgf_llm.errors import ConfigError
 from vgf_llm.models.architecture import vocabulary_rows
 from vgf_llm.settings import SamplingSettings
@@ -49,6 +49,18 @@ class EnginePrefix:
         return EnginePrefix([self.prompts[row] for row in rows], [self.written[row] for row in rows])
 
 
+def check_truncated(sampling: SamplingSettings) -> None:
+    """Refuse a law that an engine cannot report: it lists some tokens per place, not all of them.
+
+    To be called before an engine is started, which takes minutes; :class:`EngineReference` calls it too.
+
+    Raises:
+        ConfigError: If ``top_k`` is 0.
+    """
+    if not sampling.top_k:
+        raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
+
+
 class EngineReference:
     """A frozen base model in an engine, under a sampling law.
 
@@ -67,10 +79,9 @@ class EngineReference:
     Attributes:
         reserved_positions: Of the model's positions, those that no text may take: one, as an engine that reads a text
             writes a token after it.
-        on_written: Is shown whatever the engine has written, before anything is made of it.
 
     Raises:
-        ConfigError: If the law is not truncated: an engine reports a list of tokens a place, not all of them.
+        ConfigError: If the law is not truncated (:func:`check_truncated`).
     """
 
     reserved_positions = 1
@@ -87,8 +98,7 @@ class EngineReference:
         stop: Sequence[str] = (),
         vocabulary: int | None = None,
     ) -> None:
-        if not sampling.top_k:
-            raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
+        check_truncated(sampling)
         self.engine = engine
         self.model = model
         self.sampling = sampling
@@ -98,7 +108,6 @@ class EngineReference:
         self.adapter = adapter
         self.stop = tuple(stop)
         self.vocabulary = vocabulary
-        self.on_written: Callable[[list[EngineRequest], list[EngineText]], None] | None = None
 
     @property
     def columns(self) -> int:
@@ -209,8 +218,9 @@ class EngineReference:
         ]
         found = []
         for (_, tokens), text in zip(texts, self.engine.run(requests), strict=True):
-            along = slice(len(text.prompt.own_T) - len(tokens), None)
-            found.append(TopLogps(text.prompt.own_T[along], text.prompt.ids_TK[along], text.prompt.logps_TK[along]))
+            prompt = reported(text.prompt, self.engine.name)
+            along = slice(len(prompt.own_T) - len(tokens), None)
+            found.append(TopLogps(prompt.own_T[along], prompt.ids_TK[along], prompt.logps_TK[along]))
         return found
 
     def _write(
@@ -255,8 +265,6 @@ class EngineReference:
             if not is_done
         }
         written = self.engine.run(list(requests.values()))
-        if self.on_written is not None:
-            self.on_written(list(requests.values()), written)
         tokens_RT, inside_RT, law = self._laid_out(dict(zip(requests, written, strict=True)), len(done))
         self._follow(choose, law, tokens_RT, inside_RT, start_R.to(self.device), same_place=same_place)
         return tokens_RT, inside_RT
@@ -272,7 +280,8 @@ class EngineReference:
         for row, text in texts.items():
             here = slice(0, len(text.tokens))
             tokens_RT[row, here], inside_RT[row, here] = torch.tensor(text.tokens), True
-            ids_RTK[row, here], raw_RTK[row, here] = text.written.ids_TK, text.written.logps_TK
+            written = reported(text.written, self.engine.name)
+            ids_RTK[row, here], raw_RTK[row, here] = written.ids_TK, written.logps_TK
         ids_RTK, raw_RTK = self._known(ids_RTK, raw_RTK, self.columns)
         law = normalised(ids_RTK, raw_RTK / self.sampling.temperature, self.sampling.top_p)
         law = Shortlist(law.ids.to(self.device), law.logps.to(self.device))

@@ -251,7 +251,7 @@ class EngineThread:
         """Add a request; returns whether its caller still waits for all of theirs."""
         name = next(self._names)
         try:
-            self.batch.add(name, request)
+            self._running.add(name, request)
         except RequestRefusedError as error:
             self._take_out([other for other, (owner, _) in self._waiting.items() if owner is texts])
             texts.done.put((None, RequestRefusedError(f"the {self.name} refuses request {index}: {error}")))
@@ -264,9 +264,15 @@ class EngineThread:
         self._last = time.monotonic()
         return True
 
+    @property
+    def _running(self) -> Batch:
+        if self.batch is None:
+            raise EngineError(f"the {self.name} has no batch: it did not start, or was closed")
+        return self.batch
+
     def _step(self) -> None:
         try:
-            for name, text in self.batch.step():
+            for name, text in self._running.step():
                 if (found := self._waiting.pop(name, None)) is not None:
                     texts, index = found
                     texts.put(index, text)
@@ -283,7 +289,7 @@ class EngineThread:
             self._waiting.pop(name, None)
         if names:
             with contextlib.suppress(Exception):  # an engine that cannot is noticed at its next step
-                self.batch.abort(names)
+                self._running.abort(names)
 
     def _fail_all(self, error: BaseException) -> None:
         for texts in {*self._arriving, *(texts for texts, _ in self._waiting.values())}:

@@ -1,4 +1,4 @@
-"""Starts the engine that the settings name and puts a reference in front of it."""
+"""Starts the engine that the settings name: vLLM in this process's charge, or the server at a URL."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from vgf_llm.data.endings import padding_id
 from vgf_llm.engines.deadline import Deadline
 from vgf_llm.engines.engine import TakesWeights
-from vgf_llm.engines.engine_reference import MOST_SPARE, EngineReference
+from vgf_llm.engines.engine_reference import MOST_SPARE
 from vgf_llm.engines.vllm_engine import VLLMEngine
 from vgf_llm.engines.vllm_server import VLLMServer
-from vgf_llm.models.loading import ADAPTER_NAME, base_model_name, eos_token_ids, load_skeleton, resolved_name
+from vgf_llm.models.loading import ADAPTER_NAME, base_model_name, resolved_name
 from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
 
 
@@ -68,36 +65,3 @@ def adapter_of(models: ModelSettings) -> str | None:
     """Return the folder of the PEFT adapter that the base model is, or None."""
     name = models.model_name_or_path
     return name if (Path(name) / ADAPTER_NAME).is_file() else None
-
-
-def engine_reference(
-    models: ModelSettings,
-    sampling: SamplingSettings,
-    settings: EngineSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    table_VD: Tensor,
-    device: torch.device | str,
-) -> EngineReference:
-    """Return the base model in an engine, under the sampling law.
-
-    Args:
-        models: Names the base model.
-        sampling: The law.
-        settings: The engine.
-        tokenizer: The base model's.
-        table_VD: Input embeddings that particles live in.
-        device: Where the value lives.
-
-    Raises:
-        VGFError: If the law is not truncated, or the engine does not start.
-    """
-    skeleton = load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
-    eos_ids = eos_token_ids(skeleton, tokenizer)
-    adapter = adapter_of(models) if settings.url is None else None  # a server has its own name for it: served_model
-    # Made first, so that it refuses what it cannot do before minutes are spent on a start.
-    rows = skeleton.get_input_embeddings().weight.shape[0]
-    vocabulary = min(len(tokenizer), rows)
-    pad_id = padding_id(tokenizer, rows)
-    reference = EngineReference(None, skeleton, sampling, eos_ids, pad_id, device, adapter, vocabulary=vocabulary)
-    reference.engine = start_engine(models, sampling, settings, table_VD)
-    return reference

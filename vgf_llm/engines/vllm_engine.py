@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from vgf_llm.engines.engine import (
 from vgf_llm.engines.engine_thread import EngineThread, first_line
 from vgf_llm.engines.plan_rows import check_plan
 from vgf_llm.engines.reaper import Reaper
+from vgf_llm.engines.vllm_env import prepare_start
 from vgf_llm.engines.vllm_table import TableFolder, save_table
 from vgf_llm.errors import DataError
 from vgf_llm.models.loading import ADAPTER_NAME
@@ -226,11 +226,7 @@ def _children_but(before: Sequence[Any]) -> list[Any]:
 
 
 def _start(options: dict[str, Any], bar: Bar) -> Any:
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the newer runner has another interface for logits processors
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is the command's own
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not torch.cuda.is_available():  # what is compiled ahead of time cannot be read back there, and is made anew
-        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+    prepare_start(has_gpu=torch.cuda.is_available())
     try:
         from vllm import LLM
     except ImportError as error:
@@ -285,9 +281,11 @@ def _parameters(request: EngineRequest) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     own = request.sampling
-    law = {} if own is None else {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
+    law: dict[str, Any] = {"temperature": 0.0}
+    if request.plan is None and own is not None:
+        law = {"temperature": own.temperature, "top_k": own.top_k, "top_p": own.top_p}
     parameters = SamplingParams(
-        **({"temperature": 0.0} if request.plan is not None or own is None else law),
+        **law,
         seed=engine_seed(request.seed),
         max_tokens=request.max_tokens,
         stop_token_ids=list(request.eos_ids),

@@ -1,6 +1,6 @@
 """The logits processor that picks tokens inside vLLM: a request that carries a row's plan gets the token it asks for.
 
-A plan (:class:`vgf_llm.text.choosing.RowPlan`) comes as text in the request's extra arguments under ``vgf_plan``. At
+A plan (:class:`vgf_llm.text.plans.RowPlan`) comes as text in the request's extra arguments under ``vgf_plan``. At
 every step the rows with plans are picked together and all other logits of theirs set to -inf, so that greedy sampling
 takes the token. Requests without a plan are left alone, and rows of different laws are picked in groups of their own:
 nobody pays for another's budget. The embedding table is named by the engine's additional config
@@ -22,11 +22,12 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from vgf_llm.engines.plan_kinds import KINDS
 from vgf_llm.engines.plan_rows import PlannedRow, check_plan, step
 from vgf_llm.engines.vllm_engine import PLAN_ARGUMENT, PLAN_IS_CHECKED
 from vgf_llm.engines.vllm_table import load_table
 from vgf_llm.errors import DataError
-from vgf_llm.text.choosing import RowPlan
+from vgf_llm.text.plans import RowPlan
 
 _GIVE_BACK_SEC = 20.0
 
@@ -49,7 +50,7 @@ class PlanProcessor(LogitsProcessor):
         if not isinstance(plan, str):
             raise ValueError(f"{PLAN_ARGUMENT} must be text, got {type(plan).__name__}")
         try:
-            check_plan(RowPlan.decoded(plan), params.max_tokens)
+            check_plan(RowPlan.decoded(plan, KINDS), params.max_tokens)
         except DataError as error:
             raise ValueError(f"{PLAN_ARGUMENT}: {error}") from error
 
@@ -105,7 +106,7 @@ class PlanProcessor(LogitsProcessor):
 
     def _picked(self, indices: list[int], logits_RV: Tensor) -> Tensor:
         """Return the tokens of rows that share a key; a row whose plan cannot be followed is refused alone."""
-        rows = [self.rows[index][0] for index in indices]
+        rows = [row for index in indices if (row := self.rows[index][0]) is not None]
         offsets = [len(self.rows[index][1]) for index in indices]
         try:
             return step(rows, offsets, logits_RV, self.table_VD)
@@ -121,7 +122,7 @@ class PlanProcessor(LogitsProcessor):
         row = getattr(params, "_vgf_row", None)
         if row is None:
             try:
-                row = PlannedRow.of(RowPlan.decoded(params.extra_args[PLAN_ARGUMENT]), self.device)
+                row = PlannedRow.of(RowPlan.decoded(params.extra_args[PLAN_ARGUMENT], KINDS), self.device)
                 row.check_fits(self.table_VD, self.vocabulary)
             except Exception as error:  # it would end the engine and everybody's requests
                 print(f"vgf_llm: a plan is refused: {error}", file=sys.stderr)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import queue
 import threading
 import urllib.error
@@ -40,6 +39,7 @@ from vgf_llm.engines.engine import (
     engine_seed,
 )
 from vgf_llm.engines.vllm_engine import PLAN_ARGUMENT, WORKER
+from vgf_llm.engines.vllm_env import ADAPTERS_AT_RUNTIME, WEIGHTS_AT_RUNTIME, api_key, stated
 from vgf_llm.settings import EngineSettings
 
 _LONGEST_MESSAGE = 400
@@ -67,7 +67,9 @@ class VLLMServer:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.settings = settings
+        if settings.url is None:
+            raise ValueError("a server needs engine.url")
+        self.settings, self._url = settings, settings.url.rstrip("/")
         self.name, self._pushed = f"vLLM server at {settings.url}", ""
         self._opener = urllib.request.build_opener(_NoRedirect)
         served = [entry["id"] for entry in self._ask("/v1/models", None)["data"]]
@@ -107,7 +109,7 @@ class VLLMServer:
     def push_adapter(self, folder: str | Path) -> str:
         """Load a LoRA in place of the one before; see :class:`vgf_llm.engines.engine.TakesWeights`."""
         name, old = str(folder), self._pushed
-        how = "--enable-lora, --max-lora-rank of at least its rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+        how = f"--enable-lora, --max-lora-rank of at least its rank and {stated(ADAPTERS_AT_RUNTIME)}"
         self._push("/v1/load_lora_adapter", {"lora_name": name, "lora_path": name}, folder, how)
         self._pushed = name
         if old:
@@ -117,7 +119,8 @@ class VLLMServer:
     def push_weights(self, folder: str | Path) -> None:
         """Replace all weights by a folder's; see :class:`vgf_llm.engines.engine.TakesWeights`."""
         body = {"method": "load_folder", "args": [str(folder)]}
-        self._push("/collective_rpc", body, folder, f"VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls {WORKER}")
+        how = f"{stated(WEIGHTS_AT_RUNTIME)} and --worker-extension-cls {WORKER}"
+        self._push("/collective_rpc", body, folder, how)
         if not self._ask("/reset_prefix_cache", {})["success"]:
             raise EngineError(
                 f"the {self.name} keeps its prefix cache, which is of the weights before: somebody else is asking it; "
@@ -149,19 +152,21 @@ class VLLMServer:
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         answer = self._send(path, body)
         try:
-            return json.loads(answer)
+            found: dict[str, Any] = json.loads(answer)
+            return found
         except ValueError as error:
             raise EngineError(f"the {self.name} answers {path} with no JSON: {error}; is it vLLM's server?") from error
 
     def _send(self, path: str, body: dict[str, Any] | None) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {os.environ['VLLM_API_KEY']}"
+        if (key := api_key()) is not None:
+            headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(f"{self.settings.url.rstrip('/')}{path}", data, headers)
+        asked = urllib.request.Request(f"{self._url}{path}", data, headers)
         try:
             with self._opener.open(asked, timeout=self.settings.timeout_sec) as answer:
-                return answer.read()
+                found: bytes = answer.read()
+                return found
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:_LONGEST_MESSAGE]
             kind = RequestRefusedError if error.code in _REFUSALS else EngineError

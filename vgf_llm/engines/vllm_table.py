@@ -32,7 +32,12 @@ def save_table(table_VD: Tensor, folder: str | Path) -> Path:
     return folder
 
 
-def load_table(config: TableFolder | Mapping[str, str] | None) -> Tensor | None:
-    """Return the table [V, D] that an additional config names, as a :class:`TableFolder` or under ``vgf_table``."""
-    folder = config.folder if isinstance(config, TableFolder) else (config or {}).get(TABLE_SETTING)
+def load_table(config: object) -> Tensor | None:
+    """Return the table [V, D] that an additional config names; None where it names none.
+
+    Args:
+        config: A :class:`TableFolder`, a mapping with the folder under ``vgf_table``, or anything else.
+    """
+    named = config.get(TABLE_SETTING) if isinstance(config, Mapping) else None
+    folder = config.folder if isinstance(config, TableFolder) else named
     return None if folder is None else load_file(Path(folder) / _NAME)[_KEY]

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reward_models.functions import RewardFunction, call_function
+from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
-from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.controls import flipped_gradient, no_gradient, random_gradient
@@ -116,14 +116,16 @@ class Experiment:
             "random": random_gradient(seed, source),
             "none": no_gradient(source),
         }
-        return ImplicitPolicy(
-            ReferenceSampler(self.reference),
+        return make_policy(
+            ImplicitPolicy,
+            self.reference,
             self.value,
-            make_decoder(arm.decoder, self.reference, self.value, arm.decoder_options),
             arm.transport,
+            arm.decoder,
+            arm.decoder_options,
+            draws=arm.draws,
             select=arm.select,
             gradient=directions[arm.direction],
-            draws=arm.draws,
             length_unit=self.length_unit,
         )
 

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vgf_llm.evaluation.arms import Arm
+from vgf_llm.models.architecture import input_table
 from vgf_llm.text.protocols import Work
 
 
@@ -49,7 +50,7 @@ class Sizes:
     @classmethod
     def of(cls, reference: PreTrainedModel, value: nn.Module) -> Sizes:
         """Count the parameters of the reference (with its head) and of the value (without its table)."""
-        table = reference.get_input_embeddings().weight
+        table = input_table(reference)
         head = reference.get_output_embeddings().weight
         untied = 0 if head is table else table.numel()
         value_parameters = {id(p): p for p in value.parameters()}.values()

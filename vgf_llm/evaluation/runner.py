@@ -11,6 +11,7 @@ from reward_models.secant import stated_fidelity
 from vgf_llm import __version__
 from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
 from vgf_llm.console.progress import Bar, stage, working
+from vgf_llm.engines.backends import backend_named
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.experiment import Experiment, Prompts
 from vgf_llm.evaluation.flops import Sizes
@@ -37,7 +38,7 @@ def work(
     if not todo:
         return
     with working(f"loading the base model {models.model_name_or_path} and the reward model {models.reward_model}"):
-        pipeline = load_pipeline(models, sampling, settings.engine if settings.backend == "vllm" else None)
+        pipeline = load_pipeline(models, sampling, backend_named(settings.backend, settings.engine))
     with closing(pipeline):
         ids, texts = encode_prompts(pipeline, [prompt.prompt for prompt in prompts]), prompts
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)

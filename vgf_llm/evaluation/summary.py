@@ -14,12 +14,18 @@ Measure = Callable[[Row], float]
 
 
 def _mean(key: str) -> Measure:
-    return lambda row: sum(row[key]) / len(row[key])
+    def mean(row: Row) -> float:
+        values: list[float] = row[key]
+        return sum(values) / len(values)
+
+    return mean
 
 
 def _cloud_nll(row: Row) -> float:
     """Pooled over the cloud: nats of all responses over their tokens."""
-    return sum(nll * tokens for nll, tokens in zip(row["nll"], row["tokens"], strict=True)) / sum(row["tokens"])
+    nlls: list[float] = row["nll"]
+    tokens: list[int] = row["tokens"]
+    return sum(nll * count for nll, count in zip(nlls, tokens, strict=True)) / sum(tokens)
 
 
 MEASURES: dict[str, Measure] = {

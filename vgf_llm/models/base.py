@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -55,15 +55,22 @@ class LoadedBase:
     Attributes:
         lm: The model, frozen and in eval mode.
         tokenizer: Its tokenizer; pads on the left.
+        most_rows: Rows of another model's table that reads its ids too; None where none does.
     """
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    most_rows: int | None = None
+
+    def within(self, rows: int) -> LoadedBase:
+        """Return the same base, with no id beyond the table of another model that reads its texts."""
+        return replace(self, most_rows=rows)
 
     @cached_property
     def rows(self) -> int:
-        """Rows of its embedding table."""
-        return vocabulary_rows(self.lm.config)
+        """Rows of its embedding table that there are in every model that reads its texts."""
+        own = vocabulary_rows(self.lm.config)
+        return own if self.most_rows is None else min(own, self.most_rows)
 
     @cached_property
     def vocabulary(self) -> int:

@@ -10,36 +10,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from vgf_llm.runs.files import write_json_atomic
+from vgf_llm.runs.trainer_internals import LossSums, loss_sums, set_loss_sums
 
 
-def save_log_sums(trainer: Any, folder: str | Path, figures: Any) -> None:
+def save_log_sums(trainer: Trainer, folder: str | Path, figures: Any) -> None:
     """Write this process's sums since the last log line into a checkpoint.
 
     Args:
-        trainer: A transformers Trainer.
+        trainer: Has summed its loss.
         folder: Of the checkpoint.
         figures: The trainer's own sums, anything that JSON holds.
 
     Raises:
         OutputError: The file cannot be written.
     """
+    sums = loss_sums(trainer)
     state = {
         "processes": trainer.accelerator.num_processes,
         "figures": figures,
-        "loss": trainer._tr_loss.item(),
-        "logged_loss": trainer._total_loss_scalar,
-        "logged_step": trainer._globalstep_last_logged,
+        "loss": sums.loss,
+        "logged_loss": sums.logged_loss,
+        "logged_step": sums.logged_step,
     }
     write_json_atomic(_path(trainer, folder), state)
 
 
-class ContinuesLogging(TrainerCallback):
-    """Gives a trainer the sums of a checkpoint back when training begins, which is when the Trainer sets its own to 0.
+def load_log_sums(trainer: Trainer, folder: str | Path) -> Any:
+    """Give a trainer the loss sums of a checkpoint back, and return its own figures; None where there are none.
 
-    Nothing is given back to another number of processes, whose shares would be others.
+    To be called when training has begun, which is when the Trainer sets its sums to 0. Nothing is given back to another
+    number of processes, whose shares would be others.
+    """
+    path = _path(trainer, folder)
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text())
+    if saved["processes"] != trainer.accelerator.num_processes:
+        return None
+    set_loss_sums(trainer, LossSums(saved["loss"], saved["logged_loss"], saved["logged_step"]))
+    return saved["figures"] if "figures" in saved else saved["metrics"]  # the name of earlier versions
+
+
+class ContinuesLogging(TrainerCallback):
+    """Gives a trainer the sums of a checkpoint back when training begins.
 
     Args:
         trainer: Continues.
@@ -47,23 +63,16 @@ class ContinuesLogging(TrainerCallback):
         load: Takes the trainer's own sums.
     """
 
-    def __init__(self, trainer: Any, folder: str | Path, load: Callable[[Any], None]) -> None:
-        self.trainer, self.path, self.load = trainer, _path(trainer, folder), load
+    def __init__(self, trainer: Trainer, folder: str | Path, load: Callable[[Any], None]) -> None:
+        self.trainer, self.folder, self.load = trainer, folder, load
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read them, once."""
-        trainer = self.trainer
-        trainer.remove_callback(self)
-        if not self.path.is_file():
-            return
-        saved = json.loads(self.path.read_text())
-        if saved["processes"] != trainer.accelerator.num_processes:
-            return
-        self.load(saved["figures"])
-        trainer._tr_loss.fill_(saved["loss"])
-        trainer._total_loss_scalar = saved["logged_loss"]
-        trainer._globalstep_last_logged = saved["logged_step"]
+        self.trainer.remove_callback(self)
+        figures = load_log_sums(self.trainer, self.folder)
+        if figures is not None:
+            self.load(figures)
 
 
-def _path(trainer: Any, folder: str | Path) -> Path:
+def _path(trainer: Trainer, folder: str | Path) -> Path:
     return Path(folder) / f"log_state_{trainer.accelerator.process_index}.json"

@@ -43,14 +43,17 @@ class Form:
         """Yield an answer as server-sent events, a word each; ``transport`` comes with the last one."""
         words = re.findall(r"\s*\S+\s*$|\s*\S+|\s+$", answer.text) or [""]
         for number, word in enumerate(words, 1):
-            more = {"transport": answer.transport} if number == len(words) else {}
-            yield self._piece({"delta": {"content": word}} if self.is_chat else {"text": word}, **more)
+            transport = answer.transport if number == len(words) else None
+            yield self._piece({"delta": {"content": word}} if self.is_chat else {"text": word}, transport=transport)
         yield self._piece({"delta": {}} if self.is_chat else {"text": ""}, answer.finish_reason)
         if include_usage:
             yield event({**self._head(".chunk"), "choices": [], "usage": _usage(answer)})
         yield "data: [DONE]\n\n"
 
-    def _piece(self, said: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
+    def _piece(
+        self, said: dict[str, Any], finish_reason: str | None = None, transport: dict[str, Any] | None = None
+    ) -> str:
+        more = {} if transport is None else {"transport": transport}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
         return event({**self._head(".chunk"), "choices": [choice], **more})
 

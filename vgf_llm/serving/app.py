@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-import time
-import traceback
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from vgf_llm.console.screen import people, say
 from vgf_llm.engines.deadline import AbandonedError
-from vgf_llm.engines.engine import EngineError
-from vgf_llm.errors import VGFError
 from vgf_llm.serving.answers import Form, event
-from vgf_llm.serving.errors import RequestError, as_request_error
+from vgf_llm.serving.edge import Edge, error_response, stopping, told
+from vgf_llm.serving.errors import RequestError
 from vgf_llm.serving.keeper import EngineKeeper
 from vgf_llm.serving.metrics import Metrics
 from vgf_llm.serving.schema import Asked, AskedChat, AskedText, parse
@@ -34,9 +28,6 @@ _METRICS_TYPE = "text/plain; version=0.0.4"
 _READERS = 2
 _LEFT = 499  # what a stream ends in whose client is gone
 _SHOWN = 80  # characters of a name that an error repeats
-_KEYLESS = ("/health", "/metrics")
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Server:
@@ -55,7 +46,7 @@ class Server:
     ) -> None:
         self.service, self.keeper, self.metrics, self.model = service, keeper, metrics, model
         self.limits = service.settings.limits
-        self._key = None if api_key is None else api_key.encode()
+        self.edge = Edge(self.limits, metrics, api_key)
         self.worker: Worker
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reading")  # of bodies
         metrics.engine_up.set_function(lambda: float(keeper.is_up))
@@ -71,7 +62,7 @@ class Server:
             ("/metrics", self._metrics, "GET"),
         ]
         app = Starlette(
-            routes=[Route(path, self._answering(path, handler), methods=[verb]) for path, handler, verb in routes],
+            routes=[Route(path, self.edge.answering(path, handler), methods=[verb]) for path, handler, verb in routes],
             exception_handlers={HTTPException: self._no_such_route},
             lifespan=self._lifespan,
         )
@@ -86,46 +77,6 @@ class Server:
         self.worker.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.keeper.close)
-
-    def _answering(self, path: str, handler: Handler) -> Handler:
-        """Wrap a route: the key first, every error as OpenAI's body, and one count and one line a request."""
-
-        async def answering(request: Request) -> Response:
-            request.state.id, request.state.began = uuid.uuid4().hex, time.monotonic()
-            try:
-                if path not in _KEYLESS:
-                    self._check_key(request)
-                response = await handler(request)
-            except asyncio.CancelledError:  # the time that a server has to end is up
-                response = _error_response(_stopping())
-            except Exception as error:
-                response = _error_response(error)
-            response.headers["X-Request-Id"] = request.state.id
-            if not isinstance(response, StreamingResponse):  # a stream counts when it ends, as what it ended in
-                self._ended(request, path, response.status_code)
-            return response
-
-        return answering
-
-    def _ended(self, request: Request, path: str, status: int) -> None:
-        """Count a request, and log it without anything that it said."""
-        self.metrics.requests.labels(path, status).inc()
-        if path not in _KEYLESS:
-            at, seconds = time.strftime("%Y-%m-%d %H:%M:%S"), time.monotonic() - request.state.began
-            line = f"{at} {request.method} {path} {status} {seconds:.2f} s {request.state.id}"
-            say(f"vgf-llm serve: {line}")
-
-    def _check_key(self, request: Request) -> None:
-        if self._key is None:
-            return
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip(" ").encode("latin-1"), self._key):
-            raise RequestError(
-                401,
-                "Authorization must be 'Bearer <key>' with this server's key",
-                param="Authorization",
-                code="invalid_api_key",
-            )
 
     # Routes --------------------------------------------------------------------------------------------------------
 
@@ -149,15 +100,17 @@ class Server:
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=_METRICS_TYPE)
 
-    async def _no_such_route(self, request: Request, error: HTTPException) -> Response:
+    async def _no_such_route(self, request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            return error_response(error)
         message = f"{request.method} {request.url.path[:_SHOWN]}: {error.detail}"
-        return _error_response(RequestError(error.status_code, message, param="path"))
+        return error_response(RequestError(error.status_code, message, param="path"))
 
     # One question --------------------------------------------------------------------------------------------------
 
     async def _asked(self, request: Request, kind: type[Asked]) -> Response:
         deadline = Patience(self.limits.timeout_sec)
-        body = await self._body(request)
+        body = await self.edge.body(request)
         asked = await asyncio.get_running_loop().run_in_executor(self._readers, parse, kind, body)
         self._check_model(asked.model)
         if asked.stream_options is not None and not asked.stream:
@@ -191,36 +144,15 @@ class Server:
         except AbandonedError:
             return
         except asyncio.CancelledError:
-            ended_in = _stopping().status
-            yield event(_stopping().body)
+            ended_in = stopping().status
+            yield event(stopping().body)
         except Exception as error:
-            found = _told(error)
+            found = told(error)
             ended_in = found.status
             yield event(found.body)
         finally:
             job.deadline.abandon()
-            self._ended(request, request.url.path, ended_in)
-
-    async def _body(self, request: Request) -> bytes:
-        """Return the body, of which no more is read than it may have."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise RequestError(415, "Content-Type must be application/json", param="Content-Type")
-        most, stated = self.limits.body_kib * 1024, request.headers.get("content-length", "0")
-        found = bytearray()
-        if int(stated) <= most:
-            try:
-                async with asyncio.timeout(self.limits.timeout_sec):
-                    async for chunk in request.stream():
-                        found += chunk
-                        if len(found) > most:
-                            break
-            except TimeoutError as error:
-                raise RequestError(408, f"the body did not come within {self.limits.timeout_sec:g} s") from error
-            except ClientDisconnect as error:
-                raise AbandonedError("the caller has left") from error
-        if int(stated) > most or len(found) > most:
-            raise RequestError(413, f"the body may have {most} bytes; send less", param="body", code="too_large")
-        return bytes(found)
+            self.edge.ended(request, request.url.path, ended_in)
 
     def _check_model(self, name: str) -> None:
         if name != self.model:
@@ -233,22 +165,3 @@ class Server:
 
     def _card(self) -> dict[str, object]:
         return {"id": self.model, "object": "model", "created": 0, "owned_by": "vgf_llm"}
-
-
-def _stopping() -> RequestError:
-    return RequestError(503, "the server is stopping", code="stopping")
-
-
-def _told(error: BaseException) -> RequestError:
-    """Return what the client is told; what they cannot mend goes to the log."""
-    found = as_request_error(error)
-    if isinstance(error, EngineError):
-        say(f"vgf-llm serve: {error}")
-    elif found.status == 500 and not isinstance(error, VGFError):
-        traceback.print_exception(error, file=people())
-    return found
-
-
-def _error_response(error: BaseException) -> Response:
-    found = _told(error)
-    return JSONResponse(found.body, found.status, found.headers)

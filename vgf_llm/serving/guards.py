@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vgf_llm.engines.deadline import Deadline
 from vgf_llm.engines.engine import Engine, EngineRequest, EngineText
+from vgf_llm.flow.trajectory import ValueGradient
 from vgf_llm.text.particles import GradientSource
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
@@ -115,8 +116,9 @@ class GuardedValue:
 def guarded_gradient(gradient: GradientSource, guard: Guard) -> GradientSource:
     """Return a source of directions that takes its turn for every step; for a :class:`GuardedValue`."""
 
-    def make(value: GuardedValue, prefix: Any, responses: Responses) -> Any:
-        step = gradient(value.own, prefix, responses)
+    def make(value: Value, prefix: Any, responses: Responses) -> ValueGradient:
+        own = value.own if isinstance(value, GuardedValue) else value  # the step takes the turn itself
+        step = gradient(own, prefix, responses)
 
         def guarded(u_BNTD: Tensor) -> tuple[Tensor, Tensor]:
             with guard.turn_at("transport"):

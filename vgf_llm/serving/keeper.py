@@ -84,7 +84,7 @@ class EngineKeeper:
             if time.monotonic() - self._since > _HEALTHY_SEC:
                 self._tries = 0
             try:
-                self._engine.check()
+                self.engine().check()
             except Exception as error:
                 _say("the engine died", error)
                 self._drop()

@@ -15,15 +15,16 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
-        self.requests = Counter("vgf_requests", "Requests answered", ["endpoint", "status"], **own)
-        self.running = Gauge("vgf_requests_running", "Requests worked on", **own)
-        self.waiting = Gauge("vgf_requests_waiting", "Requests that wait for a place", **own)
-        self.seconds = Histogram("vgf_stage_seconds", "Time by stage", ["stage"], buckets=_BUCKETS_SEC, **own)
-        self.tokens = Counter("vgf_tokens", "Tokens of prompts and of answers", ["kind"], **own)
-        self.nats = Counter("vgf_nats", "KL from the base model spent on answers, in nats", **own)
-        self.engine_up = Gauge("vgf_engine_up", "Whether an engine runs", **own)
-        self.restarts = Counter("vgf_engine_restarts", "Engines started after one died", **own)
+        self.requests = Counter("vgf_requests", "Requests answered", ["endpoint", "status"], registry=self.registry)
+        self.running = Gauge("vgf_requests_running", "Requests worked on", registry=self.registry)
+        self.waiting = Gauge("vgf_requests_waiting", "Requests that wait for a place", registry=self.registry)
+        self.seconds = Histogram(
+            "vgf_stage_seconds", "Time by stage", ["stage"], buckets=_BUCKETS_SEC, registry=self.registry
+        )
+        self.tokens = Counter("vgf_tokens", "Tokens of prompts and of answers", ["kind"], registry=self.registry)
+        self.nats = Counter("vgf_nats", "KL from the base model spent on answers, in nats", registry=self.registry)
+        self.engine_up = Gauge("vgf_engine_up", "Whether an engine runs", registry=self.registry)
+        self.restarts = Counter("vgf_engine_restarts", "Engines started after one died", registry=self.registry)
 
     def watch(self, admission: Admission) -> None:
         """Read how many requests run and wait from their source."""

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from vgf_llm.answering.implicit_policy import Selection
 from vgf_llm.data.prompts import encode_prompt, encode_text
 from vgf_llm.errors import DataError, SettingError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.serving.errors import RequestError, refused
 from vgf_llm.serving.schema import BUDGET_FIELDS, Asked, AskedChat, AskedText
 from vgf_llm.serving.settings import LIMITED, ServeSettings
-from vgf_llm.settings import SamplingSettings
+from vgf_llm.settings import DecoderName, SamplingSettings
 
 _SEEDS = 2**53  # of a request without one: a number that every JSON reader keeps
 _SHOWN = 40  # digits of a number that an error repeats
@@ -49,8 +50,8 @@ class Question:
     budget: TransportBudget
     num_particles: int
     draws: int
-    decoder: str
-    select: str
+    decoder: DecoderName
+    select: Selection
     seed: int
     stop: tuple[str, ...]
     timeout_sec: float
@@ -94,7 +95,7 @@ class Questions:
         Raises:
             RequestError: 400, naming the field that is out of range or over the server's limit.
         """
-        given = {} if asked.transport is None else asked.transport.model_dump(exclude_none=True)
+        given: dict[str, Any] = {} if asked.transport is None else asked.transport.model_dump(exclude_none=True)
         own, limits = self.settings, self.settings.limits
         budget = self._budget(given)
         chosen = {name: given.get(name, getattr(own, name)) for name in ("num_particles", "draws", "decoder", "select")}
@@ -188,8 +189,8 @@ class Questions:
         else:
             assert isinstance(asked, AskedText)
             name = "prompt"
-            is_text = isinstance(asked.prompt, str)
-            found = self._encoded(name, encode_text, asked.prompt) if is_text else list(asked.prompt)
+            given = asked.prompt
+            found = self._encoded(name, encode_text, given) if isinstance(given, str) else list(given)
         if not found:
             raise refused(name, f"{name} has no tokens")
         if max(found) >= self.vocabulary:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from vgf_llm.answering.answer import outcome_rows
+from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy
-from vgf_llm.answering.pipeline import Pipeline, make_decoder
+from vgf_llm.answering.pipeline import Pipeline
 from vgf_llm.engines.deadline import Deadline
 from vgf_llm.engines.engine import Engine, EngineRequest
 from vgf_llm.engines.engine_reference import EngineReference
@@ -27,6 +28,7 @@ from vgf_llm.serving.question import Question, Questions
 from vgf_llm.serving.settings import ServeSettings
 from vgf_llm.serving.stopping import StoppedPolicy, StoppedValue, cut
 from vgf_llm.text import row_seeds
+from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.text.particles import token_spacing
 from vgf_llm.text.protocols import check_no_kernel
 from vgf_llm.text.responses import Responses
@@ -63,7 +65,9 @@ class Service:
         engine: Returns the engine that is running; raises where there is none.
     """
 
-    def __init__(self, pipeline: Pipeline, settings: ServeSettings, engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, pipeline: Pipeline[EngineReference], settings: ServeSettings, engine: Callable[[], Engine]
+    ) -> None:
         self.pipeline, self.settings, self.engine = pipeline, settings, engine
         reference, config = pipeline.reference, pipeline.reference.model.config
         positions = max_positions(config)
@@ -73,7 +77,6 @@ class Service:
         self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, rows, positions)
         self._length_unit = token_spacing(pipeline.value.embedding_table_VD)
         self._turn, self._tokenizer_turn = threading.Lock(), threading.Lock()
-
         self._check_default_decoder()
 
     def encoded(self, question: Question, deadline: Deadline) -> Question:
@@ -145,24 +148,24 @@ class Service:
         value = GuardedValue(own.value, guard)
         if question.stop:
             value = StoppedValue(value, own.tokenizer, self._tokenizer_turn, question.stop)
-        sampler: Sampler = PlainSampler(GuardedEngine(engine, guard, "sample"), own.reference, question)
-        decoder: Any = None  # nothing is decoded where nothing is moved
+        sampling = GuardedEngine(engine, guard, "sample")
+        sampler: Sampler = PlainSampler(sampling, own.reference, question)
+        law = own.reference  # of no account where nothing is moved
         if not question.is_plain:
-            sampler = ReferenceSampler(self._law(question, GuardedEngine(engine, guard, "sample")))
-        if not question.budget.is_none:
-            options = self.settings.decoder_options if question.decoder == self.settings.decoder else {}
+            sampler = ReferenceSampler(self._law(question, sampling))
             law = self._law(question, GuardedEngine(engine, guard, "decode"))
-            decoder = make_decoder(question.decoder, law, value, options)
-        policy = StoppedPolicy if question.stop else ImplicitPolicy
-        return policy(
-            sampler,
+        return make_policy(
+            StoppedPolicy if question.stop else ImplicitPolicy,
+            law,
             value,
-            decoder,
             question.budget,
+            question.decoder,
+            self.settings.decoder_options if question.decoder == self.settings.decoder else {},
+            draws=question.draws,
             select=question.select,
             gradient=guarded_gradient(own.gradient, guard),
-            draws=question.draws,
             length_unit=self._length_unit,
+            sampler=sampler,
         )
 
     def _law(self, question: Question, engine: Engine) -> EngineReference:
@@ -193,7 +196,7 @@ class PlainSampler:
         self.engine, self.like, self.question = engine, like, question
 
     def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:
-        """Return one response; see :class:`vgf_llm.text.sampler_protocol.Sampler`."""
+        """Return one response; see :class:`vgf_llm.text.sampler.Sampler`."""
         own, like = self.question, self.like
         request = EngineRequest(
             own.prompt,

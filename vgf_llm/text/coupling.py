@@ -20,7 +20,12 @@ _KEEPS = -3  # the noise of "is the token kept", beside that of the tokens
 
 
 def draft_noise(
-    law: Shortlist, draft_law: Shortlist, draft_token_R: Tensor, known_R: Tensor, seeds_R: Tensor, position: int
+    law: Shortlist,
+    draft_law: Shortlist,
+    draft_token_R: Tensor,
+    known_R: Tensor,
+    seeds_R: Tensor,
+    position: int | Tensor,
 ) -> Tensor:
     """Return the Gumbel noise of the draft's own sampling where the draft had a token on its list, fresh elsewhere.
 
@@ -30,7 +35,7 @@ def draft_noise(
         draft_token_R: The token that won.
         known_R: bool, rows whose noise is the draft's; the others' is fresh.
         seeds_R: int64, one seed a row.
-        position: Place in the response.
+        position: Place in the response: one for all rows, or int64 [R].
     """
     known_RK = posterior_gumbel_noise(
         draft_law.logps,
@@ -44,7 +49,9 @@ def draft_noise(
     return torch.where(found_RK, known_RK.gather(-1, where_RK), gumbel_noise(seeds_R, position, law.ids))
 
 
-def maximally_coupled(logq_RK: Tensor, law: Shortlist, token_R: Tensor, seeds_R: Tensor, position: int) -> Tensor:
+def maximally_coupled(
+    logq_RK: Tensor, law: Shortlist, token_R: Tensor, seeds_R: Tensor, position: int | Tensor
+) -> Tensor:
     """Return y' ~ q, int64 [R], that equals y ~ p as often as any coupling can.
 
     Args:
@@ -52,7 +59,7 @@ def maximally_coupled(logq_RK: Tensor, law: Shortlist, token_R: Tensor, seeds_R:
         law: p [R, K], y among its columns.
         token_R: y.
         seeds_R: int64, one seed a row.
-        position: Place in the response.
+        position: Place in the response: one for all rows, or int64 [R].
     """
     own_R1 = law.column_of(token_R).unsqueeze(-1)
     log_ratio_R = (logq_RK - law.logps).gather(-1, own_R1).squeeze(-1)

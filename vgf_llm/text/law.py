@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vgf_llm.settings import SamplingSettings
+from vgf_llm.text.noise import gumbel_noise
+
+_ENDS, _GOES_ON = -1, -2  # the noise of "does it end here", beside that of the tokens
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,11 @@ def normalised(ids: Tensor, values: Tensor, top_p: float) -> Shortlist:
         least = torch.finfo(logps.dtype).tiny  # a smaller top_p would be 0 in this type, and leave no token
         logps = logps.masked_fill(mass_before >= max(top_p, least), -torch.inf).log_softmax(-1)
     return Shortlist(ids, logps)
+
+
+def ends_here(law: Shortlist, is_eos_RK: Tensor, seeds_R: Tensor, position: int | Tensor) -> Tensor:
+    """Decide by fresh noise, with the reference's probability of EOS, whether a row ends here; bool [R]."""
+    noise_R2 = gumbel_noise(seeds_R, position, seeds_R.new_tensor([_ENDS, _GOES_ON]).expand(len(seeds_R), 2))
+    end_R = law.logps.masked_fill(~is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 0]
+    go_on_R = law.logps.masked_fill(is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 1]
+    return end_R > go_on_R

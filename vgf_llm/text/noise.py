@@ -50,8 +50,14 @@ def row_seeds(seed: int, prompt_keys: list[int], num_particles: int) -> Tensor:
     return combine_seeds(group_B.unsqueeze(1), torch.arange(num_particles, dtype=torch.int64))
 
 
-def gumbel_noise(seeds_R: Tensor, position: int, ids_RK: Tensor) -> Tensor:
-    """Return standard Gumbel noise, float64 [R, K], for tokens ``ids_RK`` at ``position`` of rows ``seeds_R``."""
+def gumbel_noise(seeds_R: Tensor, position: int | Tensor, ids_RK: Tensor) -> Tensor:
+    """Return standard Gumbel noise, float64 [R, K], for tokens ``ids_RK`` at ``position`` of rows ``seeds_R``.
+
+    Args:
+        seeds_R: int64, one seed per row.
+        position: Place in the response: one for all rows, or int64 [R].
+        ids_RK: int64, token ids.
+    """
     bits_RK = combine_seeds(combine_seeds(seeds_R, position).unsqueeze(-1), ids_RK)
     uniform_RK = (_shift_right(bits_RK, 11).double() + 0.5) * 2.0**-53
     return -torch.log(-torch.log(uniform_RK))
@@ -80,7 +86,7 @@ def posterior_gumbel_noise(logps_RK: Tensor, winner_R: Tensor, noise_RK: Tensor,
     return posterior_RK.scatter(-1, winner_R1, of_winner_R1)
 
 
-def maximum_noise(seeds_R: Tensor, position: int) -> Tensor:
+def maximum_noise(seeds_R: Tensor, position: int | Tensor) -> Tensor:
     """Return the standard Gumbel noise of the maximum, float64 [R], from a stream of its own."""
     return gumbel_noise(combine_seeds(seeds_R, _MAXIMUM_STREAM), position, torch.zeros_like(seeds_R).unsqueeze(-1))[
         :, 0

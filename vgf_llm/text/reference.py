@@ -7,7 +7,7 @@ Prompts are run once and shared by all of their responses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,7 +133,7 @@ class TorchReference:
         return torch.cat(parts).view(responses.tokens_BNT.shape)
 
     @torch.no_grad()
-    def _forwards(self, prefix: TorchPrefix, responses: Responses):  # noqa: ANN202 - a generator of three tensors
+    def _forwards(self, prefix: TorchPrefix, responses: Responses) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (logits_RTV, tokens_RT, mask_RT) for a few rows at a time: R*T*V numbers never stand together."""
         n = responses.tokens_BNT.shape[1]
         tokens_RT, mask_RT = responses.tokens_BNT.flatten(0, 1), responses.mask_BNT.flatten(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Responses:
         law = None if self.law is None else Shortlist(self.law.ids[:, :n], self.law.logps[:, :n])
         return Responses(self.prompts, self.tokens_BNT[:, :n], self.mask_BNT[:, :n], self.eos_ids, self.pad_id, law)
 
-    def texts(self, tokenizer) -> list[list[str]]:  # noqa: ANN001 - any HF tokenizer
+    def texts(self, tokenizer: Any) -> list[list[str]]:
         """Decode every response to text, special tokens dropped."""
         flat = [
             row[keep].tolist()

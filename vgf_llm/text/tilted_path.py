@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgf_llm.text.choosing import RowPlan, law_rule
 from vgf_llm.text.law import Shortlist, truncate
+from vgf_llm.text.plans import RowPlan, law_rule
 from vgf_llm.text.protocols import Move, Prefix, Reference, Work
 from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import calibrate_multiplier, linear_bonus
-from vgf_llm.text.tilted_step import DraftTokens, TiltedRows, TiltOptions, tilted_token
+from vgf_llm.text.tilted_step import TILT, DraftTokens, TiltedRows, TiltOptions, tilted_token
 
 
 def laws_of(reference: Reference, context: Prefix, responses: Responses) -> tuple[Shortlist, Work]:
@@ -130,5 +130,5 @@ class TiltedPath:
             tensors["seed"], tensors["start"] = self.seeds_R[row], start_R[row].long()
             tensors["coupled"], tensors["unchanged"] = self.coupled_R[row], self.unchanged_R[row]
             tensors["numbers"] = torch.stack([number.float() for number in numbers])
-            plans.append(RowPlan("tilt", rule, tensors))
+            plans.append(RowPlan(TILT, rule, tensors))
         return plans

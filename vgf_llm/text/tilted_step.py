@@ -12,21 +12,22 @@ Rows may stand at different positions and have different budgets: nothing of a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vgf_llm.text.coupling import draft_noise, maximally_coupled
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.law import Shortlist, ends_here
 from vgf_llm.text.noise import gumbel_noise
+from vgf_llm.text.plans import PlanKind, PlannedRows, PlanTensor
 from vgf_llm.text.responses import is_any_of
 from vgf_llm.text.tilt import capped_multiplier, kl_divergence, linear_bonus, tilt
 
-_ENDS, _GOES_ON = -1, -2  # the noise of "does it end here", beside that of the tokens
+_OPTIONS = ("multiplier", "coupling", "after_change")
 _LARGEST_TILT = 2.0**20  # nats between two tokens; more than any law leaves room for
 
 
@@ -103,14 +104,6 @@ class TiltedToken:
 
     token_R: Tensor
     nats_R: Tensor
-
-
-def ends_here(law: Shortlist, is_eos_RK: Tensor, seeds_R: Tensor, position: int | Tensor) -> Tensor:
-    """Decide by fresh noise, with the reference's probability of EOS, whether a row ends here; bool [R]."""
-    noise_R2 = gumbel_noise(seeds_R, position, seeds_R.new_tensor([_ENDS, _GOES_ON]).expand(len(seeds_R), 2))
-    end_R = law.logps.masked_fill(~is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 0]
-    go_on_R = law.logps.masked_fill(is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 1]
-    return end_R > go_on_R
 
 
 def tilted_token(
@@ -192,3 +185,67 @@ def _noise(
     without_RK = is_any_of(draft.law.ids, eos_ids) | ~draft.movable_R.unsqueeze(-1)
     draft_law = Shortlist(draft.law.ids, draft.law.logps.masked_fill(without_RK, -torch.inf))
     return draft_noise(law, draft_law, draft.token_R, rows.coupled_R, rows.seeds_R, position)
+
+
+class _State(NamedTuple):
+    """How far one row has come: nats spent, and whether it still equals its draft."""
+
+    spent: float
+    unchanged: bool
+
+
+def _start(tensors: Mapping[str, Tensor]) -> _State:
+    return _State(0.0, bool(tensors["unchanged"]))
+
+
+def _step(rows: PlannedRows, law: Shortlist, position_R: Tensor) -> tuple[Tensor, list[_State]]:
+    device = position_R.device
+    spent_R = torch.tensor([state.spent for state in rows.states], device=device)
+    unchanged_R = torch.tensor([state.unchanged for state in rows.states], device=device)
+    multiplier_R, left_R, cap_R, share_R = rows.own("numbers").unbind(-1)
+    draft = DraftTokens(
+        rows.here("token"),
+        rows.here("inside"),
+        rows.here("movable"),
+        rows.here("displacement"),
+        Shortlist(rows.here("law_ids"), rows.here("law_logps")),
+    )
+    state = TiltedRows(
+        rows.own("seed"), rows.own("coupled"), unchanged_R, multiplier_R, left_R - spent_R, cap_R, share_R
+    )
+    options = _options({name: rows.rule(name) for name in _OPTIONS})
+    picked = tilted_token(law, draft, state, position_R, rows.table_VD, rows.rule("eos_ids"), options)
+    unchanged_R = unchanged_R & draft.inside_R & (picked.token_R == draft.token_R)
+    after = zip((spent_R + picked.nats_R).tolist(), unchanged_R.tolist(), strict=True)
+    return picked.token_R, [_State(spent, unchanged) for spent, unchanged in after]
+
+
+def _options(rule: Mapping[str, Any]) -> TiltOptions:
+    return TiltOptions(*(rule[name] for name in _OPTIONS))
+
+
+TILT = PlanKind(
+    name="tilt",
+    tensors={
+        "token": PlanTensor(1, torch.int64, is_token=True),
+        "inside": PlanTensor(1, torch.bool),
+        "movable": PlanTensor(1, torch.bool),
+        "displacement": PlanTensor(2, is_finite=True),
+        "law_ids": PlanTensor(2, torch.int64, is_token=True),
+        "law_logps": PlanTensor(2, like="law_ids"),
+        "seed": PlanTensor(0, torch.int64),
+        "start": PlanTensor(0, torch.int64),
+        "coupled": PlanTensor(0, torch.bool),
+        "unchanged": PlanTensor(0, torch.bool),
+        "numbers": PlanTensor(1, count=4),  # multiplier, nats left, cap, share
+    },
+    eos_rule="eos_ids",
+    options=_OPTIONS,
+    step=_step,
+    start=_start,
+    check_rule=_options,
+    needs_table=True,
+    lasts="token",
+    width="law_ids",
+)
+"""Tensors hold the draft from the row's first token on, as :class:`DraftTokens` and :class:`TiltedRows` name them."""

@@ -3,19 +3,16 @@
 A checkpoint holds the policy as users load it (a PEFT adapter, or a transformers model), ``value/`` where a value is
 learned, ``trained.safetensors`` with what the policy's own files do not hold exactly, ``target.safetensors``, and the
 Trainer's optimiser, scheduler, random states and progress; under DeepSpeed and FSDP their own shards (shards.py); and
-what the next log line has so far. It is written beside its place and published by one rename.
+what the next log line has so far. It is written next to its place and published by one rename.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -24,8 +21,9 @@ from reward_models.value_model import save_value_model
 from vgf_llm.distributed.gather import full_tensors, under
 from vgf_llm.distributed.shards import copy_whole
 from vgf_llm.errors import CheckpointError
-from vgf_llm.runs.checkpoint import publish, rotate, saving, staging_folder, writing
+from vgf_llm.runs.checkpoint import writing
 from vgf_llm.runs.provenance import write_base
+from vgf_llm.runs.publishing import published
 from vgf_llm.training.identity import identity_of_models
 from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.policy_models import PolicyModels
@@ -34,14 +32,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TRAINED_NAME, TARGET_NAME, VALUE_FOLDER = "trained.safetensors", "target.safetensors", "value"
-
-
-def _restore_on_cpu(storage: Any, location: str) -> Any:
-    """Processes of a CPU group call their device cpu:0, which torch.load does not know by itself."""
-    return storage if location.startswith("cpu:") else None
-
-
-torch.serialization.register_package(15, lambda storage: None, _restore_on_cpu)
 
 
 class Checkpoints:
@@ -54,7 +44,7 @@ class Checkpoints:
         limit: Checkpoints kept; None keeps all.
         models: The policy.
         learned: The value that is learned along, or None.
-        tokenizer: Saved beside what is trained.
+        tokenizer: Saved with what is trained.
         accelerator: Of the run's processes.
         identity: What must not change when the run is resumed, as far as the settings tell.
 
@@ -96,7 +86,7 @@ class Checkpoints:
         Raises:
             OutputError: They cannot be written.
         """
-        advice = "checkpoints are untouched: free some space and go on with resume: true"
+        advice = "checkpoints are untouched: free some space and continue with resume: true"
         with writing(f"result '{folder}'", folder, advice):
             self.write(model, folder, with_state=False)
 
@@ -149,23 +139,15 @@ class Checkpoints:
         Raises:
             OutputError: Something could not be written.
         """
-        if self.is_first:
-            staging_folder(self.output_dir, step)
-        self.accelerator.wait_for_everyone()
-        partial = self.output_dir / f".checkpoint-{step}.partial"
-        with saving(partial):
-            self.staging = partial
+        wait = self.accelerator.wait_for_everyone
+        with published(
+            self.output_dir, step, writes=self.is_first, wait=wait, identity=lambda: self.identity, limit=self.limit
+        ) as staging:
+            self.staging = staging
             try:
                 yield
             finally:
                 self.staging = None
-        self.accelerator.wait_for_everyone()
-        if self.is_first:
-            with saving(partial):
-                _lift(partial, partial / f"checkpoint-{step}")
-            publish(partial, self.output_dir, step, self.identity)
-            rotate(self.output_dir, self.limit)
-        self.accelerator.wait_for_everyone()
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Read the trained parameters back, each of them.
@@ -193,11 +175,3 @@ class Checkpoints:
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every trained parameter by name, whole and on the host; called on all processes."""
     return full_tensors(model, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
-
-
-def _lift(target: Path, inner: Path) -> None:
-    """Move what the Trainer wrote into its own subfolder up into the staging folder."""
-    for path in list(inner.iterdir()):
-        os.rename(path, target / path.name)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(inner)

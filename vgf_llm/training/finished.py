@@ -9,6 +9,7 @@ from transformers import TrainerState
 
 from vgf_llm.console.screen import say
 from vgf_llm.runs.checkpoint import writing
+from vgf_llm.runs.going_on import is_finished
 from vgf_llm.training.checkpoints import VALUE_FOLDER, Checkpoints
 from vgf_llm.training.settings import OptimSettings
 
@@ -16,15 +17,8 @@ _RESULT = ("adapter_*", "model*.safetensors*", "*config.json", "tokenizer*", "ch
 
 
 def finished(checkpoint: str, optim: OptimSettings) -> bool:
-    """Whether a checkpoint is of the last step that the settings ask for.
-
-    transformers would take one more step from there, at a learning rate beyond its schedule.
-    """
-    state: TrainerState = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    steps = optim.max_steps
-    if steps < 0:  # as many as the checkpoint's run was to take, in proportion to the epochs
-        steps = round(state.max_steps * optim.num_train_epochs / state.num_train_epochs)
-    return bool(state.global_step >= steps)
+    """Return whether a checkpoint is of the last step that the settings ask for."""
+    return is_finished(Path(checkpoint), optim.max_steps, optim.num_train_epochs)
 
 
 def take_result(checkpoints: Checkpoints, checkpoint: str) -> TrainerState:

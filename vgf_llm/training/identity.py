@@ -1,4 +1,4 @@
-"""What makes a training run the run that it is: a checkpoint of another one is not gone on with."""
+"""The identity of a training run: a checkpoint of another run is refused."""
 
 from __future__ import annotations
 

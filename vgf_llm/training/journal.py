@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, completions of each logged step, and warnings a person must see."""
+"""Files that a run writes while it trains: metrics.jsonl, completions of each logged step; and its warnings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Journal:
         self._step = 0
 
     def start(self, step: int) -> None:
-        """Drop what an earlier run, or this one before it was stopped, wrote after the step that it goes on from.
+        """Drop what an earlier run, or this one before it was stopped, wrote after the step that it continues from.
 
         A run that starts anew keeps the earlier one's lines as metrics.earlier.jsonl.
 

@@ -119,7 +119,7 @@ class LearnedValue:
         self.target.update(self.model, self.settings.target_tau)
 
     def save_secant(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """Write the secant head, where there is one, beside the saved value, whose folder then states its direction.
+        """Write the secant head, where there is one, into the saved value's folder, which then states its direction.
 
         Args:
             folder: Of the saved value.

@@ -1,4 +1,4 @@
-"""What a log line holds beside each rollout's own figures: likelihoods, distances and samples of the policy itself.
+"""Figures of a log line that no rollout gives: likelihoods, distances, and samples of the policy itself.
 
 What costs a forward is done only in the steps that end in a log line.
 """
@@ -61,7 +61,7 @@ class Observer:
 
     @torch.no_grad()
     def observe(self, rollout: Rollout, value: Value, step: int) -> None:
-        """Add what a log line needs beside the rollout: likelihoods, distances, and the policy's own samples.
+        """Add to the rollout's own figures: likelihoods, distances, and the policy's own samples.
 
         Rewards are of samples under the run's sampling law, as users will draw them; the KL is of samples of the
         untruncated policy at temperature 1, without which its estimate would be biased.
@@ -100,7 +100,7 @@ class Observer:
         Called by all processes.
 
         Args:
-            logs: The Trainer's own figures; added to in place. One without a loss is no line of a step, and stays.
+            logs: The Trainer's own figures; added to in place. One without a loss is not a step's line, and stays.
             step: Optimiser steps done.
             epoch: Passes over the prompts done.
         """

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from vgf_llm.distributed.gather import full_tensors, under
 from vgf_llm.distributed.processes import of_first
 from vgf_llm.engines.engine import EngineRequest, EngineText, TakesWeights
-from vgf_llm.engines.engine_reference import EngineReference
+from vgf_llm.engines.engine_reference import EngineReference, check_truncated
+from vgf_llm.engines.inspected_engine import InspectedEngine
 from vgf_llm.errors import ConfigError
 from vgf_llm.models.architecture import max_positions
 from vgf_llm.models.base import LoadedBase
@@ -110,9 +111,10 @@ class ParticleEngine:
         self._step = 0
         self._unproved = False
         self._clear()
-        # Made first: nothing is to fail between the start of an engine and where it is closed.
+        with _own_gpu(run.device, run.accelerator.num_processes):  # last: nothing may fail between start and close
+            self.engine = start()
         self.law = EngineReference(
-            None,
+            InspectedEngine(self.engine, self._prove),
             run.models.policy_lm,
             sampling,
             run.base.eos_ids,
@@ -121,9 +123,6 @@ class ParticleEngine:
             adapter,
             vocabulary=run.base.vocabulary,
         )
-        self.law.on_written = self._prove
-        with _own_gpu(run.device, run.accelerator.num_processes):
-            self.engine = self.law.engine = start()
 
     def begin_step(self, model: nn.Module, step: int) -> None:
         """Give the engine the weights of now, where they are the policy's; what it writes next is proved.
@@ -175,9 +174,9 @@ class ParticleEngine:
     def _gives(self) -> bool:
         return not self.shared or self.run.is_first
 
-    def _prove(self, requests: list[EngineRequest], texts: list[EngineText]) -> None:
+    def _prove(self, requests: Sequence[EngineRequest], texts: Sequence[EngineText]) -> None:
         """Compare what the engine wrote first in a step with the trainer's weights."""
-        if not self._unproved or not texts:
+        if not self._unproved:
             return
         self._unproved, models = False, self.run.models
         policy = contextlib.nullcontext(models.policy_lm)
@@ -213,8 +212,7 @@ def engine_maker(
     from vgf_llm.settings import ModelSettings
 
     pushes, own = method.particles_from == "policy", method.engine.url is None
-    if not sampling.top_k:
-        raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
+    check_truncated(sampling)
     if own and processes > 1:
         _require_engines_apart(method, processes)
     if pushes and policy.lora_r:

@@ -1,8 +1,8 @@
-"""The models of a run: the policy, the learned value where there is one, and the reference they are held against.
+"""The models of a run: the policy, the learned value where there is one, and their reference.
 
 Under LoRA one copy of the base weights serves all: the policy is the base with an adapter, the reference the base with
 the adapter off, and the learned value may share the same weights. Trained in full, the policy has a frozen copy of the
-base beside it.
+base next to it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class PolicyModels:
         base_weights: Mark of the base's weights (`vgf_llm.runs.provenance`), which the result carries.
 
     Raises:
-        ModelError: A LoRA target is no linear layer of the model.
+        ModelError: A LoRA target is not a linear layer of the model.
     """
 
     def __init__(self, base: PreTrainedModel, settings: PolicySettings) -> None:

@@ -48,7 +48,7 @@ class Rewards:
     Args:
         members: At least one.
         tokenizer: Turns responses into the texts that functions read.
-        gold: A function that is scored beside them and not part of the sum.
+        gold: A function that is scored too, and is not part of the sum.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ def _refuse_non_finite(member: NamedReward, scores_BN: Tensor, prompts: list[str
 def _function(name: str) -> Callable:
     if "/" in name:
         raise ConfigError(
-            f"rewards: {name!r} is no folder; train a reward model with `vgf-llm reward`, or name a function"
+            f"rewards: {name!r} is not a folder; train a reward model with `vgf-llm reward`, or name a function"
         )
     return load_function(name)
 

@@ -1,4 +1,4 @@
-"""What one batch of prompts gave: originals, transported responses and their rewards.
+"""Rollouts of one batch of prompts: originals, transported responses and their rewards.
 
 Nothing here holds weights; models are run by the rollout worker.
 """
@@ -98,7 +98,7 @@ class Rollout:
 def own_rows(rows: list[PromptRow], process: int, left: int) -> tuple[list[PromptRow], bool]:
     """Return the prompts of a forward without those that were repeated to give every process a whole batch.
 
-    Where an epoch's prompts do not fill the last batches, the data loader goes on with the epoch's first ones.
+    Where an epoch's prompts do not fill the last batches, the data loader continues with the epoch's first ones.
 
     Args:
         rows: B prompts of this process.

@@ -8,11 +8,10 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import Outcome
-from vgf_llm.answering.pipeline import make_decoder
 from vgf_llm.text.particles import token_spacing
 from vgf_llm.text.protocols import Reference
-from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.training.laws import Laws, sample
 from vgf_llm.training.metrics import MetricSums, responses_tokens, rollout_metrics
 from vgf_llm.training.rewards import Flow, Rewards
@@ -65,13 +64,15 @@ class RolloutWorker:
         value, gradient = self.flow()
         if self._length_unit is None:
             self._length_unit = token_spacing(value.embedding_table_VD)
-        return ObservedPolicy(
-            ReferenceSampler(law),
+        return make_policy(
+            ObservedPolicy,
+            law,
             value,
-            make_decoder(self.method.decoder, law, value, self.method.decoder_options),
             self.method.budget,
-            gradient=gradient,
+            self.method.decoder,
+            self.method.decoder_options,
             draws=self.method.draws,
+            gradient=gradient,
             length_unit=self._length_unit,
         )
 

@@ -50,7 +50,7 @@ class PolicySettings(LoraSettings, BaseModelSettings):
     """Parameter dtype of base and reward models; whatever is trained is float32 (under DeepSpeed what it says). "auto":
     bfloat16 where the device has units for it, float32 with lora_r 0, under DeepSpeed and under FSDP."""
     lora_r: int = 16
-    """LoRA rank; 0 trains all weights beside a frozen copy of the base."""
+    """LoRA rank; 0 trains all weights next to a frozen copy of the base."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class LearnedValueSettings:
 
 @dataclass(frozen=True)
 class VGFSettings(ParticleSettings, BackendSettings):
-    """The method: how responses are moved, and how what came of it is learned."""
+    """The method: how responses are moved, and how the result is learned."""
 
     draws: int = 1
     particles_from: Literal["reference", "policy"] = "reference"

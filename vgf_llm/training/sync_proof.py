@@ -60,7 +60,7 @@ def sync_distance(
 
 
 def sync_bound(model: nn.Module, engine_dtype: str) -> float:
-    """Return the bound on d, nats per token, of a model held against an engine in some dtype."""
+    """Return the bound on d, nats per token, of a model compared with an engine in some dtype."""
     mine = next(model.parameters()).dtype
     return max(SYNC_BOUNDS[mine], SYNC_BOUNDS[getattr(torch, engine_dtype)])
 

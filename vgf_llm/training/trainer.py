@@ -29,6 +29,8 @@ from vgf_llm.distributed.shards import save_engine_state, without_frozen
 from vgf_llm.errors import ConfigError, DivergedError
 from vgf_llm.machine.precision import require_float32
 from vgf_llm.models.base import LoadedBase
+from vgf_llm.runs.log_sums import load_log_sums, save_log_sums
+from vgf_llm.runs.trainer_internals import rows_per_forward
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.training.batch import Counts, TrainBatch, without_effect
 from vgf_llm.training.checkpoints import Checkpoints
@@ -37,7 +39,6 @@ from vgf_llm.training.journal import Journal
 from vgf_llm.training.laws import Laws
 from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.learner import Learner
-from vgf_llm.training.log_state import load_log_state, save_log_state
 from vgf_llm.training.metrics import MetricSums
 from vgf_llm.training.observing import Observer, ends_in_log_line
 from vgf_llm.training.particle_engine import EngineMaker, EngineRun
@@ -46,7 +47,6 @@ from vgf_llm.training.rewards import Rewards
 from vgf_llm.training.rollout import PromptBatch, PromptRow, Rollout, own_rows
 from vgf_llm.training.rollout_worker import RolloutWorker
 from vgf_llm.training.settings import VGFSettings
-from vgf_llm.training.transformers_internals import loss_sums, rows_per_forward, set_loss_sums
 
 
 class VGFTrainer(Trainer):
@@ -163,8 +163,8 @@ class VGFTrainer(Trainer):
         """Start the clock of log lines, and continue the line that a checkpoint was written in the middle of."""
         self.observer.logged_at = time.perf_counter()
         folder, self._resumed_from = self._resumed_from, None
-        if folder is not None and (sums := load_log_state(folder, self.accelerator, self.metrics)) is not None:
-            set_loss_sums(self, sums)
+        if folder is not None and (figures := load_log_sums(self, folder)) is not None:
+            self.metrics.load_state_dict(figures)
 
     def end_step(self) -> None:
         """Let the value's target follow it, before a checkpoint of the step is written."""
@@ -296,12 +296,12 @@ class VGFTrainer(Trainer):
             self.checkpoints.write_result(self.module, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, and publish it."""
+        """Write a checkpoint next to its place, and publish it."""
         with self.checkpoints.publishing(self.state.global_step):
             super()._save_checkpoint(model, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
-        """While a checkpoint is written, its parent is the folder beside its place."""
+        """While a checkpoint is written, its parent is the folder next to its place."""
         staging = self.checkpoints.staging
         return super()._get_output_dir(trial) if staging is None else str(staging)
 
@@ -315,7 +315,7 @@ class VGFTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Write what every process has of its own: random states, and the sums of the next log line."""
         super()._save_rng_state(output_dir)
-        save_log_state(output_dir, self.accelerator, self.metrics, loss_sums(self))
+        save_log_sums(self, output_dir, self.metrics.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read the trained parameters back, each of them."""

@@ -110,6 +110,7 @@ class _Text:
         inside_XT = mask_after_eos(tokens_XT, path.eos_ids)
         missing = len(block) - tokens_XT.shape[1]
         law = draws.law()
+        assert law is not None  # one is kept that is as long as the drafts'
         columns_missing = path.law.ids.shape[-1] - law.ids.shape[-1]
         path.law.ids[rows_X, columns] = pad(law.ids, (0, columns_missing, 0, missing))
         path.law.logps[rows_X, columns] = pad(law.logps, (0, columns_missing, 0, missing), value=-torch.inf)

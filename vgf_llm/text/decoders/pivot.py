@@ -30,20 +30,19 @@ rewrite, which is not counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgf_llm.text.choosing import RowPlan, law_rule
 from vgf_llm.text.law import Shortlist, truncate
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.path import Path, chosen, own_logps, path_of
+from vgf_llm.text.plans import RowPlan, law_rule
 from vgf_llm.text.protocols import Decoded, Move, Moved, Prefix, Reference, Work, check_no_kernel
-from vgf_llm.text.responses import Responses, is_any_of
-from vgf_llm.text.tilt import capped_multiplier, linear_bonus, tilt
+from vgf_llm.text.regrown_step import REGROW, regrown_token, tilted_law
+from vgf_llm.text.responses import Responses
 
 _UNIFORM_SHARE = 0.2
 _POSITION, _TEST, _TEXT = 0, 1, 2
@@ -131,46 +130,7 @@ class PivotDecoder:
     def tilted_law(self, move: Move, law: Shortlist, displacement: Tensor, token: Tensor) -> Shortlist:
         """Return q at positions [...]: the law tilted by the displacement, within the cap a token."""
         cap = torch.full_like(law.logps[..., 0], move.budget.max_token_nats)
-        return _tilted_law(law, displacement, token, self.table_VD, move.responses.eos_ids, cap)
-
-
-def regrown_token(
-    law: Shortlist,
-    displacement_RD: Tensor,
-    old_token_R: Tensor,
-    is_tilted_R: Tensor,
-    seeds_R: Tensor,
-    position_R: Tensor,
-    table_VD: Tensor,
-    eos_ids: Sequence[int],
-    cap_R: Tensor,
-) -> Tensor:
-    """Draw the next token of every row, int64 [R]: from the tilted law at and after the pivot, then the reference's.
-
-    Args:
-        law: The reference's law [R, K] here.
-        displacement_RD: Delta of the old text here; 0 beyond its end.
-        old_token_R: What stands here in the old text.
-        is_tilted_R: Whether this position is one of the tilted.
-        seeds_R: int64, seeds of the new text.
-        position_R: Place in the response.
-        table_VD: Input embeddings that the particles live in.
-        eos_ids: Ids that end a response.
-        cap_R: Largest KL at one token, in nats.
-    """
-    tilted = _tilted_law(law, displacement_RD, old_token_R, table_VD, eos_ids, cap_R)
-    logps_RK = torch.where(is_tilted_R.unsqueeze(-1), tilted.logps, law.logps)
-    noise_RK = gumbel_noise(combine_seeds(seeds_R, position_R), 0, law.ids)
-    return law.ids.gather(-1, (logps_RK + noise_RK).argmax(-1, keepdim=True)).squeeze(-1)
-
-
-def _tilted_law(
-    law: Shortlist, displacement: Tensor, token: Tensor, table_VD: Tensor, eos_ids: Sequence[int], cap: Tensor
-) -> Shortlist:
-    bonus = linear_bonus(table_VD, displacement, token, law.ids)
-    is_eos = is_any_of(law.ids, eos_ids)
-    multiplier = capped_multiplier(law.logps, bonus, torch.ones_like(law.logps[..., 0]), is_eos, cap)
-    return Shortlist(law.ids, tilt(law.logps, bonus, multiplier, is_eos))
+        return tilted_law(law, displacement, token, self.table_VD, move.responses.eos_ids, cap)
 
 
 @dataclass
@@ -236,7 +196,7 @@ class _Regrowth:
                 "start": start_R[row].long(),
                 "numbers": displacement_RTD.new_tensor([self.move.budget.max_token_nats]).float(),
             }
-            plans.append(RowPlan("regrow", rule, tensors))
+            plans.append(RowPlan(REGROW, rule, tensors))
         return plans
 
 

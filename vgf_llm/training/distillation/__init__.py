@@ -1,4 +1,4 @@
-"""How transported responses are distilled into the policy: one file per loss.
+"""Distillation of transported responses into the policy: one file per loss.
 
 ``weighted_nll`` weighs the likelihood of responses by their rewards, ``dpo`` prefers a transported response to its
 original, and ``anchor`` adds the KL to the reference to either. ``protocol`` is what the trainer asks of a loss;

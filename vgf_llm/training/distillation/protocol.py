@@ -1,4 +1,4 @@
-"""What the trainer asks of a distillation loss."""
+"""The protocol of a distillation loss: rows to learn from, and their loss."""
 
 from __future__ import annotations
 

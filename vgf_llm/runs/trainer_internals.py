@@ -1,6 +1,6 @@
-"""The private attributes of transformers' Trainer that training reads or sets, each with the reason.
+"""The private attributes of transformers' Trainer that are read or set here, each with the reason.
 
-They hold for the version that pyproject.toml pins. Private *methods* that are overridden stand in trainer.py.
+They hold for the version that pyproject.toml pins. Private methods that are overridden stand in the trainers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""Assembles the implicit policy from its parts: all that asks a policy for answers gets it here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from vgf_llm.answering.implicit_policy import ImplicitPolicy, Selection
+from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.settings import DecoderName
+from vgf_llm.text.decoders.make import make_decoder
+from vgf_llm.text.particles import GradientSource, exact_gradient
+from vgf_llm.text.protocols import Reference, Value
+from vgf_llm.text.sampler import ReferenceSampler, Sampler
+
+Policy = TypeVar("Policy", bound=ImplicitPolicy)
+
+
+def make_policy(
+    kind: type[Policy],
+    reference: Reference,
+    value: Value,
+    budget: TransportBudget,
+    decoder: DecoderName = "prior",
+    decoder_options: Mapping[str, Any] | None = None,
+    *,
+    draws: int = 1,
+    select: Selection = "max",
+    gradient: GradientSource = exact_gradient,
+    length_unit: float | None = None,
+    sampler: Sampler | None = None,
+) -> Policy:
+    """Return the policy that a reference, a value and a budget imply.
+
+    Args:
+        kind: :class:`ImplicitPolicy`, or one of its kind.
+        reference: The base model and its law: the decoder writes with it, and the sampler unless another one is given.
+        value: Moves the particles and selects.
+        budget: Transport budget; the empty one is best-of-N.
+        decoder: Name of the decoder.
+        decoder_options: Its options by name.
+        draws: Texts decoded from each moved particle, at least 1.
+        select: The response returned: ``max`` by value, ``softmax`` of value / ``budget.temperature``, ``random``.
+        gradient: Source of the flow's direction; the value's exact gradient by default.
+        length_unit: Unit of displacement; measured on the value's table when not given, which takes a moment.
+        sampler: Draws the originals; from the reference by default.
+
+    Raises:
+        ConfigError: If the decoder has no such option, or the option no such value.
+    """
+    return kind(
+        sampler or ReferenceSampler(reference),
+        value,
+        make_decoder(decoder, reference, value, decoder_options),
+        budget,
+        select=select,
+        gradient=gradient,
+        draws=draws,
+        length_unit=length_unit,
+    )
