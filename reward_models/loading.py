@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
+from reward_models.classification import classifier_class, load_classifier
 from reward_models.modelling import RewardModel, RewardModelConfig
 from vgf_llm.console.screen import say
 from vgf_llm.errors import ModelError
@@ -60,9 +61,10 @@ def add_lora(
             f"lora_target_modules: {unknown[0] if unknown else 'no module'!r} is not a linear layer of the body; it "
             f"has {', '.join(available) or 'none'}"
         )
+    scale: Any = alpha  # PEFT divides by the rank, and takes any number
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=scale,
         lora_dropout=dropout,
         target_modules=rf"(.*\.)?body\.(.*\.)?({'|'.join(map(re.escape, wanted))})",
         modules_to_save=["head"] if model.skip_head is None else ["head", "skip_head"],
@@ -97,8 +99,9 @@ def load_reward_model(
     device: str | torch.device = "cpu",
     merge: bool = True,
     freeze: bool = True,
+    outputs: Mapping[str, float] | None = None,
 ) -> RewardModel:
-    """Read a reward model, full or LoRA.
+    """Read a reward model: ours, full or LoRA, or a classifier on a causal decoder (TRL's, the hub's).
 
     Args:
         path: folder written by training or `save_reward_model`.
@@ -109,21 +112,37 @@ def load_reward_model(
         device: where it goes.
         merge: for a LoRA, add the adapters into the weights (same scores, faster).
         freeze: eval mode and no parameter gradients.
+        outputs: for a classifier with several outputs, their weights by name or number.
 
     Raises:
         ModelError: the folder is not a reward model, weights are missing, or the tokenizer is another one.
+        ConfigError: the weights of a classifier's outputs are missing or wrong.
     """
     folder = Path(path)
+    if classifier_class(folder) is not None:
+        model = load_classifier(folder, outputs=outputs, base_tokenizer=tokenizer, dtype=dtype)
+    else:
+        model = _load_own(folder, tokenizer, base, dtype, merge)
+    unplaced: Any = model
+    placed: RewardModel = unplaced.to(device)
+    return placed.freeze() if freeze else placed
+
+
+def _load_own(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: PreTrainedModel | str | None,
+    dtype: torch.dtype,
+    merge: bool,
+) -> RewardModel:
     config = _read_config(folder)
     if tokenizer is not None:
         _check_tokenizer(folder, tokenizer, config.base_name)
-    if is_lora(folder):
-        adapted = load_adapter(folder, base, dtype=dtype)
-        model = _merged(adapted, folder) if merge else adapted.get_base_model()
-    else:
-        model = _load_full(folder, dtype)
-    model = model.to(device)
-    return model.freeze() if freeze else model
+    if not is_lora(folder):
+        return _load_full(folder, dtype)
+    adapted: Any = load_adapter(folder, base, dtype=dtype)
+    inside: RewardModel = _merged(adapted, folder) if merge else adapted.get_base_model()
+    return inside
 
 
 def _read_config(folder: Path) -> RewardModelConfig:
@@ -157,9 +176,10 @@ def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_name
 
 def _load_full(folder: Path, dtype: torch.dtype) -> RewardModel:
     try:
-        model, report = RewardModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: tuple[RewardModel, Any] = RewardModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"'{folder}' holds no weights of a reward model: {error}") from error
+    model, report = loaded
     if report["missing_keys"]:
         raise ModelError(
             f"'{folder}' lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}; train it again"
@@ -233,7 +253,7 @@ def _merged(adapted: Any, folder: Path) -> RewardModel:
     ids_RS = torch.arange(1, 11, device=adapted.device).remainder(rows).view(2, 5)
     with torch.no_grad(), evaluating(adapted):
         expected_RSD = adapted.get_base_model().body(input_ids=ids_RS, use_cache=False).last_hidden_state
-        model = adapted.merge_and_unload(safe_merge=True)
+        model: RewardModel = adapted.merge_and_unload(safe_merge=True)
         found_RSD = model.body(input_ids=ids_RS, use_cache=False).last_hidden_state
     apart = difference(found_RSD, expected_RSD)
     if apart > tolerance(found_RSD):

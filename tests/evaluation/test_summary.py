@@ -9,7 +9,6 @@ from vgf_llm.evaluation.measures import non_ascii, repetition
 from vgf_llm.evaluation.summary import at_equal_cost, differences, summarise
 from vgf_llm.evaluation.table import difference_table, equal_cost_lines, markdown_table, print_table
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.statistics.intervals import bootstrap_mean
 from vgf_llm.text.responses import Responses, changed_tokens
 
 
@@ -21,19 +20,6 @@ def row(arm, seed, prompt, gold, nats=0.0, **changes):
         "selected_proxy": gold, "selected_gold": gold, "selected_nll": 1.5, "tflops": 0.5, "seconds": 2.0,
     }  # fmt: skip
     return values | changes
-
-
-def test_bootstrap_interval_matches_the_normal_one_for_many_prompts():
-    """400 draws of N(1, 1): mean +- 1.96 / 20."""
-    values = (torch.randn(400, dtype=torch.float64) + 1).tolist()
-    estimate = bootstrap_mean(values)
-    mean, error = sum(values) / 400, torch.tensor(values).std().item() / 20
-    assert estimate.mean == pytest.approx(mean)
-    assert estimate.low == pytest.approx(mean - 1.96 * error, abs=0.02)
-    assert estimate.high == pytest.approx(mean + 1.96 * error, abs=0.02)
-    assert estimate.excludes_zero
-    with pytest.raises(ValueError, match="at least one"):
-        bootstrap_mean([])
 
 
 def test_summary_averages_seeds_within_a_prompt_first():

@@ -13,14 +13,6 @@ from reward_models.card import (
     write_card,
 )
 from vgf_llm.errors import ModelError
-from vgf_llm.statistics.intervals import wilson_interval
-
-
-def test_wilson_interval_by_hand():
-    """8 of 10, z = 1.96: centre (0.8 + 0.19208) / 1.38416 = 0.716738, half 1.96 sqrt(0.016 + 0.009604) / 1.38416."""
-    low, high = wilson_interval(8, 10)
-    assert (low, high) == pytest.approx((0.490162, 0.943314), abs=1e-4)
-    assert wilson_interval(0, 5)[0] == pytest.approx(0) and wilson_interval(5, 5)[1] == pytest.approx(1)
 
 
 def test_pair_figures_by_hand():
