@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,8 @@ def score_pairs(
     model: RewardModel, pairs: Sequence[EncodedPair], pad_token_id: int, batch_size: int = 16
 ) -> tuple[list[float], list[float]]:
     """Return the scores of all chosen and all rejected responses."""
-    collate = PairCollator(pad_token_id)
-    chosen: list[float] = []
-    rejected: list[float] = []
-    for start in range(0, len(pairs), batch_size):
-        batch = collate(pairs[start : start + batch_size])
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "margin"}
-        chosen_B, rejected_B = model(**inputs).chunk(2)
-        chosen += chosen_B.tolist()
-        rejected += rejected_B.tolist()
+    halves = [scores_2B.chunk(2) for scores_2B, _ in _scored(model, pairs, PairCollator(pad_token_id), batch_size)]
+    chosen, rejected = ([score for half in halves for score in half[side].tolist()] for side in (0, 1))
     return chosen, rejected
 
 
@@ -41,13 +34,18 @@ def score_responses(
     model: RewardModel, rows: Sequence[EncodedResponse], pad_token_id: int, batch_size: int = 16
 ) -> tuple[Tensor, Tensor]:
     """Return the scores and the rewards of logged responses, [R] float32 on the CPU."""
-    collate = LoggedCollator(pad_token_id)
-    scores, rewards = [], []
+    scored = list(_scored(model, rows, LoggedCollator(pad_token_id), batch_size))
+    return torch.cat([scores_R.cpu() for scores_R, _ in scored]), torch.cat([batch["reward"] for _, batch in scored])
+
+
+def _scored(
+    model: RewardModel, rows: Sequence[Any], collate: Callable[[Any], dict[str, Tensor]], batch_size: int
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield the scores and the tensors of a batch after the other."""
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size])
-        rewards.append(batch.pop("reward"))
-        scores.append(model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).cpu())
-    return torch.cat(scores), torch.cat(rewards)
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in ("margin", "reward")}
+        yield model(**inputs), batch
 
 
 def measure_fidelity(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from vgf_llm.models.architecture import (
     decoder_of,
     difference,
     evaluating,
+    input_table,
     is_whole,
     layer_outputs,
     num_layers,
@@ -110,7 +111,7 @@ def _persistent_buffers(body: nn.Module) -> list[str]:
 def _matching(body: PreTrainedModel, base: PreTrainedModel) -> dict[str, Tensor]:
     """Return the base's weights by name after a check that the body has no other names or shapes."""
     source, whose = plain_weights(base), f"the base model {base.config._name_or_path!r}"
-    wanted = dict(body.named_parameters(remove_duplicate=False))
+    wanted: dict[str, Tensor] = dict(body.named_parameters(remove_duplicate=False))
     wanted |= {name: body.get_buffer(name) for name in _persistent_buffers(body)}
     if num_layers(body.config) == num_layers(base.config):
         persistent = decoder_of(base).state_dict(keep_vars=True).keys()
@@ -150,7 +151,7 @@ def check_cut(body: PreTrainedModel, base: PreTrainedModel, name: str) -> None:
     decoder = decoder_of(base)
     if not (is_whole(body) and is_whole(decoder)):
         return
-    rows, kept = body.get_input_embeddings().weight.shape[0], num_layers(body.config)
+    rows, kept = len(input_table(body)), num_layers(body.config)
     ids_RS = torch.arange(1, 11, device=body.device).remainder(rows).view(2, 5)
     try:
         with _as_plain_as(decoder, body), evaluating(body), evaluating(decoder):
@@ -177,7 +178,9 @@ def check_cut(body: PreTrainedModel, base: PreTrainedModel, name: str) -> None:
 @contextlib.contextmanager
 def _as_plain_as(decoder: PreTrainedModel, body: PreTrainedModel) -> Iterator[None]:
     """Switch adapters that are not merged off and take the body's attention, for the duration."""
-    tuned = [m for m in decoder.modules() if hasattr(m, "_disable_adapters") and not getattr(m, "merged", False)]
+    tuned: list[Any] = [
+        m for m in decoder.modules() if hasattr(m, "_disable_adapters") and not getattr(m, "merged", False)
+    ]
     switched, before = [m._disable_adapters for m in tuned], decoder.config._attn_implementation
     for module in tuned:
         module._disable_adapters = True
@@ -195,15 +198,15 @@ def _as_plain_as(decoder: PreTrainedModel, body: PreTrainedModel) -> Iterator[No
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Create the parameters of modules built in this block on the meta device, without memory; buffers are real."""
-    register = nn.Module.register_parameter
+    register, kind = nn.Module.register_parameter, cast(Any, nn.Module)
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    kind.register_parameter = register_on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        kind.register_parameter = register

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +86,17 @@ class RewardEnsemble(nn.Module):
         self.scales = list(scales) if scales is not None else [(0.0, 1.0)] * len(members)
 
     @property
+    def _models(self) -> list[RewardModel]:
+        return [cast(RewardModel, member) for member in self.members]
+
+    @property
     def embedding_table_VD(self) -> Tensor:
         """The shared input embedding table."""
-        return self.members[0].embedding_table_VD
+        return self._models[0].embedding_table_VD
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up token ids [...] in the shared table."""
-        return self.members[0].embed(tokens)
+        return self._models[0].embed(tokens)
 
     def freeze(self) -> RewardEnsemble:
         """Eval mode, no parameter requires a gradient."""
@@ -100,12 +104,12 @@ class RewardEnsemble(nn.Module):
 
     def prefix(self, prompts: Sequence[Sequence[int]]) -> EnsemblePrefix:
         """Run the prompts once through every member."""
-        return EnsemblePrefix(tuple(member.prefix(prompts) for member in self.members))
+        return EnsemblePrefix(tuple(member.prefix(prompts) for member in self._models))
 
     def score(self, prefix: EnsemblePrefix, responses: Tensor, mask_BNT: Tensor) -> Tensor:
         """Score as `RewardModel.score` does and join the members: values_BN."""
         scores = [
-            member.score(own, responses, mask_BNT) for member, own in zip(self.members, prefix.members, strict=True)
+            member.score(own, responses, mask_BNT) for member, own in zip(self._models, prefix.members, strict=True)
         ]
         return self.join(scores)
 

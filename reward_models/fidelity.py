@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from vgf_llm.console.progress import track
 from vgf_llm.flow.trajectory import ValueGradient, autograd_value
@@ -219,7 +220,7 @@ def sample_substitutions(
 
 @torch.no_grad()
 def reference_shortlist(
-    lm: nn.Module,
+    lm: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     tokens_BNT: Tensor,
     k: int = 30,
@@ -254,7 +255,7 @@ def spearman_correlation(x_S: Tensor, y_S: Tensor) -> float:
 
 def _average_ranks(x_S: Tensor) -> Tensor:
     _, inverse_S, counts_U = torch.unique(x_S.double(), return_inverse=True, return_counts=True)
-    ranks_U = counts_U.cumsum(0).double() - (counts_U.double() - 1) / 2
+    ranks_U: Tensor = counts_U.cumsum(0).double() - (counts_U.double() - 1) / 2
     return ranks_U[inverse_S]
 
 

@@ -49,10 +49,12 @@ class Task(Protocol):
     """What a row is called, in the plural."""
     libraries: tuple[str, ...]
     """Modules that take long to import."""
-    shares_base: bool
-    """Whether a LoRA may stand on the base's own weights."""
     loss: tuple[str, ...]
     """Settings of the loss."""
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether a LoRA may stand on the base's own weights."""
 
     def read(self) -> Any:
         """Return the texts of training and held-out rows; imports no model library for local files."""

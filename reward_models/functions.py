@@ -70,7 +70,8 @@ def load_function(name: str) -> RewardFunction:
     if not callable(function):
         offered = "vader_compound, length_words, brevity" if not module_name else f"the functions of {module_name}"
         raise ConfigError(f"reward function {name!r} does not exist; use {offered}, or 'module:function'")
-    return function
+    found: RewardFunction = function
+    return found
 
 
 def remembered(function: RewardFunction) -> RewardFunction:

@@ -60,9 +60,10 @@ def add_lora(
             f"lora_target_modules: {unknown[0] if unknown else 'no module'!r} is not a linear layer of the body; it "
             f"has {', '.join(available) or 'none'}"
         )
+    scale: Any = alpha  # PEFT divides by the rank, and takes any number
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=scale,
         lora_dropout=dropout,
         target_modules=rf"(.*\.)?body\.(.*\.)?({'|'.join(map(re.escape, wanted))})",
         modules_to_save=["head"] if model.skip_head is None else ["head", "skip_head"],
@@ -122,8 +123,9 @@ def load_reward_model(
         model = _merged(adapted, folder) if merge else adapted.get_base_model()
     else:
         model = _load_full(folder, dtype)
-    model = model.to(device)
-    return model.freeze() if freeze else model
+    unplaced: Any = model
+    placed: RewardModel = unplaced.to(device)
+    return placed.freeze() if freeze else placed
 
 
 def _read_config(folder: Path) -> RewardModelConfig:
@@ -157,9 +159,10 @@ def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_name
 
 def _load_full(folder: Path, dtype: torch.dtype) -> RewardModel:
     try:
-        model, report = RewardModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: tuple[RewardModel, Any] = RewardModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"'{folder}' holds no weights of a reward model: {error}") from error
+    model, report = loaded
     if report["missing_keys"]:
         raise ModelError(
             f"'{folder}' lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}; train it again"
@@ -233,7 +236,7 @@ def _merged(adapted: Any, folder: Path) -> RewardModel:
     ids_RS = torch.arange(1, 11, device=adapted.device).remainder(rows).view(2, 5)
     with torch.no_grad(), evaluating(adapted):
         expected_RSD = adapted.get_base_model().body(input_ids=ids_RS, use_cache=False).last_hidden_state
-        model = adapted.merge_and_unload(safe_merge=True)
+        model: RewardModel = adapted.merge_and_unload(safe_merge=True)
         found_RSD = model.body(input_ids=ids_RS, use_cache=False).last_hidden_state
     apart = difference(found_RSD, expected_RSD)
     if apart > tolerance(found_RSD):

@@ -15,7 +15,6 @@ computed. The body is causal, so one forward holds the score of every prefix of 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,81 +31,15 @@ from reward_models.body import (
     truncated_config,
     weight_shape,
 )
+from reward_models.configuration import RewardModelConfig
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
 from vgf_llm.errors import ModelError
-from vgf_llm.models.architecture import check_config, decoder_class, num_layers, text_config
+from vgf_llm.models.architecture import check_config, decoder_class, input_table, text_config
 from vgf_llm.models.attention import caps_scores, settle_attention
 from vgf_llm.models.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
 from vgf_llm.models.probe import check_decoder
 from vgf_llm.models.whole import loaded_whole
 from vgf_llm.runs.provenance import model_mark
-
-POOLINGS = ("last", "mean")
-
-
-class RewardModelConfig(PreTrainedConfig):
-    """Configuration of a `RewardModel`.
-
-    Attributes:
-        body_config: configuration of the truncated decoder, as a dict with its `model_type`.
-        pooling: "last" attended token, or "mean" over the attended response tokens.
-        base_name: name or folder of the causal LM that the body was cut from.
-        train_embeddings: whether training may move the input embeddings (off: the table stays the base model's).
-        input_skip: whether the head also reads the mean of the response's input embeddings.
-        pad_token_id: any valid id; padding is never attended to.
-        embedding_width: of the input table, where the body's own configuration has another hidden size.
-        output_width: of what the body returns, where it is not the body's hidden size.
-        base_weights: mark of the base's weights that the body was cut from (`vgf_llm.runs.provenance`).
-    """
-
-    model_type = "vgf_reward"
-
-    def __init__(
-        self,
-        body_config: dict[str, Any] | None = None,
-        pooling: str = "last",
-        base_name: str = "",
-        train_embeddings: bool = False,
-        input_skip: bool = False,
-        pad_token_id: int | None = None,
-        embedding_width: int | None = None,
-        output_width: int | None = None,
-        base_weights: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Keep the fields; raises ValueError on an unknown pooling."""
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-        self.body_config = body_config
-        self.pooling = pooling
-        self.base_name = base_name
-        self.train_embeddings = train_embeddings
-        self.input_skip = input_skip
-        self.embedding_width = embedding_width
-        self.output_width = output_width
-        self.base_weights = base_weights
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
-
-    def build_body_config(self) -> PreTrainedConfig:
-        """Return the decoder's own configuration object."""
-        if not self.body_config:
-            raise ModelError("the reward model's config.json has no body_config; was it written by this package?")
-        fields = copy.deepcopy(self.body_config)
-        model_type = fields.pop("model_type", None)
-        if model_type not in CONFIG_MAPPING:
-            raise ModelError(f"the body's model_type {model_type!r} is not known to this version of transformers")
-        try:
-            config = CONFIG_MAPPING[model_type].from_dict(fields)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ModelError(f"the configuration of {model_type!r} cannot be cut or read: {error}") from error
-        if self.body_config.get("layer_types"):  # some configurations insist on a kind of last layer
-            config.layer_types = list(self.body_config["layer_types"])
-        return config
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers kept."""
-        return num_layers(self.build_body_config())
 
 
 class RewardModel(PreTrainedModel):
@@ -177,9 +110,9 @@ class RewardModel(PreTrainedModel):
 
             base_name, base = base, load_causal_lm(base, dtype=dtype)
         else:
-            base_name = base.config._name_or_path or base.name_or_path
+            base_name = str(base.config._name_or_path or base.name_or_path)
             check_config(base.config, base_name)
-        table, output = base.get_input_embeddings().weight, base.get_output_embeddings()
+        output: Any = base.get_output_embeddings()
         config = RewardModelConfig(
             body_config=truncated_config(base.config, num_layers),
             pooling=pooling,
@@ -187,7 +120,7 @@ class RewardModel(PreTrainedModel):
             train_embeddings=train_embeddings,
             input_skip=input_skip,
             pad_token_id=getattr(text_config(base.config), "pad_token_id", None),
-            embedding_width=weight_shape(table)[-1],
+            embedding_width=weight_shape(input_table(base))[-1],
             output_width=None if output is None else weight_shape(output.weight)[-1],
         )
         with parameters_on_meta() if share else contextlib.nullcontext():
@@ -198,7 +131,10 @@ class RewardModel(PreTrainedModel):
                 head.to_empty(device=base.device)
         else:
             copy_weights(model.body, base, dtype)
-        settle_attention(model.to(base.device).body)
+        model.body.to(base.device)
+        for head in filter(None, (model.head, model.skip_head)):
+            head.to(base.device)
+        settle_attention(model.body)
         check_cut(model.body, base, base_name)
         check_decoder(model.body, base_name)
         model.config.base_weights = model_mark(model.body)
@@ -209,7 +145,8 @@ class RewardModel(PreTrainedModel):
             model.head.bias.zero_()
             if model.skip_head is not None:
                 model.skip_head.weight.zero_()
-        return model.eval()
+        ready: RewardModel = model.eval()
+        return ready
 
     def _init_weights(self, module: nn.Module) -> None:
         """The body initialises itself; only the heads are ours."""
@@ -221,7 +158,8 @@ class RewardModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the input embedding module."""
-        return self.body.get_input_embeddings()
+        module: nn.Module = self.body.get_input_embeddings()
+        return module
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the input embedding module."""
@@ -231,23 +169,26 @@ class RewardModel(PreTrainedModel):
     def embedding_table_VD(self) -> Tensor:
         """Input embeddings of all tokens as `embed` returns them, [V, D], detached."""
         module = self.get_input_embeddings()
+        table = input_table(self)
         if type(module) is nn.Embedding:
-            return module.weight.detach()
+            return table.detach()
         with torch.no_grad():  # some scale what they look up, rounded in a way of their own
-            return module(torch.arange(len(module.weight), device=module.weight.device))
+            return self.embed(torch.arange(len(table), device=table.device))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up token ids [...] in the input table: [..., D]."""
-        return self.get_input_embeddings()(tokens)
+        embeddings: Tensor = self.get_input_embeddings()(tokens)
+        return embeddings
 
     @property
     def embedding_width(self) -> int:
         """Width of the input table, D of the particles; not always that of the hidden states."""
-        return self.config.embedding_width or self.config.build_body_config().hidden_size
+        return int(self.config.embedding_width or self.config.build_body_config().hidden_size)
 
     def freeze(self) -> RewardModel:
         """Eval mode, and no parameter requires a gradient: backward then goes to the inputs only."""
-        return self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
+        return self
 
     def unfreeze(self) -> RewardModel:
         """Make the parameters trainable, the input embeddings only if the configuration says so."""
@@ -283,12 +224,16 @@ class RewardModel(PreTrainedModel):
                 response has no prompt before it.
         """
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ModelError("forward needs input_ids or inputs_embeds")
             inputs_embeds = self.embed(input_ids)
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         pools_response = self.config.pooling == "mean"
-        if response_mask is None and (pools_response or self.config.input_skip or token_level):
-            raise ModelError("this reward model pools over the response: pass response_mask to forward")
+        if response_mask is None:
+            if pools_response or self.config.input_skip or token_level:
+                raise ModelError("this reward model pools over the response: pass response_mask to forward")
+            response_mask = attention_mask  # which nothing below looks at
         hidden_RSD = self.body(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -379,7 +324,8 @@ class RewardModel(PreTrainedModel):
     def _read(self, pooled: Tensor) -> Tensor:
         """Apply the head in float32 to [..., D]."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
+            scores: Tensor = self.head(pooled.to(self.head.weight.dtype))
+            return scores.squeeze(-1).float()
 
     def _skip(self, u_RTD: Tensor, mask_RT: Tensor) -> Tensor:
         """Read the mean input embedding of the response."""
@@ -387,8 +333,10 @@ class RewardModel(PreTrainedModel):
 
     def _read_skip(self, u: Tensor) -> Tensor:
         """Apply the skip's head in float32 to embeddings [..., D], in root mean squares of the table."""
+        assert self.skip_head is not None
         with torch.autocast(u.device.type, enabled=False):
-            return self.skip_head((u / self.table_scale).to(self.skip_head.weight.dtype)).squeeze(-1).float()
+            scores: Tensor = self.skip_head((u / self.table_scale).to(self.skip_head.weight.dtype))
+            return scores.squeeze(-1).float()
 
     @property
     def table_scale(self) -> float:
@@ -400,7 +348,7 @@ class RewardModel(PreTrainedModel):
 
 def _attention(config: RewardModelConfig, body_config: PreTrainedConfig) -> str | None:
     """Return what the body is built with: what was resolved for the reward model, where the body can do that."""
-    wanted = config._attn_implementation
+    wanted: str | None = config._attn_implementation
     if wanted == "sdpa":
         found = decoder_class(body_config)
         return "eager" if caps_scores(body_config) or not getattr(found, "_supports_sdpa", True) else "sdpa"

@@ -21,7 +21,7 @@ class EmbeddingNoise:
     """
 
     def __init__(self, model: Any, scale: float, seed: int = 0) -> None:
-        embedding = reward_model(model).get_input_embeddings()
+        embedding: Any = reward_model(model).get_input_embeddings()
         self._seed = seed
         self._std = scale * float(embedding.weight.detach().float().square().mean().sqrt())
         self._generators: dict[str, torch.Generator] = {}

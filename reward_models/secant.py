@@ -78,7 +78,8 @@ class SecantHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features [..., 4 D] (`secant_features`) to directions [..., D], in units of unit / (rms T)."""
         with torch.autocast(features.device.type, enabled=False):  # an engine may hold the weights in bfloat16
-            return self.second(gelu(self.first(features.to(self.first.weight.dtype)))).float()
+            found: Tensor = self.second(gelu(self.first(features.to(self.first.weight.dtype))))
+            return found.float()
 
 
 def secant_features(hidden_BNTD: Tensor, pooled_BND: Tensor, u_BNTD: Tensor, mask_BNT: Tensor) -> Tensor:

@@ -177,7 +177,8 @@ def constant_direction(targets: SecantTargets) -> Tensor:
     gram_DD = steps_XD.T @ steps_XD
     ridge = _RIDGE * gram_DD.diagonal().mean().clamp(min=1e-12)
     eye_DD = torch.eye(len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device)
-    return torch.linalg.solve(gram_DD + ridge * eye_DD, steps_XD.T @ targets.target_X.double()).float()
+    found_D: Tensor = torch.linalg.solve(gram_DD + ridge * eye_DD, steps_XD.T @ targets.target_X.double())
+    return found_D.float()
 
 
 def fit_secant_head(targets: SecantTargets, training: SecantTraining, base: str) -> tuple[SecantHead, list[float]]:
@@ -227,4 +228,5 @@ def compare_with_gradient(
     prefix, u_BNTD = value.prefix(responses.prompts), value.embed(responses.tokens_BNT).detach()
     plain_BNTD = score_gradient(value, prefix, responses.mask_BNT)(u_BNTD)[1]
     fitted_BNTD = secant_gradient(head)(value, prefix, responses)(u_BNTD)[1]
-    return tuple(compare_changes(value, responses.tokens_BNT, changes, g) for g in (plain_BNTD, fitted_BNTD))
+    before, after = (compare_changes(value, responses.tokens_BNT, changes, g) for g in (plain_BNTD, fitted_BNTD))
+    return before, after

@@ -10,6 +10,7 @@ Cost: S forwards of the value over each response.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def draw_substitutions(
     return pair_RS // K, ids_RTK.flatten(1).gather(1, pair_RS), ~noise_RS.isinf()
 
 
-def _substituted_values(value: RewardModel, prefix: object, responses: Responses, t_RS: Tensor, v_RS: Tensor) -> Tensor:
+def _substituted_values(value: RewardModel, prefix: Any, responses: Responses, t_RS: Tensor, v_RS: Tensor) -> Tensor:
     """Score every response with one token replaced, for all its replacements: [R, S]."""
     B, N, T = responses.tokens_BNT.shape
     S = t_RS.shape[1]

@@ -61,9 +61,9 @@ class _Pairs:
     """Training on preference pairs, as the frame asks for it (`frame.Task`)."""
 
     rows = "pairs"
-    libraries = ("reward_models.trainer",)
+    libraries: tuple[str, ...] = ("reward_models.trainer",)
     shares_base = False
-    loss = ("use_margin", "margin_scale", "centring")
+    loss: tuple[str, ...] = ("use_margin", "margin_scale", "centring")
 
     def __init__(self, script: RewardScript, training: RewardTraining) -> None:
         self.script, self.training = script, training
@@ -116,9 +116,9 @@ def load_pairs(
         script.max_dropped_share,
     )
     kept, counted = [], []
-    for name, texts in (("training", train_texts), ("held out", held_texts)):
+    for name, rows in (("training", train_texts), ("held out", held_texts)):
         try:
-            encoded, counts = encode_pairs(tokenizer, texts, *limits)
+            encoded, counts = encode_pairs(tokenizer, rows, *limits)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"

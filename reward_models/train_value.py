@@ -63,8 +63,8 @@ class _Responses:
     """Training on logged responses, as the frame asks for it (`frame.Task`)."""
 
     rows = "responses"
-    libraries = ("reward_models.value_trainer",)
-    loss = ("td_lambda", "expectile", "target_tau")
+    libraries: tuple[str, ...] = ("reward_models.value_trainer",)
+    loss: tuple[str, ...] = ("td_lambda", "expectile", "target_tau")
 
     def __init__(self, script: ValueScript, training: ValueTraining) -> None:
         self.script, self.training = script, training
@@ -120,9 +120,9 @@ def load_responses(
     truncate = script.over_length == "truncate"
     limits = (script.max_length, script.max_response_length, truncate, script.max_dropped_share)
     kept, counted = [], []
-    for name, texts in (("training", train_texts), ("held out", held_texts)):
+    for name, rows in (("training", train_texts), ("held out", held_texts)):
         try:
-            encoded, counts = encode_logged(tokenizer, texts, *limits)
+            encoded, counts = encode_logged(tokenizer, rows, *limits)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"

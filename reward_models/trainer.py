@@ -70,7 +70,8 @@ class ScoreTrainer(Trainer):
         if self.optimizer is not None or self.settings.head_learning_rate is None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        named = (self.model if model is None else model).named_parameters()
+        whole: Any = self.model if model is None else model
+        named = whole.named_parameters()
         heads = [p for name, p in named if {"head", "skip_head"} & set(name.split(".")) and p.requires_grad]
         members = {id(parameter) for parameter in heads}
         for group in optimizer.param_groups:
@@ -128,19 +129,18 @@ class ScoreTrainer(Trainer):
             return
         tensors = whole_tensors(self, self._frozen)
         if self.args.should_save:
-            self._save(output_dir or self.args.output_dir, tensors)
+            self._save(output_dir or self._folder, tensors)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        reward_model(self.accelerator.unwrap_model(self.model)).config.save_pretrained(
-            output_dir or self.args.output_dir
-        )
+        config = reward_model(self.accelerator.unwrap_model(self.model)).config
+        config.save_pretrained(output_dir or self._folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place, publish it, and delete those beyond the limit."""
         step, writes = self.state.global_step, self.args.should_save
         with published(
-            self.args.output_dir,
+            self._folder,
             step,
             writes=writes,
             wait=self.accelerator.wait_for_everyone,
@@ -154,9 +154,14 @@ class ScoreTrainer(Trainer):
             finally:
                 self._staging = None
             if self._best_name() is not None:  # the Trainer has noted the place that it was written to
-                self.state.best_model_checkpoint = str(Path(self.args.output_dir) / str(self._best_name()))
+                self.state.best_model_checkpoint = str(Path(self._folder) / str(self._best_name()))
                 if writes:
                     self.state.save_to_json(str(staging / f"checkpoint-{step}" / TRAINER_STATE_NAME))
+
+    @property
+    def _folder(self) -> str:
+        """Output folder of the run."""
+        return str(self.args.output_dir)
 
     def _best_name(self) -> str | None:
         best = self.state.best_global_step

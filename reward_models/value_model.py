@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.loading import add_lora, is_lora, load_adapter, load_reward_model, save_reward_model
 from reward_models.modelling import RewardModel
 from vgf_llm.errors import ModelError
-from vgf_llm.models.architecture import evaluating
+from vgf_llm.models.architecture import evaluating, input_table
 
 
 def build_value_model(
@@ -72,7 +72,7 @@ def build_value_model(
             read, or it holds a full model and lora_r is above 0.
     """
     base = base_lm if isinstance(base_lm, PreTrainedModel) else base_lm.get_base_model()
-    dtype = base.get_input_embeddings().weight.dtype if lora_r else torch.float32
+    dtype = input_table(base).dtype if lora_r else torch.float32
     if start_from is not None:
         return _go_on(base, Path(start_from), lora_r, None if share else dtype, tokenizer)
     model = RewardModel.from_base(
@@ -92,7 +92,8 @@ def build_value_model(
         return model
     with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU
         torch.default_generator.manual_seed(seed)
-        return add_lora(model, lora_r, lora_alpha, lora_target_modules, lora_dropout).eval()
+        adapted: nn.Module = add_lora(model, lora_r, lora_alpha, lora_target_modules, lora_dropout)
+        return adapted.eval()
 
 
 def _go_on(
@@ -106,12 +107,14 @@ def _go_on(
     if lora_r and not is_lora(folder):
         raise ModelError(f"start_from: '{folder}' holds a full model, but lora_r is {lora_r}; set lora_r to 0")
     if lora_r:
-        adapted = load_adapter(folder, base, tokenizer=tokenizer, dtype=copied, trainable=True)
-        return adapted.to(base.device).eval()
+        adapted: nn.Module = load_adapter(folder, base, tokenizer=tokenizer, dtype=copied, trainable=True)
+        adapted.to(base.device).eval()
+        return adapted
     model = load_reward_model(
         folder, tokenizer=tokenizer, base=base, dtype=torch.float32, device=base.device, freeze=False
     )
-    return model.unfreeze().eval()
+    ready: nn.Module = model.unfreeze().eval()
+    return ready
 
 
 def save_value_model(
@@ -172,7 +175,8 @@ class EmaTarget:
         parameters = dict(model.named_parameters())
         weights = {name: weight.to(parameters[name]) for name, weight in self.weights.items()}
         with evaluating(model):
-            return torch.func.functional_call(model, weights, args=(), kwargs=inputs)
+            found: Tensor = torch.func.functional_call(model, weights, args=(), kwargs=inputs)
+            return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the weights by name, fit for a safetensors file."""

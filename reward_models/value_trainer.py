@@ -35,7 +35,8 @@ class ValueTrainer(ScoreTrainer):
         """Take the Trainer's arguments and the loss settings."""
         super().__init__(*args, settings=settings, compute_metrics=last_value_figures, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the count itself
-        self.target = EmaTarget(self.model)
+        model: Any = self.model
+        self.target = EmaTarget(model)
         self.add_callback(_MoveTarget(self))
 
     def compute_loss(
@@ -68,14 +69,15 @@ class ValueTrainer(ScoreTrainer):
         """Count the prefixes of an optimiser step, the prompt alone included, over all devices."""
         if not batch_samples:
             return None
-        count = sum(batch["response_mask"].sum() + len(batch["reward"]) for batch in batch_samples).to(device)
-        return self.accelerator.gather(count).sum() if self.accelerator.num_processes > 1 else count
+        own = sum(int(batch["response_mask"].sum()) + len(batch["reward"]) for batch in batch_samples)
+        count = torch.tensor(own, device=device)
+        return torch.as_tensor(self.accelerator.gather(count)).sum() if self.accelerator.num_processes > 1 else count
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, and into a checkpoint the target network beside it; called on all processes."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:
-            save_file(self.target.state_dict(), Path(output_dir or self.args.output_dir) / TARGET_NAME)
+            save_file(self.target.state_dict(), Path(output_dir or self._folder) / TARGET_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -91,7 +91,7 @@ def test_what_the_engine_cannot_do_is_said_before_it_starts(flags):
         ("kv_cache_gib", "-1", "kv_cache_gib must be null or above 0"),
         ("tensor_parallel", "0", "tensor_parallel must be at least 1"),
         ("timeout_sec", "0", "timeout_sec must be above 0"),
-        ("url", "localhost:8000", "url must start with http"),
+        ("url", "localhost:8000", "url must be null or start with http"),
     ],
 )
 def test_an_engine_setting_out_of_range_is_refused(flags, flag, value, message):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reward_models.modelling import POOLINGS, RewardModel
+from reward_models.configuration import POOLINGS
+from reward_models.modelling import RewardModel
 from vgf_llm.errors import ModelError
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11]]

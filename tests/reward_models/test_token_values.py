@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from reward_models.configuration import POOLINGS
 from reward_models.loading import add_lora
-from reward_models.modelling import POOLINGS, RewardModel
+from reward_models.modelling import RewardModel
 from reward_models.pooling import pool_last, pool_mean, prefix_columns, prompt_end, running_mean
 from vgf_llm.errors import ModelError
 

@@ -59,7 +59,7 @@ def test_a_full_reward_model_says_when_its_table_is_not_the_bases(base, tmp_path
     save_reward_model(RewardModel.from_base(str(folder), num_layers=1), tmp_path / "reward")
     build_tokenizer().save_pretrained(tmp_path / "reward")
     for dtype in ("float32", "bfloat16"):
-        models = ModelSettings(str(folder), str(tmp_path / "reward"), dtype=dtype, device="cpu")
+        models = ModelSettings(str(folder), reward_model=str(tmp_path / "reward"), dtype=dtype, device="cpu")
         load_pipeline(models, SamplingSettings())
     assert "input embeddings differ" not in capsys.readouterr().err
     change()

@@ -17,7 +17,7 @@ from vgf_llm import serve as command
 from vgf_llm.cli import main
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
-from vgf_llm.serving.settings import MostSettings, ServeSettings
+from vgf_llm.serving.settings import LimitSettings, ServeSettings
 from vgf_llm.settings import ModelSettings
 
 CHAT = "/v1/chat/completions"
@@ -114,7 +114,7 @@ def test_what_is_infinite_is_refused():
     with pytest.raises(ValueError, match=r"budget.max_token_nats must be finite to be served, got inf"):
         ServeSettings(budget=TransportBudget(max_token_nats=math.inf))
     with pytest.raises(ValueError, match="nats must be at least 0 and finite, got inf"):
-        MostSettings(nats=math.inf)
+        LimitSettings(nats=math.inf)
 
 
 @pytest.mark.parametrize("key", ["two words", "ünknown", "tab\t", "\u00a0"])
@@ -149,9 +149,9 @@ def test_a_default_that_no_request_could_use_is_refused_at_the_start(served_pipe
         (["--max_running", "0"], "max_running must be at least 1"),
         (["--max_waiting", "-1"], "max_waiting must be at least 0"),
         (["--limits.timeout_sec", "0"], "timeout_sec must be above 0"),
-        (["--limits.num_particles", "4"], "num_particles is 8 by default and at most 4"),
+        (["--limits.num_particles", "4"], "num_particles must be at most limits.num_particles, which is 4, got 8"),
         (["--on_engine_death", "weep"], "on_engine_death"),
-        (["--max_new_tokens", "300"], "max_new_tokens is 300 by default and at most 256"),
+        (["--max_new_tokens", "300"], "max_new_tokens must be at most limits.max_tokens, which is 256, got 300"),
     ],
 )
 def test_settings_out_of_range_are_refused(flags, said, capsys):

@@ -15,13 +15,13 @@ from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
 from vgf_llm.data.encoding import encode_prompts as encode
-from vgf_llm.engines.backend import Backend, Tokens
+from vgf_llm.engines.backend import Backend
 from vgf_llm.engines.transformers_backend import TransformersBackend
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.machine.precision import with_dtype
 from vgf_llm.models.architecture import decoder_layers, input_table, max_positions
-from vgf_llm.models.base import LoadedBase, tokenizer_of
+from vgf_llm.models.base import tokenizer_of
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Reference, Value
@@ -83,13 +83,12 @@ def load_pipeline(
     tokenizer = tokenizer_of(models)
     value = load_reward_model(folder, tokenizer=tokenizer, dtype=dtype, device=device)
     backend = backend or TransformersBackend()
-    table_VD = value.embedding_table_VD
-    base = LoadedBase(backend.load(models, device), tokenizer)
-    vocabulary = check_table(value, tokenizer, base.rows)
+    base, table_VD = backend.load(models, tokenizer, device), value.embedding_table_VD
+    check_table(value, tokenizer, base.rows)
     tell_other_table(value, base.lm, folder)
     gradient = load_gradient(folder, value)  # what can fail comes before an engine is started
-    tokens = Tokens(base.eos_ids, base.within(len(table_VD)).pad_id, vocabulary)
-    return Pipeline(backend.start(base.lm, models, sampling, tokens, table_VD), value, tokenizer, gradient)
+    pad_id = base.within(len(table_VD)).pad_id
+    return Pipeline(backend.start(base, models, sampling, pad_id, table_VD), value, tokenizer, gradient)
 
 
 def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int) -> int:

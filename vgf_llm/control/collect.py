@@ -128,7 +128,8 @@ def _write(path: Path, columns: dict[str, list[Any]]) -> Path:
     """Write a compressed .npz under its final name only when it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
     try:
-        np.savez_compressed(temporary, **{key: np.stack(values) for key, values in columns.items()})
+        arrays: dict[str, Any] = {key: np.stack(values) for key, values in columns.items()}
+        np.savez_compressed(temporary, **arrays)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

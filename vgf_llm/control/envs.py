@@ -10,6 +10,7 @@ A name is one of three things:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +30,13 @@ class Bounds:
 
     def to_unit(self, actions: np.ndarray) -> np.ndarray:
         """Map actions [..., A] from the environment's bounds to [-1, 1]."""
-        return 2 * (actions - self.low) / (self.high - self.low) - 1
+        unit: np.ndarray = 2 * (actions - self.low) / (self.high - self.low) - 1
+        return unit
 
     def from_unit(self, actions: np.ndarray) -> np.ndarray:
         """Map actions [..., A] from [-1, 1] to the environment's bounds."""
-        return self.low + (np.clip(actions, -1, 1) + 1) / 2 * (self.high - self.low)
+        own: np.ndarray = self.low + (np.clip(actions, -1, 1) + 1) / 2 * (self.high - self.low)
+        return own
 
 
 def bounds_of(env: Any, name: str) -> Bounds:
@@ -43,7 +46,12 @@ def bounds_of(env: Any, name: str) -> Bounds:
         ConfigError: The action space is not a bounded vector.
     """
     low, high = getattr(env.action_space, "low", None), getattr(env.action_space, "high", None)
-    if low is None or low.ndim != 1 or not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
+    if (
+        low is None
+        or high is None
+        or low.ndim != 1
+        or not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all())
+    ):
         raise ConfigError(f"env: '{name}' needs a bounded vector of actions, has {env.action_space}")
     return Bounds(np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64))
 
@@ -111,6 +119,7 @@ def _import(package: str, name: str) -> Any:
 def _function(name: str) -> Callable[[], Any]:
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        made: Callable[[], Any] = getattr(importlib.import_module(module), function)
+        return made
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"env: '{name}' cannot be loaded ({error}); write package.module:function") from error

@@ -30,6 +30,9 @@ class Perceptron(nn.Module):
         layer_norm: Normalise every hidden layer's output, with its own scale and shift.
     """
 
+    observation_mean_O: Tensor
+    observation_std_O: Tensor
+
     def __init__(
         self,
         observation_size: int,
@@ -119,7 +122,8 @@ class GradientNetwork(nn.Module):
 
     def forward(self, observations_BO: Tensor, actions_BNA: Tensor) -> Tensor:
         """Return directions [B, N, A]."""
-        return self.body(observations_BO, actions_BNA)[0]
+        found_CBNA: Tensor = self.body(observations_BO, actions_BNA)
+        return found_CBNA[0]
 
 
 class FlowClone(nn.Module):
@@ -139,7 +143,8 @@ class FlowClone(nn.Module):
 
     def velocity(self, observations_BO: Tensor, points_BNA: Tensor, times_BN1: Tensor) -> Tensor:
         """Return v(s, x, t) [B, N, A]."""
-        return self.body(observations_BO, points_BNA, times_BN1)[0]
+        found_CBNA: Tensor = self.body(observations_BO, points_BNA, times_BN1)
+        return found_CBNA[0]
 
     @torch.no_grad()
     def sample(self, observations_BO: Tensor, noise_BNA: Tensor) -> Tensor:
@@ -181,7 +186,8 @@ class GaussianClone(nn.Module):
 
     def mean(self, observations_BO: Tensor) -> Tensor:
         """Return mu(s) [B, A]."""
-        return self.body(observations_BO)[0, :, 0]
+        found_CBNA: Tensor = self.body(observations_BO)
+        return found_CBNA[0, :, 0]
 
     @torch.no_grad()
     def sample(self, observations_BO: Tensor, noise_BNA: Tensor) -> Tensor:

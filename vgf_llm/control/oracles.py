@@ -97,7 +97,8 @@ class MazeWalker:
             self._choose()
         offset = self._next(position) - position
         direction = offset / max(float(np.linalg.norm(offset)), 1e-6)
-        return np.clip(direction + self._noise * self._generator.standard_normal(2), -1, 1)
+        action: np.ndarray = np.clip(direction + self._noise * self._generator.standard_normal(2), -1, 1)
+        return action
 
     def _choose(self) -> None:
         cell = self._free[self._generator.integers(len(self._free))]

@@ -232,13 +232,13 @@ def _values(row: dict[str, Any]) -> list[float]:
 
 
 def _arm(values: dict[str, np.ndarray], returns: dict[str, np.ndarray], arm: str, base: str | None) -> dict[str, Any]:
-    beside_base = base is not None and arm not in (base, CLONE)
+    beside = None if arm in (base, CLONE) else base
     return {
         "score": _interval(values[arm]),
         "minus_clone": _interval(values[arm] - values[CLONE]) if arm != CLONE else None,
-        "minus_best_of_n": _interval(values[arm] - values[base]) if beside_base else None,
+        "minus_best_of_n": None if beside is None else _interval(values[arm] - values[beside]),
         "return": _interval(returns[arm]),
-        "return_minus_best_of_n": _interval(returns[arm] - returns[base]) if beside_base else None,
+        "return_minus_best_of_n": None if beside is None else _interval(returns[arm] - returns[beside]),
         "per_seed": [round(float(mean), 2) for mean in values[arm].mean(1)],
         "return_per_seed": [round(float(mean), 2) for mean in returns[arm].mean(1)],
     }

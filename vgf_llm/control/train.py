@@ -95,9 +95,10 @@ def run(
         restore(checkpoint, trainer.agent, trainer.buffer)
         say(_what_follows(checkpoint, start == settings.total_steps, only_evaluate))
     if only_evaluate:
-        return trainer.evaluate(start)
+        evaluated: list[dict[str, Any]] = trainer.evaluate(start)
+        return evaluated
     write_json_atomic(folder / CONFIG_NAME, dump(settings, data, agent))
-    rows = trainer.run(start)
+    rows: list[dict[str, Any]] = trainer.run(start)
     if rows:
         from vgf_llm.control.report import write_figure
 

@@ -110,7 +110,7 @@ class Trainer:
         if self.evaluator is None or step <= self.settings.clone_steps:
             return []
         outcomes = self.evaluator.run(self.agent, make_arms(self.settings, self.agent.settings))
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "step": step,
                 "arm": outcome.arm.name,

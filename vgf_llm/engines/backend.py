@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
+from vgf_llm.models.base import LoadedBase
 from vgf_llm.settings import ModelSettings, SamplingSettings
 from vgf_llm.text.protocols import Reference
 
 R_co = TypeVar("R_co", bound=Reference, covariant=True)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """What tokenizer, base model and value have in common.
-
-    Attributes:
-        eos_ids: Every id that ends a response.
-        pad_id: Id for padding.
-        vocabulary: Tokens that can be drawn; rows of the model's table from there on are padding of the table.
-    """
-
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    vocabulary: int
-
-
 class Backend(Protocol[R_co]):
     """Runs the base model.
 
-    Two calls, so that whatever is wrong with the models is found before anything slow is started.
+    Two calls, so that faults of the models are found before anything slow is started.
     """
 
-    def load(self, models: ModelSettings, device: str) -> PreTrainedModel:
-        """Return the base model, or its shape without weights where they are not needed in this process.
+    def load(self, models: ModelSettings, tokenizer: PreTrainedTokenizerBase, device: str) -> LoadedBase:
+        """Return the base model, or its shape without weights where this process does not need them.
 
         Args:
             models: Names the base model; its dtype is decided.
-            device: Where the value lives.
+            tokenizer: Its tokenizer.
+            device: Torch device of the value.
 
         Raises:
             ModelError: If it cannot be loaded.
@@ -48,12 +34,7 @@ class Backend(Protocol[R_co]):
         ...
 
     def start(
-        self,
-        base: PreTrainedModel,
-        models: ModelSettings,
-        sampling: SamplingSettings,
-        tokens: Tokens,
-        table_VD: Tensor,
+        self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, pad_id: int, table_VD: Tensor
     ) -> R_co:
         """Return the base model under the sampling law, running; the reference's ``close`` ends it.
 
@@ -61,7 +42,7 @@ class Backend(Protocol[R_co]):
             base: As :meth:`load` returned it.
             models: As there.
             sampling: The law.
-            tokens: EOS, padding and vocabulary.
+            pad_id: Id to fill padding with, which base and value have a row for.
             table_VD: Input embeddings that particles live in, on the value's device.
 
         Raises:

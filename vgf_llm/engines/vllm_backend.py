@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
-from vgf_llm.engines.backend import Tokens
 from vgf_llm.engines.engine_reference import EngineReference, check_truncated
 from vgf_llm.engines.start import adapter_of, start_engine
-from vgf_llm.models.loading import load_skeleton
+from vgf_llm.models.base import LoadedBase, base_without_weights
 from vgf_llm.settings import EngineSettings, ModelSettings, SamplingSettings
 
 
@@ -22,28 +21,23 @@ class VLLMBackend:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
 
-    def load(self, models: ModelSettings, device: str) -> PreTrainedModel:
+    def load(self, models: ModelSettings, tokenizer: PreTrainedTokenizerBase, device: str) -> LoadedBase:
         """Return the base model's shape; the engine reads the weights."""
-        return load_skeleton(models.model_name_or_path, trust_remote_code=models.trust_remote_code)
+        return base_without_weights(models, tokenizer)
 
     def start(
-        self,
-        base: PreTrainedModel,
-        models: ModelSettings,
-        sampling: SamplingSettings,
-        tokens: Tokens,
-        table_VD: Tensor,
+        self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, pad_id: int, table_VD: Tensor
     ) -> EngineReference:
         """Start the engine and return the base model under the sampling law."""
         check_truncated(sampling)
         adapter = adapter_of(models) if self.settings.url is None else None  # a server's is its served_model
         return EngineReference(
             start_engine(models, sampling, self.settings, table_VD),
-            base,
+            base.lm,
             sampling,
-            tokens.eos_ids,
-            tokens.pad_id,
+            base.eos_ids,
+            pad_id,
             table_VD.device,
             adapter,
-            vocabulary=tokens.vocabulary,
+            vocabulary=base.vocabulary,
         )

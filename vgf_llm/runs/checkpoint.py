@@ -213,7 +213,7 @@ def rotate(output_dir: str | Path, limit: int | None, spare: str | None = None) 
     Args:
         output_dir: folder of the run.
         limit: checkpoints to keep (>= 1); None keeps all.
-        spare: name of one that is kept whatever its age, such as that of the best step.
+        spare: name of one that is kept whatever its age, as one of ``limit`` where that is above 1.
 
     Returns:
         The checkpoints that were deleted, oldest first.
@@ -228,8 +228,9 @@ def rotate(output_dir: str | Path, limit: int | None, spare: str | None = None) 
         raise ConfigError(f"save_total_limit {limit} is not in range; at least 1, or null to keep all")
     output_dir = Path(output_dir)
     ours = [folder for folder in published(output_dir) if (folder / MANIFEST_NAME).exists()]
-    doomed, kept = ours[:-limit], ours[-limit:]
-    doomed = [folder for folder in doomed if folder.name != spare]
+    spared_old = any(folder.name == spare for folder in ours[:-limit])
+    room = limit - 1 if spared_old and limit > 1 else limit
+    doomed, kept = [folder for folder in ours[:-room] if folder.name != spare], ours[-room:]
     if doomed and not any(_is_whole(folder) for folder in reversed(kept)):
         spared = next((folder for folder in reversed(doomed) if _is_whole(folder)), None)
         doomed = [folder for folder in doomed if folder != spared]
