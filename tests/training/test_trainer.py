@@ -15,7 +15,7 @@ from tests.training.tiny import tiny_run, tiny_trainer
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.training.batch import policy_rows
-from vgf_llm.training.laws import sample
+from vgf_llm.training.distributions import sample
 from vgf_llm.training.policy_models import response_logps
 from vgf_llm.training.rollout import PromptRow
 
@@ -74,8 +74,8 @@ def test_a_trained_adapter_gives_the_trainers_log_probabilities_in_plain_peft(tm
     trainer.train()
     trainer.save_model()
     prompts = [PromptRow(0, [5, 9, 12], "x")]
-    with trainer.laws.particles() as law:
-        responses = sample(law, prompts, trainer.laws.seeds(prompts, trainer.state.global_step))
+    with trainer.distributions.particles() as law:
+        responses = sample(law, prompts, trainer.distributions.seeds(prompts, trainer.state.global_step))
     rows = policy_rows(responses, torch.ones(1, 4, dtype=torch.bool))
     inputs = rows.policy_inputs
     trainer.model.eval()

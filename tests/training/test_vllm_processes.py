@@ -87,7 +87,7 @@ def test_an_engine_that_is_killed_ends_the_run_with_its_name(folder: Path) -> No
 
     class Kills(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            process = trainer.laws.engine.engine._worker.processes[0]
+            process = trainer.distributions.engine.engine._worker.processes[0]
             killed.extend([time.monotonic(), process.pid, *descendants(process.pid)])
             process.kill()
 

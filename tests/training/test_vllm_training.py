@@ -20,7 +20,7 @@ from vgf_llm.engines.engine import EngineError
 from vgf_llm.errors import ConfigError, SyncError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import EngineSettings
-from vgf_llm.training.laws import sample
+from vgf_llm.training.distributions import sample
 from vgf_llm.training.particle_engine import PUSHED_FOLDER
 
 STEPS = 3
@@ -91,7 +91,7 @@ class Tampers(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
-            self.change(self.trainer.laws.engine)
+            self.change(self.trainer.distributions.engine)
 
 
 def other_weights(folder: Path) -> Any:
@@ -104,7 +104,7 @@ def stale_adapter(folder: Path) -> Any:
     """The engine says that it took the adapter, and answers with the one before."""
 
     def change(found: Any) -> None:
-        before = found.law.adapter
+        before = found.reference.adapter
         found.engine.push_adapter = lambda folder: before
 
     return change
@@ -132,7 +132,7 @@ def test_a_run_whose_engine_has_other_weights_stops(folder: Path, kind: str, tam
         trainer.train()
     assert "resume: true" in str(raised.value)
     assert trainer.state.global_step == 1
-    assert trainer.laws.engine is None
+    assert trainer.distributions.engine is None
     assert not (folder / "out" / PUSHED_FOLDER).exists()
 
 
@@ -152,7 +152,7 @@ def test_an_engine_that_cannot_be_closed_leaves_nothing_behind(folder: Path) -> 
     trainer.add_callback(callback)
     with pytest.raises(EngineError, match="cannot be closed"):
         trainer.train()
-    assert trainer.laws.engine is None
+    assert trainer.distributions.engine is None
     assert not (folder / "out" / PUSHED_FOLDER).exists()
 
 
@@ -173,11 +173,11 @@ def test_after_some_steps_the_engine_has_the_trainers_log_probabilities(folder: 
     class Compares(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainer.model.eval()
-            trainer.laws.engine.begin_step(trainer.model, trainer.state.global_step)
+            trainer.distributions.engine.begin_step(trainer.model, trainer.state.global_step)
             prompts = trainer.prompts[:2]
-            own = trainer.laws.policy()
-            responses = sample(own, prompts, trainer.laws.seeds(prompts, trainer.state.global_step, 7))
-            with trainer.laws.particles() as law:
+            own = trainer.distributions.policy()
+            responses = sample(own, prompts, trainer.distributions.seeds(prompts, trainer.state.global_step, 7))
+            with trainer.distributions.particles() as law:
                 theirs = law.logps(law.prefix(responses.prompts), responses)
             mine = own.logps(own.prefix(responses.prompts), responses)
             apart.append(float((mine - theirs).abs().max()))

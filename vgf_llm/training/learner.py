@@ -14,7 +14,7 @@ from vgf_llm.text.law import Shortlist
 from vgf_llm.text.responses import Responses
 from vgf_llm.training.batch import Counts, Rows, TrainBatch
 from vgf_llm.training.distillation import Distillation
-from vgf_llm.training.laws import Laws
+from vgf_llm.training.distributions import Distributions
 from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.metrics import MetricSums
 from vgf_llm.training.policy_models import response_logps
@@ -33,7 +33,7 @@ class Learner:
     Args:
         distillation: The policy's loss.
         learned: The value that is learned along, or None.
-        laws: The run's distributions.
+        distributions: The run's distributions.
         metrics: Gets the losses' figures.
         accelerator: The reference runs under its autocast, as the policy's own forward does.
     """
@@ -42,11 +42,11 @@ class Learner:
         self,
         distillation: Distillation,
         learned: LearnedValue | None,
-        laws: Laws,
+        distributions: Distributions,
         metrics: MetricSums,
         accelerator: Accelerator,
     ) -> None:
-        self.distillation, self.learned, self.laws = distillation, learned, laws
+        self.distillation, self.learned, self.distributions = distillation, learned, distributions
         self.metrics, self.accelerator = metrics, accelerator
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class Learner:
 
     def reference_logps(self, rows: Rows) -> Tensor:
         """Return the reference's log-probabilities of the rows' tokens, [R, T], 0 at padding."""
-        with self.laws.models.reference() as base, self._autocast():
+        with self.distributions.models.reference() as base, self._autocast():
             return response_logps(base, **rows.policy_inputs).masked_fill(~rows.mask_RT, 0)
 
     def loss(self, model: nn.Module, batch: TrainBatch, counts: Counts) -> Tensor:
@@ -101,7 +101,7 @@ class Learner:
         secant = None
         if learned.secant is not None:
             originals = rollout.outcome.originals
-            seeds_BN = self.laws.seeds(rollout.prompts, step, _SECANT_STREAM)
+            seeds_BN = self.distributions.seeds(rollout.prompts, step, _SECANT_STREAM)
             secant = learned.secant_batch(learned.secant, originals, self._shortlists(originals), seeds_BN)
             counts = dataclasses.replace(counts, secant=secant.mask_RS.sum().float())
         return dataclasses.replace(batch, counts=counts, value=value, secant=secant)
@@ -110,8 +110,8 @@ class Learner:
         """Return the likeliest tokens at every position of the originals: those the sampler kept, or by a forward."""
         if originals.law is not None:
             return originals.law
-        with self.laws.particles() as law:
-            sampling = dataclasses.replace(self.laws.sampling, top_k=_SHORTLIST)
+        with self.distributions.particles() as law:
+            sampling = dataclasses.replace(self.distributions.sampling, top_k=_SHORTLIST)
             return law.shortlists(law.prefix(originals.prompts), originals, sampling)
 
     def _autocast(self) -> AbstractContextManager[None]:

@@ -16,8 +16,8 @@ from vgf_llm.console.progress import Bar, duration
 from vgf_llm.console.screen import say
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.text.protocols import Value
+from vgf_llm.training.distributions import Distributions, sample
 from vgf_llm.training.journal import Journal
-from vgf_llm.training.laws import Laws, sample
 from vgf_llm.training.metrics import MetricSums, flow_metrics, kl_estimate, nll_a_token, peak_memory_gib
 from vgf_llm.training.rewards import Rewards
 from vgf_llm.training.rollout import Rollout
@@ -35,7 +35,7 @@ class Observer:
     """Measures what a log line is to hold, and writes it.
 
     Args:
-        laws: The run's distributions.
+        distributions: The run's distributions.
         rewards: What responses are scored by.
         budget: Training budget of the transport.
         metrics: Figures since the last line.
@@ -48,14 +48,14 @@ class Observer:
 
     def __init__(
         self,
-        laws: Laws,
+        distributions: Distributions,
         rewards: Rewards,
         budget: TransportBudget,
         metrics: MetricSums,
         journal: Journal,
         accelerator: Accelerator,
     ) -> None:
-        self.laws, self.rewards, self.budget = laws, rewards, budget
+        self.distributions, self.rewards, self.budget = distributions, rewards, budget
         self.metrics, self.journal, self.accelerator = metrics, journal, accelerator
         self.logged_at = 0.0
 
@@ -73,14 +73,16 @@ class Observer:
         """
         started = time.perf_counter()
         prompts, sums = rollout.prompts, self.metrics
-        seeds_BN = self.laws.seeds(prompts, step, _POLICY_STREAM)[:, :_OWN_SAMPLES]
-        own = sample(self.laws.policy(), prompts, seeds_BN)
-        law = self.laws.policy(dataclasses.replace(self.laws.sampling, temperature=1.0, top_k=0, top_p=1.0))
+        seeds_BN = self.distributions.seeds(prompts, step, _POLICY_STREAM)[:, :_OWN_SAMPLES]
+        own = sample(self.distributions.policy(), prompts, seeds_BN)
+        law = self.distributions.policy(
+            dataclasses.replace(self.distributions.sampling, temperature=1.0, top_k=0, top_p=1.0)
+        )
         free = sample(law, prompts, seeds_BN)
         free_logps_BNT = law.logps(law.prefix(free.prompts), free)
         outcome = rollout.outcome
         parts = {"original": outcome.originals, "transported": outcome.transported, "policy": own, "free": free}
-        with self.laws.reference() as law:
+        with self.distributions.reference() as law:
             prefix = law.prefix(own.prompts)
             logps = {name: law.logps(prefix, part) for name, part in parts.items()}
         kl_BN = kl_estimate(free_logps_BNT, logps.pop("free"))

@@ -114,7 +114,7 @@ class ParticleEngine:
         self._clear()
         with _own_gpu(run.device, run.accelerator.num_processes):  # last: nothing may fail between start and close
             self.engine = start()
-        self.law = EngineReference(
+        self.reference = EngineReference(
             InspectedEngine(self.engine, self._prove),
             run.models.policy_lm,
             sampling,
@@ -162,7 +162,7 @@ class ParticleEngine:
                 run.models.save_policy(folder, tensors)
         run.accelerator.wait_for_everyone()
         if run.models.is_lora:
-            self.law.adapter = self.engine.push_adapter(folder) if self._gives else str(folder)
+            self.reference.adapter = self.engine.push_adapter(folder) if self._gives else str(folder)
         elif self._gives:
             self.engine.push_weights(folder)
         run.accelerator.wait_for_everyone()
@@ -182,7 +182,7 @@ class ParticleEngine:
         self._unproved, models = False, self.run.models
         policy = contextlib.nullcontext(models.policy_lm)
         with policy if self.runs_policy else models.reference() as model:
-            distance, tokens = sync_distance(model, requests, texts, self.law.pad_id)
+            distance, tokens = sync_distance(model, requests, texts, self.reference.pad_id)
             bound = sync_bound(model, self.dtype)
         self.run.metrics.add("sync/logps_abs", distance)
         require_sync(distance, tokens, bound, self._step + 1, self.engine.name, self.dtype)
@@ -202,7 +202,7 @@ def engine_maker(
     """Return what starts the engine of a run, or None where it has none.
 
     Raises:
-        ConfigError: The engine, the sampling law and the launch do not go together; found before anything is loaded.
+        ConfigError: Engine, sampling settings and launch do not go together; found before anything is loaded.
         EngineError: The adapter's rank is beyond what vLLM knows.
     """
     if method.backend != "vllm":

@@ -12,7 +12,7 @@ from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import Outcome
 from vgf_llm.text.particles import token_spacing
 from vgf_llm.text.protocols import Reference
-from vgf_llm.training.laws import Laws, sample
+from vgf_llm.training.distributions import Distributions, sample
 from vgf_llm.training.metrics import MetricSums, responses_tokens, rollout_metrics
 from vgf_llm.training.rewards import Flow, Rewards
 from vgf_llm.training.rollout import ObservedPolicy, PromptRow, Rollout
@@ -25,15 +25,18 @@ class RolloutWorker:
     """Rolls prompts out under the current weights.
 
     Args:
-        laws: What particles start from.
+        distributions: What particles start from.
         flow: What moves them.
         rewards: What responses are scored by.
         method: Budget, decoder, draws.
         metrics: Gets the figures that every rollout tells.
     """
 
-    def __init__(self, laws: Laws, flow: Flow, rewards: Rewards, method: VGFSettings, metrics: MetricSums) -> None:
-        self.laws, self.flow, self.rewards, self.method, self.metrics = laws, flow, rewards, method, metrics
+    def __init__(
+        self, distributions: Distributions, flow: Flow, rewards: Rewards, method: VGFSettings, metrics: MetricSums
+    ) -> None:
+        self.distributions, self.flow, self.rewards = distributions, flow, rewards
+        self.method, self.metrics = method, metrics
         self._length_unit: float | None = None
 
     def __call__(self, prompts: Sequence[PromptRow], step: int) -> Rollout:
@@ -47,8 +50,8 @@ class RolloutWorker:
             NonFiniteError: A value or gradient is not finite.
             ModelError: A reward is not.
         """
-        seeds_BN = self.laws.seeds(prompts, step)
-        with self.laws.particles() as law:
+        seeds_BN = self.distributions.seeds(prompts, step)
+        with self.distributions.particles() as law:
             originals, sample_sec = _timed(lambda: sample(law, prompts, seeds_BN))
             policy = self.implicit_policy(law)
             outcome, transport_sec = _timed(lambda: policy.improve(originals, seeds_BN))

@@ -4,8 +4,9 @@ An optimiser step takes its micro-batches of prompts first, rolls each out, coun
 all of them and all processes, and only then runs forward and backward. So one process with a batch of 2B, two with B,
 and accumulation over two of B take the same step.
 
-The work is done by objects that know nothing of the trainer: `Laws` (what is sampled from), `RolloutWorker` (sample,
-transport, decode, score), `Learner` (batches and losses), `Observer` (log lines), `Checkpoints`, `ParticleEngine`.
+The work is done by objects that know nothing of the trainer: `Distributions` (what is sampled from), `RolloutWorker`
+(sample, transport, decode, score), `Learner` (batches and losses), `Observer` (log lines), `Checkpoints` and
+`ParticleEngine`.
 
 Departs from TRL's GRPOTrainer: no policy gradient; what is learned from are transported responses, and the distance
 they went is part of every log line.
@@ -35,8 +36,8 @@ from vgf_llm.settings import SamplingSettings
 from vgf_llm.training.batch import Counts, TrainBatch, without_effect
 from vgf_llm.training.checkpoints import Checkpoints
 from vgf_llm.training.distillation import make_distillation
+from vgf_llm.training.distributions import Distributions
 from vgf_llm.training.journal import Journal
-from vgf_llm.training.laws import Laws
 from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.learner import Learner
 from vgf_llm.training.metrics import MetricSums
@@ -104,11 +105,13 @@ class VGFTrainer(Trainer):
         self.output_dir = Path(str(args.output_dir))
         self.prompts, self.make_engine, self.metrics = train_dataset, make_engine, MetricSums()
         self.journal = Journal(self.output_dir, base.tokenizer, writes=self.is_world_process_zero())
-        self.laws = Laws(models, base, sampling, method, args.seed)
+        self.distributions = Distributions(models, base, sampling, method, args.seed)
         self.flow = rewards.flow() if learned is None else learned.flow
-        self.worker = RolloutWorker(self.laws, self.flow, rewards, method, self.metrics)
-        self.learner = Learner(make_distillation(method), learned, self.laws, self.metrics, self.accelerator)
-        self.observer = Observer(self.laws, rewards, method.budget, self.metrics, self.journal, self.accelerator)
+        self.worker = RolloutWorker(self.distributions, self.flow, rewards, method, self.metrics)
+        self.learner = Learner(make_distillation(method), learned, self.distributions, self.metrics, self.accelerator)
+        self.observer = Observer(
+            self.distributions, rewards, method.budget, self.metrics, self.journal, self.accelerator
+        )
         self.checkpoints = Checkpoints(
             self.output_dir, args.save_total_limit, models, learned, base.tokenizer, self.accelerator, identity
         )
@@ -178,7 +181,7 @@ class VGFTrainer(Trainer):
         if self.make_engine is None:
             yield
             return
-        engine = self.laws.engine = self.make_engine(
+        engine = self.distributions.engine = self.make_engine(
             EngineRun(
                 self.models,
                 self.base,
@@ -192,7 +195,7 @@ class VGFTrainer(Trainer):
         try:
             yield
         finally:
-            self.laws.engine = None
+            self.distributions.engine = None
             engine.close()
 
     # Hooks of transformers' Trainer -----------------------------------------------------------------------------------
@@ -208,8 +211,8 @@ class VGFTrainer(Trainer):
         """Take the step's prompts, roll them out, and count what the losses are divided by over all processes."""
         started = time.perf_counter()
         with whole_weights(self.accelerator, self.model_wrapped):
-            if self.laws.engine is not None:
-                self.laws.engine.begin_step(self.module, self.state.global_step)
+            if self.distributions.engine is not None:
+                self.distributions.engine.begin_step(self.module, self.state.global_step)
             taken = (next(epoch_iterator, None) for _ in range(num_batches))
             batches = [self.micro_batch(prompts.rows) for prompts in taken if prompts is not None]
         if not batches:

@@ -25,7 +25,7 @@ from vgf_llm.training.rollout import PromptRow
 from vgf_llm.training.settings import VGFSettings
 
 
-class Laws:
+class Distributions:
     """What responses are drawn from: the policy, its reference, and the one of them that particles start from.
 
     Args:
@@ -64,7 +64,7 @@ class Laws:
     def particles(self) -> Iterator[Reference]:
         """Yield what particles start from and are decoded by."""
         if self.engine is not None:
-            yield self.engine.law
+            yield self.engine.reference
         elif self.method.particles_from == "policy":
             yield self.policy()
         else:
