@@ -27,6 +27,9 @@ class RewardModelConfig(PreTrainedConfig):
         embedding_width: of the input table, where the body's own configuration has another hidden size.
         output_width: of what the body returns, where it is not the body's hidden size.
         base_weights: mark of the base's weights that the body was cut from (`vgf_llm.runs.provenance`).
+        closing: ids that take the place of a response's EOS, or follow a response without one, before it is read.
+            None: responses are read as they are.
+        end_ids: ids that count as an EOS there.
     """
 
     model_type = "vgf_reward"
@@ -42,6 +45,8 @@ class RewardModelConfig(PreTrainedConfig):
         embedding_width: int | None = None,
         output_width: int | None = None,
         base_weights: str | None = None,
+        closing: list[int] | None = None,
+        end_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the fields; raises ValueError on an unknown pooling."""
@@ -55,6 +60,7 @@ class RewardModelConfig(PreTrainedConfig):
         self.embedding_width = embedding_width
         self.output_width = output_width
         self.base_weights = base_weights
+        self.closing, self.end_ids = closing, end_ids
         super().__init__(**{"pad_token_id": pad_token_id, **kwargs})
 
     def build_body_config(self) -> PreTrainedConfig:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
+from reward_models.classification import classifier_class, load_classifier
 from reward_models.modelling import RewardModel, RewardModelConfig
 from vgf_llm.console.screen import say
 from vgf_llm.errors import ModelError
@@ -98,8 +99,9 @@ def load_reward_model(
     device: str | torch.device = "cpu",
     merge: bool = True,
     freeze: bool = True,
+    outputs: Mapping[str, float] | None = None,
 ) -> RewardModel:
-    """Read a reward model, full or LoRA.
+    """Read a reward model: ours, full or LoRA, or a classifier on a causal decoder (TRL's, the hub's).
 
     Args:
         path: folder written by training or `save_reward_model`.
@@ -110,22 +112,37 @@ def load_reward_model(
         device: where it goes.
         merge: for a LoRA, add the adapters into the weights (same scores, faster).
         freeze: eval mode and no parameter gradients.
+        outputs: for a classifier with several outputs, their weights by name or number.
 
     Raises:
         ModelError: the folder is not a reward model, weights are missing, or the tokenizer is another one.
+        ConfigError: the weights of a classifier's outputs are missing or wrong.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    if tokenizer is not None:
-        _check_tokenizer(folder, tokenizer, config.base_name)
-    if is_lora(folder):
-        adapted = load_adapter(folder, base, dtype=dtype)
-        model = _merged(adapted, folder) if merge else adapted.get_base_model()
+    if classifier_class(folder) is not None:
+        model = load_classifier(folder, outputs=outputs, base_tokenizer=tokenizer, dtype=dtype)
     else:
-        model = _load_full(folder, dtype)
+        model = _load_own(folder, tokenizer, base, dtype, merge)
     unplaced: Any = model
     placed: RewardModel = unplaced.to(device)
     return placed.freeze() if freeze else placed
+
+
+def _load_own(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: PreTrainedModel | str | None,
+    dtype: torch.dtype,
+    merge: bool,
+) -> RewardModel:
+    config = _read_config(folder)
+    if tokenizer is not None:
+        _check_tokenizer(folder, tokenizer, config.base_name)
+    if not is_lora(folder):
+        return _load_full(folder, dtype)
+    adapted: Any = load_adapter(folder, base, dtype=dtype)
+    inside: RewardModel = _merged(adapted, folder) if merge else adapted.get_base_model()
+    return inside
 
 
 def _read_config(folder: Path) -> RewardModelConfig:

@@ -33,6 +33,7 @@ from reward_models.body import (
 )
 from reward_models.configuration import RewardModelConfig
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
+from vgf_llm.data.encoding import EncodedPrompt, encode_prompt
 from vgf_llm.errors import ModelError
 from vgf_llm.models.architecture import check_config, decoder_class, input_table, text_config
 from vgf_llm.models.attention import caps_scores, settle_attention
@@ -63,6 +64,7 @@ class RewardModel(PreTrainedModel):
         self.head = nn.Linear(config.output_width or body_config.hidden_size, 1)
         self.skip_head = nn.Linear(embedding_width, 1, bias=False) if config.input_skip else None
         self._scale: float | None = None
+        self.own_tokenizer: Any = None  # of a classifier whose template is not the base's
         self.post_init()
         self.unfreeze()
 
@@ -260,8 +262,22 @@ class RewardModel(PreTrainedModel):
         return values_RS.masked_fill(~mask_RS, 0.0) + reads_RS.masked_fill(~prompt_RS, 0.0)
 
     def prefix(self, prompts: Sequence[Sequence[int]]) -> PromptPrefix:
-        """Run B prompts (token ids) once; the result serves any number of `score` calls."""
+        """Run B prompts (token ids) once; the result serves any number of `score` calls.
+
+        Raises:
+            ModelError: the model has a template of its own, and a prompt does not say what it was made of.
+        """
+        if self.own_tokenizer is not None:
+            prompts = [self._own_prompt(prompt) for prompt in prompts]
         return compute_prefix(self.body, prompts, self.config.pad_token_id or 0)
+
+    def _own_prompt(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Encode a prompt under the model's own template."""
+        if not isinstance(prompt, EncodedPrompt):
+            raise ModelError(
+                "this reward model reads prompts under its own chat template: give what `encode_prompt` returns"
+            )
+        return encode_prompt(self.own_tokenizer, prompt.prompt)
 
     def score(self, prefix: PromptPrefix, responses: Tensor, mask_BNT: Tensor) -> Tensor:
         """Score N responses to each of B prompts; equals `forward` on prompt + response.
@@ -301,12 +317,34 @@ class RewardModel(PreTrainedModel):
         """
         B, N, T = mask_BNT.shape
         mask_RT, u_RTD = mask_BNT.reshape(B * N, T), u_BNTD.reshape(B * N, T, -1)
+        if self.config.closing is not None:
+            u_RTD, mask_RT = self._closed(u_RTD, mask_RT.bool())
         hidden_RTD = forward_with_prefix(self.body, prefix.expand(N), u_RTD, mask_RT)
         pooled_RD = self._pool(hidden_RTD, mask_RT)
         values_R = self._read(pooled_RD)
         if self.skip_head is not None:
             values_R = values_R + self._skip(u_RTD, mask_RT)
+        hidden_RTD = hidden_RTD[:, :T]
         return values_R.reshape(B, N), hidden_RTD.reshape(B, N, T, -1), pooled_RD.reshape(B, N, -1)
+
+    def _closed(self, u_RTD: Tensor, mask_RT: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the closing's embeddings where each response's EOS stands, or after a response without one.
+
+        Returns:
+            Embeddings and mask of T and the closing's tokens together.
+        """
+        closing_CD = self.embed(torch.tensor(self.config.closing, dtype=torch.long, device=u_RTD.device)).detach()
+        ends_ED = self.embed(torch.tensor(self.config.end_ids or [], dtype=torch.long, device=u_RTD.device)).detach()
+        C, lengths_R = len(closing_CD), mask_RT.sum(dim=1)
+        last_RD = u_RTD.detach()[torch.arange(len(u_RTD), device=u_RTD.device), (lengths_R - 1).clamp(min=0)]
+        is_ended_R = (last_RD[:, None] == ends_ED.to(last_RD.dtype)).all(dim=-1).any(dim=-1) & (lengths_R > 0)
+        start_R = (lengths_R - is_ended_R.long()).clamp(min=0 if C else 1)
+        place_RS = torch.arange(u_RTD.shape[1] + C, device=u_RTD.device) - start_R[:, None]
+        padded_RSD = nn.functional.pad(u_RTD, (0, 0, 0, C))
+        if C:
+            from_closing_RSD = closing_CD.to(u_RTD.dtype)[place_RS.clamp(0, C - 1)]
+            padded_RSD = torch.where(((place_RS >= 0) & (place_RS < C))[..., None], from_closing_RSD, padded_RSD)
+        return padded_RSD, place_RS < C
 
     def skip_gradient(self, mask_BNT: Tensor) -> Tensor:
         """Return the gradient of the input skip, v / (T rms), at every response token: [B, N, T, D], 0 without one."""
@@ -324,7 +362,7 @@ class RewardModel(PreTrainedModel):
     def _read(self, pooled: Tensor) -> Tensor:
         """Apply the head in float32 to [..., D]."""
         with torch.autocast(pooled.device.type, enabled=False):
-            scores: Tensor = self.head(pooled.to(self.head.weight.dtype))
+            scores: Tensor = self.head(pooled.to(next(self.head.parameters()).dtype))
             return scores.squeeze(-1).float()
 
     def _skip(self, u_RTD: Tensor, mask_RT: Tensor) -> Tensor:

@@ -8,17 +8,36 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vgf_llm.data.dialogue import Prompt, PromptText, as_messages, as_text
-from vgf_llm.data.endings import check_ids, closed, opened
+from vgf_llm.data.endings import answer_opening, check_ids, closed, opened
 from vgf_llm.data.rendered import rendered_text
 from vgf_llm.errors import DataError, ModelError
 from vgf_llm.runs.files import shorten
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+class EncodedPrompt(list[int]):
+    """Token ids of a prompt, with what they were made of: a reward model may read it under a template of its own.
+
+    Attributes:
+        prompt: Text or messages.
+    """
+
+    prompt: Prompt
+
+    def __init__(self, ids: Iterable[int], prompt: Prompt) -> None:
+        """Keep the prompt with its ids."""
+        super().__init__(ids)
+        self.prompt = prompt
+
+    def __reduce__(self) -> tuple[type[EncodedPrompt], tuple[list[int], Prompt]]:
+        """Survive pickling."""
+        return EncodedPrompt, (list(self), self.prompt)
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> EncodedPrompt:
     """Encode a prompt up to where the model's response begins.
 
     With a chat template: a string is one user message, a Human/Assistant dialogue its turns, and the generation prompt
@@ -46,7 +65,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
         ids = encode_text(tokenizer, as_text(prompt))
     if not ids:
         raise DataError(f"the prompt {shorten(repr(prompt))} has no tokens")
-    return list(ids)
+    return EncodedPrompt(ids, prompt)
 
 
 def _templated(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -112,7 +131,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
     """Encode a response as it follows an encoded prompt.
 
-    Under a chat template leading white space is dropped (the template has placed it already).
+    Under a chat template leading white space is the template's: none, or what it writes before an answer.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -126,7 +145,7 @@ def encode_response(tokenizer: Any, text: str, eos: bool) -> list[int]:
         ModelError: ``eos`` is asked for and the tokenizer has no EOS token.
     """
     if getattr(tokenizer, "chat_template", None):
-        text = text.lstrip()
+        text = answer_opening(tokenizer) + text.lstrip()
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return closed(tokenizer, ids) if eos else ids
 
@@ -181,7 +200,7 @@ def encode_prompts(
     Raises:
         DataError: naming the prompt that is empty or too long, or holds a token without an embedding.
     """
-    encoded = []
+    encoded: list[list[int]] = []
     for index, prompt in enumerate(prompts):
         where = f"prompt {index}{source}"
         try:

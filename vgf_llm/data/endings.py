@@ -13,7 +13,7 @@ from typing import Any
 
 from vgf_llm.errors import DataError, ModelError
 
-_KNOWN, _CLOSING = "vgf_eos_ids", "vgf_closing"  # attributes of a tokenizer
+_KNOWN, _CLOSING, _OPENING = "vgf_eos_ids", "vgf_closing", "vgf_opening"  # attributes of a tokenizer
 _ANSWER = "vgfanswer"  # no template writes it
 
 
@@ -46,6 +46,47 @@ def closing_id(tokenizer: Any) -> int:
         cached = (key, _find_closing(tokenizer) if template else int(tokenizer.eos_token_id))
         setattr(tokenizer, _CLOSING, cached)
     return cached[1]
+
+
+def closing_ids(tokenizer: Any) -> list[int]:
+    """Return all that the chat template writes after an assistant's turn, or the EOS alone where there is no template.
+
+    Raises:
+        ModelError: The tokenizer has no EOS token.
+    """
+    return _after_the_answer(tokenizer) or [closing_id(tokenizer)]
+
+
+def answer_opening(tokenizer: Any) -> str:
+    """Return the white space that the template writes between its generation prompt and an answer, often none.
+
+    Where the tokenizer adds that space by itself (sentencepiece's ``▁``) there is none to add.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    cached = getattr(tokenizer, _OPENING, None)
+    if cached is None or cached[0] != str(template):
+        cached = (str(template), _find_opening(tokenizer) if template else "")
+        setattr(tokenizer, _OPENING, cached)
+    return cached[1]
+
+
+def _find_opening(tokenizer: Any) -> str:
+    asked = [{"role": "user", "content": "Hello."}]
+    try:
+        start = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        talk = [*asked, {"role": "assistant", "content": _ANSWER}]
+        whole = str(tokenizer.apply_chat_template(talk, tokenize=False))
+    except Exception:  # as in `_after_the_answer`
+        return ""
+    opening = whole[len(start) :].partition(_ANSWER)[0]
+    if not whole.startswith(start) or not opening or opening.strip():
+        return ""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    rest = ids(start + opening + _ANSWER)[len(ids(start)) :]
+    return "" if rest == ids(_ANSWER) else opening
 
 
 def _find_closing(tokenizer: Any) -> int:
