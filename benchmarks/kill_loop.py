@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,6 +264,8 @@ def _start(folder: Path, name: str, output: Path, limit: str) -> int:
         os.dup2(said, 1)
         os.dup2(said, 2)
         code = run_main(importlib.import_module(job.module).main, argv)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
