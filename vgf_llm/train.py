@@ -79,7 +79,7 @@ def run(
     """
     check_writable(script.output_dir)
     prompts = look_at_inputs(script, policy, method, optim)
-    load_libraries("vgf_llm.training.trainer")
+    load_libraries("vgf_llm.training.build")
     policy, optim = for_training(policy, optim)
     from vgf_llm.console.trainer_screen import shown
     from vgf_llm.training.finished import finished, take_result

@@ -18,6 +18,7 @@ from vgf_llm.flow.distances import displacement_in_token_units, mmd2, nearest_to
 from vgf_llm.flow.kernels import median_bandwidth, stein_direction
 from vgf_llm.flow.projections import clip_to_ball
 from vgf_llm.flow.shapes import check_same_shape, check_shapes, dimensions
+from vgf_llm.flow.steps import adam_step
 from vgf_llm.flow.trajectory import transport
 from vgf_llm.training.distillation.losses import dpo, group_weights, kl_anchor, weighted_nll
 
@@ -138,6 +139,13 @@ def test_a_shape_that_would_broadcast_is_refused_by_name(name: str) -> None:
     call, message = FAULTS[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_adam_refuses_another_shape_than_the_first() -> None:
+    step = adam_step(0.1)
+    step(zeros(2, 4, 3))
+    with pytest.raises(ValueError, match=re.escape("phi must have the shape of first_phi, [2, 4, 3], got [2, 1, 3]")):
+        step(zeros(2, 1, 3))
 
 
 def test_letters_are_read_off_a_name_and_stand_for_one_size() -> None:

@@ -87,8 +87,8 @@ def load_pipeline(
     check_table(value, tokenizer, base.rows)
     tell_other_table(value, base.lm, folder)
     gradient = load_gradient(folder, value)  # what can fail comes before an engine is started
-    pad_id = base.within(len(table_VD)).pad_id
-    return Pipeline(backend.start(base, models, sampling, pad_id, table_VD), value, tokenizer, gradient)
+    reference = backend.start(base.within(len(table_VD)), models, sampling, table_VD)
+    return Pipeline(reference, value, tokenizer, gradient)
 
 
 def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int) -> int:

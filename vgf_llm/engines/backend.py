@@ -33,16 +33,13 @@ class Backend(Protocol[R_co]):
         """
         ...
 
-    def start(
-        self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, pad_id: int, table_VD: Tensor
-    ) -> R_co:
+    def start(self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, table_VD: Tensor) -> R_co:
         """Return the base model under the sampling law, running; the reference's ``close`` ends it.
 
         Args:
-            base: As :meth:`load` returned it.
+            base: As :meth:`load` returned it, with no id beyond the value's table.
             models: As there.
             sampling: The law.
-            pad_id: Id to fill padding with, which base and value have a row for.
             table_VD: Input embeddings that particles live in, on the value's device.
 
         Raises:

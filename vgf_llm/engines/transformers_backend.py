@@ -18,7 +18,7 @@ class TransformersBackend:
         return load_base(models, tokenizer, device)
 
     def start(
-        self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, pad_id: int, table_VD: Tensor
+        self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, table_VD: Tensor
     ) -> TorchReference:
         """Return the base model under the sampling law."""
-        return TorchReference(base.lm, sampling, base.eos_ids, pad_id, base.vocabulary)
+        return TorchReference(base.lm, sampling, base.eos_ids, base.pad_id, base.vocabulary)

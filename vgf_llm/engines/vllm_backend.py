@@ -26,7 +26,7 @@ class VLLMBackend:
         return base_without_weights(models, tokenizer)
 
     def start(
-        self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, pad_id: int, table_VD: Tensor
+        self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, table_VD: Tensor
     ) -> EngineReference:
         """Start the engine and return the base model under the sampling law."""
         check_truncated(sampling)
@@ -36,7 +36,7 @@ class VLLMBackend:
             base.lm,
             sampling,
             base.eos_ids,
-            pad_id,
+            base.pad_id,
             table_VD.device,
             adapter,
             vocabulary=base.vocabulary,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vgf_llm.flow.budget import TransportBudget
+from vgf_llm.flow.shapes import check_same_shape
 
 Step = Callable[[Tensor], Tensor]  # direction phi -> displacement, same shape; called once a flow step
 
@@ -59,7 +60,8 @@ def adam_step(learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), e
         epsilon: Guard of the division, > 0.
 
     Returns:
-        A function that keeps its moments and their count between calls.
+        A function that keeps its moments and their count between calls. It raises ValueError for a phi of another shape
+        than the first one's.
     """
     count = 0
     first: Tensor | None = None
@@ -69,6 +71,7 @@ def adam_step(learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), e
         nonlocal count, first, second
         first = torch.zeros_like(phi) if first is None else first
         second = torch.zeros_like(phi) if second is None else second
+        check_same_shape(first_phi=first, phi=phi)
         count += 1
         first = betas[0] * first + (1 - betas[0]) * phi
         second = betas[1] * second + (1 - betas[1]) * phi.square()

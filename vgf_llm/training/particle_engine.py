@@ -28,6 +28,7 @@ from vgf_llm.distributed.processes import of_first
 from vgf_llm.engines.engine import EngineRequest, EngineText, TakesWeights
 from vgf_llm.engines.engine_reference import EngineReference, check_truncated
 from vgf_llm.engines.inspected_engine import InspectedEngine
+from vgf_llm.engines.vllm_env import IN_THIS_PROCESS, runs_in_this_process, stated
 from vgf_llm.errors import ConfigError
 from vgf_llm.models.architecture import max_positions
 from vgf_llm.models.base import LoadedBase
@@ -246,9 +247,9 @@ def _require_engines_apart(method: VGFSettings, processes: int) -> None:
             f"engine.tensor_parallel must be 1 where each of {processes} processes starts an engine on its own device, "
             f"got {method.engine.tensor_parallel}; start a server for all of them and name it in engine.url"
         )
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+    if runs_in_this_process():
         raise ConfigError(
-            f"VLLM_ENABLE_V1_MULTIPROCESSING=0 would run an engine inside each of {processes} processes, whose "
+            f"{stated(IN_THIS_PROCESS)} would run an engine inside each of {processes} processes, whose "
             "group it cannot join; unset it"
         )
 
