@@ -216,7 +216,7 @@ def identity_of(
     """
     from reward_models.loading import reward_model
 
-    rows = json.dumps([dataclasses.astuple(row) for row in train_rows])
+    rows = json.dumps([[getattr(row, field.name) for field in dataclasses.fields(row)] for row in train_rows])
     return {
         "rows": task.rows,
         "model": dataclasses.asdict(settings),
