@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.serving_load import Load, Question, Reply, alone, resident_mib, under_load
+from benchmarks.serving_load import AnswerRequest, Load, Reply, alone, resident_mib, under_load
 from benchmarks.serving_process import ServerProcess, served
 from vgf_llm.cli import run_main
 from vgf_llm.engines.vllm_env import UNBOUND_THREADS, set_defaults
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if is_wrong else 0
 
 
-def measure(server: ServerProcess, questions: list[Question], arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(server: ServerProcess, questions: list[AnswerRequest], arguments: argparse.Namespace) -> dict[str, Any]:
     """Ask alone, ask under load, and return the figures."""
     known = alone(server.url, questions)
     print(f"{len(known)} questions answered alone", file=sys.stderr)
@@ -133,10 +133,10 @@ def _memory(load: Load) -> dict[str, Any]:
     return found
 
 
-def _questions(prompts: Sequence[str], arguments: argparse.Namespace) -> list[Question]:
+def _questions(prompts: Sequence[str], arguments: argparse.Namespace) -> list[AnswerRequest]:
     """Return every kind on every prompt, each with a seed of its own."""
     return [
-        Question(
+        AnswerRequest(
             kind,
             {
                 "model": "served",

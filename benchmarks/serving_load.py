@@ -21,7 +21,7 @@ _LONGEST_WAIT_SEC = 5.0  # after a 429, whatever Retry-After says: the load must
 
 
 @dataclass(frozen=True)
-class Question:
+class AnswerRequest:
     """One request that can be repeated.
 
     Attributes:
@@ -77,11 +77,11 @@ class Load:
     """
 
     replies: list[Reply] = field(default_factory=list)
-    different: list[tuple[Question, Reply, str]] = field(default_factory=list)
+    different: list[tuple[AnswerRequest, Reply, str]] = field(default_factory=list)
     memory: list[tuple[float, float, float]] = field(default_factory=list)
 
 
-def ask(client: httpx.Client, question: Question, *, stream: bool, started: float) -> Reply:
+def ask(client: httpx.Client, question: AnswerRequest, *, stream: bool, started: float) -> Reply:
     """Ask until there is an answer or an error; after a 429 again, when the server says."""
     asked, turned_away = time.monotonic(), 0
 
@@ -129,7 +129,7 @@ def _streamed(events: str) -> tuple[str, dict[str, Any] | None]:
     return text, told if ended else None
 
 
-def alone(url: str, questions: Sequence[Question]) -> dict[int, Reply]:
+def alone(url: str, questions: Sequence[AnswerRequest]) -> dict[int, Reply]:
     """Return what each question gets when nothing else is asked, by its place.
 
     Raises:
@@ -147,7 +147,7 @@ def alone(url: str, questions: Sequence[Question]) -> dict[int, Reply]:
 
 def under_load(
     url: str,
-    questions: Sequence[Question],
+    questions: Sequence[AnswerRequest],
     known: dict[int, Reply],
     *,
     clients: int,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from reward_models.functions import call_function, load_function
 from vgf_llm.data.cells import check_named
-from vgf_llm.data.dialogue import Message, OddRowError, Prompt, PromptText, as_messages, joined, turns_of
+from vgf_llm.data.dialogue import Message, Prompt, PromptText, UnusableRowError, as_messages, joined, turns_of
 from vgf_llm.data.encoding import encode_prompt
 from vgf_llm.data.prompts import load_preferences, prompt_of, read_cell, read_number, repeated_prompts
 from vgf_llm.data.rows import Place, Row, read_rows
@@ -132,7 +132,7 @@ def _continued(prompt: Prompt, before: list[Message], where: str) -> Prompt:
     """Join a prompt and the turns that a response's cell holds before the response, which repeat or continue it."""
     try:
         return joined(prompt, before)
-    except OddRowError as error:
+    except UnusableRowError as error:
         raise DataError(f"{where}: {error}") from error
 
 

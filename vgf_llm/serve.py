@@ -88,8 +88,8 @@ def run(
     from vgf_llm.engines.start import start_engine
     from vgf_llm.engines.vllm_backend import VLLMBackend
     from vgf_llm.engines.vllm_env import SPAWNED_WORKERS, set_defaults
-    from vgf_llm.serving.keeper import EngineKeeper
     from vgf_llm.serving.service import Service
+    from vgf_llm.serving.supervisor import EngineSupervisor
 
     set_defaults(os.environ, SPAWNED_WORKERS)
     died = False
@@ -107,8 +107,10 @@ def run(
         pipeline = load_pipeline(models, sampling, VLLMBackend(settings.engine))
     metrics = Metrics()
     restarts = settings.on_engine_death == "restart"
-    keeper = EngineKeeper(pipeline.reference.engine, another if restarts else None, metrics.restarts.inc, end)
-    server = Server(Service(pipeline, settings, keeper.engine), keeper, metrics, served_name(settings, models), api_key)
+    supervisor = EngineSupervisor(pipeline.reference.engine, another if restarts else None, metrics.restarts.inc, end)
+    server = Server(
+        Service(pipeline, settings, supervisor.engine), supervisor, metrics, served_name(settings, models), api_key
+    )
     http = uvicorn.Server(
         uvicorn.Config(
             server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SEC, lifespan="on"
@@ -122,7 +124,7 @@ def run(
     except KeyboardInterrupt:  # passed on by the server, which has ended in good order
         pass
     finally:
-        keeper.close()
+        supervisor.close()
     return _DIED if died else 0
 
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from benchmarks.serving import KINDS, main
-from benchmarks.serving_load import Question, Reply, _mib, _streamed, ask, resident_mib
+from benchmarks.serving_load import AnswerRequest, Reply, _mib, _streamed, ask, resident_mib
 
 httpx = pytest.importorskip("httpx")
 
@@ -40,7 +40,7 @@ def test_seconds_count_from_the_first_attempt():
     told = {"choices": [{"message": {"content": "sea"}}], "transport": {"value": 1.0, "nats": 0.0}}
     answers = [httpx.Response(429, headers={"Retry-After": "0.2"}), httpx.Response(200, json=told)]
     with httpx.Client(transport=httpx.MockTransport(lambda _: answers.pop(0)), base_url="http://x") as client:
-        reply = ask(client, Question("plain", {}), stream=False, started=time.monotonic())
+        reply = ask(client, AnswerRequest("plain", {}), stream=False, started=time.monotonic())
     assert reply.text == "sea" and reply.turned_away == 1 and reply.seconds > 0.2
 
 

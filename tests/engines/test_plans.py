@@ -1,4 +1,4 @@
-"""A row's plan says all there is to know: stepped elsewhere it picks what the chooser picks here, in any company."""
+"""A row's plan says all there is to know: stepped elsewhere it picks what the picker picks here, in any company."""
 
 import base64
 import dataclasses
@@ -49,18 +49,18 @@ def tilted_path(parts, options=None, *, nats=2.0, coupled=True):
     return path
 
 
-def rows_of(chooser, number, tokens=9):
-    plans = chooser.plans(torch.zeros(number, dtype=torch.int64), tokens)
+def rows_of(picker, number, tokens=9):
+    plans = picker.plans(torch.zeros(number, dtype=torch.int64), tokens)
     return [PlannedRow.of(RowPlan.decoded(plan.encoded(), KINDS)) for plan in plans]
 
 
-def recorded(reference, chooser):
-    """Write with the chooser; returns the logits of every position and the tokens."""
+def recorded(reference, picker):
+    """Write with the picker; returns the logits of every position and the tokens."""
     seen = []
 
     def choose(logits_RV, position):
         seen.append(logits_RV)
-        return chooser(logits_RV, position)
+        return picker(logits_RV, position)
 
     return seen, reference.write(reference.prefix(PROMPTS), N, choose)
 
@@ -100,7 +100,7 @@ def test_rows_at_different_positions_and_budgets_do_not_meet(parts):
             assert int(step(batch, offsets, logits_RV, path.table_VD)[0]) == int(tokens_RT[first, offset]), again
 
 
-def test_a_chooser_that_follows_ends_up_where_it_would_have_been(parts):
+def test_a_picker_that_follows_ends_up_where_it_would_have_been(parts):
     path, following = tilted_path(parts), tilted_path(parts)
     logits, written = recorded(parts[0], path)
     tokens_RT, mask_RT = written.tokens_BNT.flatten(0, 1), written.mask_BNT.flatten(0, 1)

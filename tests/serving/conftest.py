@@ -81,18 +81,18 @@ def serving(
     import uvicorn
 
     from vgf_llm.serving.app import Server
-    from vgf_llm.serving.keeper import EngineKeeper
     from vgf_llm.serving.metrics import Metrics
     from vgf_llm.serving.service import Service
     from vgf_llm.serving.settings import LimitSettings, ServeSettings
+    from vgf_llm.serving.supervisor import EngineSupervisor
 
     limits = LimitSettings(
         num_particles=8, draws=4, max_tokens=100, timeout_sec=60, body_kib=16, **options.pop("limits", {})
     )
     settings = ServeSettings(budget=TransportBudget(nats=3.0), num_particles=4, draws=2, limits=limits, **options)
     metrics, kept = Metrics(), engine or _Kept(pipeline.reference.engine)
-    keeper = EngineKeeper(kept, start, on_restart, on_end)
-    server = Server(Service(pipeline, settings, keeper.engine), keeper, metrics, MODEL, api_key)
+    supervisor = EngineSupervisor(kept, start, on_restart, on_end)
+    server = Server(Service(pipeline, settings, supervisor.engine), supervisor, metrics, MODEL, api_key)
     listener = socket.create_server(("127.0.0.1", 0))
     http = uvicorn.Server(uvicorn.Config(server.app(), log_level="warning", lifespan="on"))
     thread = threading.Thread(target=http.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -133,7 +133,7 @@ class _Mortal:
 
 
 def test_another_engine_is_started_and_health_says_what_holds(served_pipeline):
-    """The keeper with an engine that is declared dead; a real kill is tested with the real command."""
+    """The supervisor with an engine that is declared dead; a real kill is tested with the real command."""
     may_start, restarted = threading.Event(), threading.Event()
     first = _Mortal(served_pipeline.reference.engine)
 
@@ -186,7 +186,7 @@ def test_an_error_that_nobody_thought_of_is_a_death(served_pipeline, capfd):
     with serving(served_pipeline, engine=first, start=start, on_end=ended.set) as own, own.http() as http:
         first.dead.set()
         assert ended.wait(10)
-        assert http.get("/health").status_code == 503 and not own.server.keeper.is_up
+        assert http.get("/health").status_code == 503 and not own.server.supervisor.is_up
     said = capfd.readouterr().err
     assert "KeyError: 'for a test'" in said and "start 3 of 3 failed: no port" in said and "Traceback" in said
 

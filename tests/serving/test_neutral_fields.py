@@ -10,17 +10,17 @@ pytest.importorskip("pydantic")
 
 from vgf_llm.serving.errors import RequestError
 from vgf_llm.serving.neutral import NEUTRAL, OF_A_MESSAGE, OF_A_PART
-from vgf_llm.serving.schema import AskedChat, AskedText, parse
+from vgf_llm.serving.schema import ChatBody, CompletionBody, parse
 
 USER = {"role": "user", "content": "hello"}
 
 
 def read_chat(message=None, **fields):
-    return parse(AskedChat, json.dumps({"model": "m", "messages": [message or USER], **fields}).encode())
+    return parse(ChatBody, json.dumps({"model": "m", "messages": [message or USER], **fields}).encode())
 
 
 def read_text(**fields):
-    return parse(AskedText, json.dumps({"model": "m", "prompt": "hello", **fields}).encode())
+    return parse(CompletionBody, json.dumps({"model": "m", "prompt": "hello", **fields}).encode())
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL))

@@ -23,7 +23,7 @@ def samples(reference):
     return ReferenceSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 8))
 
 
-def chooser(reference, seeds_BN, forced_RT=None, keep_R=None):
+def picker(reference, seeds_BN, forced_RT=None, keep_R=None):
     """Sample with hashed noise, whether rows share their position or not; optionally forced to begin with a text."""
 
     def choose(logits_RV, position):
@@ -37,9 +37,9 @@ def chooser(reference, seeds_BN, forced_RT=None, keep_R=None):
 
 def test_keeping_nothing_is_writing(reference, samples):
     prefix, seeds = reference.prefix(PROMPTS), row_seeds(5, [0, 1, 2], 8)
-    written = reference.write(prefix, 8, chooser(reference, seeds))
+    written = reference.write(prefix, 8, picker(reference, seeds))
     nothing = torch.zeros(3, 8, dtype=torch.long)
-    rewritten = reference.rewrite(prefix, samples, nothing, chooser(reference, seeds))
+    rewritten = reference.rewrite(prefix, samples, nothing, picker(reference, seeds))
     length = written.tokens_BNT.shape[-1]
     assert torch.equal(rewritten.tokens_BNT[..., :length], written.tokens_BNT)
     assert torch.equal(rewritten.mask_BNT[..., :length], written.mask_BNT)
@@ -51,12 +51,12 @@ def test_what_is_kept_stays_and_the_rest_is_written_after_it(reference, samples)
     prefix, seeds = reference.prefix(PROMPTS), row_seeds(5, [0, 1, 2], 8)
     keep = torch.minimum(torch.arange(24).view(3, 8) % 9, samples.lengths_BN - 1)
     assert keep.max() >= 6 and (keep == 0).any()
-    rewritten = reference.rewrite(prefix, samples, keep, chooser(reference, seeds))
+    rewritten = reference.rewrite(prefix, samples, keep, picker(reference, seeds))
     kept = torch.arange(samples.tokens_BNT.shape[-1]) < keep.unsqueeze(-1)
     length = samples.tokens_BNT.shape[-1]
     assert torch.equal(rewritten.tokens_BNT[..., :length][kept], samples.tokens_BNT[kept])
     padded_RT = pad(samples.tokens_BNT, (0, 9 - length)).flatten(0, 1)
-    forced = reference.write(prefix, 8, chooser(reference, seeds, padded_RT, keep.flatten()))
+    forced = reference.write(prefix, 8, picker(reference, seeds, padded_RT, keep.flatten()))
     length = forced.tokens_BNT.shape[-1]
     assert torch.equal(rewritten.tokens_BNT[..., :length], forced.tokens_BNT)
     assert torch.equal(rewritten.mask_BNT[..., :length], forced.mask_BNT)
@@ -66,7 +66,7 @@ def test_what_is_kept_stays_and_the_rest_is_written_after_it(reference, samples)
 def test_extending_in_pieces_is_writing_at_once(reference):
     """Some rows end in the first piece; the state before a piece is left as it is."""
     prefix, seeds = reference.prefix(PROMPTS), row_seeds(6, [0, 1, 2], 8)
-    choose = chooser(reference, seeds)
+    choose = picker(reference, seeds)
     written = reference.write(prefix, 8, choose).tokens_BNT.flatten(0, 1)
     rows = prefix.select(torch.arange(24) // 8)
     first, after = reference.extend(rows, range(4), choose)
@@ -77,5 +77,5 @@ def test_extending_in_pieces_is_writing_at_once(reference):
     second, _ = reference.extend(after, range(4, 9), choose, done)
     assert torch.equal(torch.cat([first, second], 1)[:, : written.shape[1]], written)
     some = torch.tensor([20, 3, 11])[~done[[20, 3, 11]]]
-    alone, _ = reference.extend(after.select(some), range(4, 9), chooser(reference, seeds.flatten()[some]))
+    alone, _ = reference.extend(after.select(some), range(4, 9), picker(reference, seeds.flatten()[some]))
     assert torch.equal(alone, second[some][:, : alone.shape[1]])

@@ -38,7 +38,7 @@ _ANSWER = re.compile(
 """Marks that an assistant's answer follows, as people and the chat templates of common families write them."""
 
 
-class OddRowError(DataError):
+class UnusableRowError(DataError):
     """A row that cannot be used and need not end the run.
 
     Args:
@@ -203,11 +203,11 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
         (prompt, chosen, rejected), neither response empty.
 
     Raises:
-        OddRowError: this row is unusable: no prompt, a response that is empty, not the assistant's or several turns.
+        UnusableRowError: there is no prompt, or a response is empty, not the assistant's, or several turns.
         DataError: one response is text and the other a message list.
     """
     if not chosen or not rejected:  # null and "" in files whose other cells hold text or messages
-        raise OddRowError(EMPTY)
+        raise UnusableRowError(EMPTY)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError(f"{where}: one of chosen and rejected is text and the other a message list")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -221,12 +221,12 @@ def split_pair(given: Prompt | None, chosen: Prompt, rejected: Prompt, where: st
         assert not isinstance(chosen, str) and not isinstance(rejected, str)
         prompt, better, worse = _split_messages(given, chosen, rejected)
     if not better.strip() or not worse.strip():
-        raise OddRowError(EMPTY)
+        raise UnusableRowError(EMPTY)
     if better.strip() == worse.strip():
-        raise OddRowError(SAME)
+        raise UnusableRowError(SAME)
     last = as_messages(prompt)[-1]
     if last["role"] == "assistant" and last["content"].strip():
-        raise OddRowError(PROMPT_ENDS_ANSWERED, shorten(repr(last["content"])))
+        raise UnusableRowError(PROMPT_ENDS_ANSWERED, shorten(repr(last["content"])))
     return open_dialogue(prompt) if isinstance(prompt, str) else prompt, better, worse
 
 
@@ -243,7 +243,9 @@ def _without_templated_prompt(given: Prompt, chosen: str, rejected: str) -> Part
 def _split_messages(given: Prompt | None, chosen: list[Message], rejected: list[Message]) -> Parts:
     inside = min(_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if given is None and not inside:
-        raise OddRowError(NO_PROMPT, f"chosen starts {shorten(repr(chosen[0]))}, rejected {shorten(repr(rejected[0]))}")
+        raise UnusableRowError(
+            NO_PROMPT, f"chosen starts {shorten(repr(chosen[0]))}, rejected {shorten(repr(rejected[0]))}"
+        )
     better, worse = (_only_turn(messages[inside:]) for messages in (chosen, rejected))
     return chosen[:inside] if given is None else joined(given, chosen[:inside]), better, worse
 
@@ -257,9 +259,9 @@ def _shared(one: list[Message], other: list[Message]) -> int:
 def _only_turn(messages: list[Message]) -> str:
     """Return the assistant's answer that is left after the prompt."""
     if messages[-1]["role"] != "assistant":
-        raise OddRowError(NOT_THE_ASSISTANTS, f"it is {messages[-1]['role']!r}")
+        raise UnusableRowError(NOT_THE_ASSISTANTS, f"it is {messages[-1]['role']!r}")
     if len(messages) > 1:
-        raise OddRowError(DIVERGE)
+        raise UnusableRowError(DIVERGE)
     return messages[0]["content"]
 
 
@@ -267,7 +269,7 @@ def joined(given: Prompt, shared: list[Message]) -> Prompt:
     """Join a stated prompt and the turns before the responses, which may repeat it or continue it.
 
     Raises:
-        OddRowError: the turns do neither.
+        UnusableRowError: the turns do neither.
     """
     stated = as_messages(given)
     if not shared or _equal(shared, stated):
@@ -276,7 +278,7 @@ def joined(given: Prompt, shared: list[Message]) -> Prompt:
         return shared
     if shared[0]["role"] == "assistant":
         return [*stated, *shared]
-    raise OddRowError(
+    raise UnusableRowError(
         PROMPT_CONTRADICTED,
         f"the prompt {shorten(repr(given))} is not part of the {len(shared)} turns that chosen and rejected share, "
         f"which start {shorten(repr(shared[0]))}; state the whole conversation as the prompt, or leave it out",
@@ -295,10 +297,10 @@ def _split_text(chosen: str, rejected: str) -> Parts:
         return _split_plain(chosen, rejected)
     for turns in (better, worse):
         if turns[-1].role != "assistant":
-            raise OddRowError(NOT_THE_ASSISTANTS, f"a dialogue ends {shorten(repr(turns[-1].text))}")
+            raise UnusableRowError(NOT_THE_ASSISTANTS, f"a dialogue ends {shorten(repr(turns[-1].text))}")
     before = [[{"role": turn.role, "content": turn.text} for turn in turns[:-1]] for turns in (better, worse)]
     if not _equal(*before):
-        raise OddRowError(DIVERGE if _shared(*before) else NO_PROMPT)
+        raise UnusableRowError(DIVERGE if _shared(*before) else NO_PROMPT)
     return chosen[: better[-1].start], better[-1].text, worse[-1].text
 
 
@@ -319,5 +321,5 @@ def _split_plain(chosen: str, rejected: str) -> Parts:
     prompt = shared if whole_words else re.sub(r"\S*$", "", shared)
     prompt = prompt.rstrip()
     if not prompt:
-        raise OddRowError(NO_PROMPT, f"chosen starts {shorten(repr(chosen))}, rejected {shorten(repr(rejected))}")
+        raise UnusableRowError(NO_PROMPT, f"chosen starts {shorten(repr(chosen))}, rejected {shorten(repr(rejected))}")
     return prompt, chosen[len(prompt) :], rejected[len(prompt) :]

@@ -20,9 +20,9 @@ from vgf_llm.data.dialogue import (
     EMPTY_PROMPT,
     NO_PROMPT,
     SAME,
-    OddRowError,
     Prompt,
     PromptText,
+    UnusableRowError,
     as_messages,
     check_characters,
     open_dialogue,
@@ -247,10 +247,10 @@ def load_preferences(
             better, worse = better[len(given) :], worse[len(given) :]
         try:
             if explicit and not given:
-                raise OddRowError(EMPTY_PROMPT)
+                raise UnusableRowError(EMPTY_PROMPT)
             prompt, chosen, rejected = split_pair(given if explicit else None, better, worse, f"{source}, row {number}")
             margin, swap = _margin(row, source, number, columns)
-        except OddRowError as odd:
+        except UnusableRowError as odd:
             dropped[odd.reason] = dropped.get(odd.reason, 0) + 1
             first.setdefault(odd.reason, f"row {number}" + (f": {odd.detail}" if odd.detail else ""))
             continue
@@ -328,13 +328,13 @@ def _margin(row: Row, source: str, number: Place, columns: _Columns) -> tuple[fl
     """Return by how much chosen is better, and whether the row says that rejected is the better one.
 
     Raises:
-        OddRowError: neither is better.
+        UnusableRowError: neither is better.
         DataError: a number is malformed.
     """
     preference = read_number(row.get(columns.preference), source, number, columns.preference)
     if preference is not None:
         if preference == 0:
-            raise OddRowError("in which neither response is better")
+            raise UnusableRowError("in which neither response is better")
         return abs(preference), preference > 0
     name = columns.margin
     left, minus, right = (part.strip() for part in name.partition("-"))

@@ -1,8 +1,8 @@
 """The reference when an engine runs it: the same questions as :class:`vgf_llm.text.Reference`, answered by requests.
 
-Decoders ask a reference for laws and likelihoods of given texts and let it write with a chooser. Here the first two are
-requests for the log-probabilities of a prompt, and writing hands the chooser's plans to the engine, which picks by the
-same functions (:mod:`vgf_llm.text.choosing`). The chooser then follows what was picked with the laws that came back, so
+Decoders ask a reference for laws and likelihoods of given texts and let it write with a picker. Here the first two are
+requests for the log-probabilities of a prompt, and writing hands the picker's plans to the engine, which picks by the
+same functions (:mod:`vgf_llm.text.choosing`). The picker then follows what was picked with the laws that came back, so
 its state (nats spent, laws met) is what it would be here, and an engine that did not do as planned is noticed.
 
 Prompts and what is kept of a response are found in the engine's prefix cache; reading a text for its likelihoods is not
@@ -23,7 +23,7 @@ from vgf_llm.engines.engine import Engine, EngineError, EngineRequest, EngineTex
 from vgf_llm.errors import ConfigError
 from vgf_llm.models.architecture import vocabulary_rows
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.choosing import Chooser
+from vgf_llm.text.choosing import TokenPicker
 from vgf_llm.text.law import Shortlist, normalised
 from vgf_llm.text.responses import Responses
 
@@ -168,7 +168,7 @@ class EngineReference:
         rows = [pad(read.own_T, (0, length - len(read.own_T))) for read in self._read(prefix, responses, 0)]
         return torch.stack(rows).view(responses.tokens_BNT.shape).to(self.device)
 
-    def write(self, prefix: EnginePrefix, num_particles: int, choose: Chooser) -> Responses:
+    def write(self, prefix: EnginePrefix, num_particles: int, choose: TokenPicker) -> Responses:
         """Write N responses per prompt as ``choose`` picks; see :meth:`vgf_llm.text.Reference.write`."""
         rows_R = torch.arange(len(prefix.prompts)).repeat_interleave(num_particles)
         rows, nothing_R = prefix.select(rows_R), torch.zeros(len(rows_R), dtype=torch.int64)
@@ -177,7 +177,7 @@ class EngineReference:
         return Responses(prefix.prompts, tokens_RT.view(shape), inside_RT.view(shape), self.eos_ids, self.pad_id)
 
     def extend(
-        self, rows: EnginePrefix, positions: range, choose: Chooser, done_R: Tensor | None = None
+        self, rows: EnginePrefix, positions: range, choose: TokenPicker, done_R: Tensor | None = None
     ) -> tuple[Tensor, EnginePrefix]:
         """Write more tokens after rows; see :meth:`vgf_llm.text.Reference.extend`."""
         start_R = torch.full((len(rows.prompts),), positions.start)
@@ -185,7 +185,7 @@ class EngineReference:
         new = [tokens[inside].tolist() for tokens, inside in zip(tokens_RT, inside_RT, strict=True)]
         return tokens_RT, EnginePrefix(rows.prompts, [old + more for old, more in zip(rows.written, new, strict=True)])
 
-    def rewrite(self, prefix: EnginePrefix, responses: Responses, keep_BN: Tensor, choose: Chooser) -> Responses:
+    def rewrite(self, prefix: EnginePrefix, responses: Responses, keep_BN: Tensor, choose: TokenPicker) -> Responses:
         """Keep the first tokens of each response and write the rest; see :meth:`vgf_llm.text.Reference.rewrite`."""
         longest, keep_R = self.sampling.max_new_tokens, keep_BN.flatten().cpu()
         kept = [
@@ -228,12 +228,12 @@ class EngineReference:
         rows: EnginePrefix,
         start_R: Tensor,
         most_tokens: int,
-        choose: Chooser,
+        choose: TokenPicker,
         done_R: Tensor | None,
         *,
         same_place: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Let the engine write after rows and the chooser follow.
+        """Let the engine write after rows and the picker follow.
 
         Args:
             rows: R texts.
@@ -241,7 +241,7 @@ class EngineReference:
             most_tokens: The place after the last one (``same_place``: counted from the start).
             choose: Picks the tokens.
             done_R: Rows that have ended before and are not written.
-            same_place: Whether all rows start at one place, as choosers that take a single position want it.
+            same_place: Whether all rows start at one place, as pickers that take a single position want it.
 
         Returns:
             Tokens [R, T], padded, and bool [R, T], what was written.
@@ -289,7 +289,7 @@ class EngineReference:
 
     def _follow(
         self,
-        choose: Chooser,
+        choose: TokenPicker,
         law: Shortlist,
         tokens_RT: Tensor,
         inside_RT: Tensor,
@@ -297,7 +297,7 @@ class EngineReference:
         *,
         same_place: bool,
     ) -> None:
-        """Bring the chooser to where it would be had it picked the tokens itself, and see that it would have."""
+        """Bring the picker to where it would be had it picked the tokens itself, and see that it would have."""
         strays = torch.zeros((), dtype=torch.int64, device=self.device)
         for offset in range(tokens_RT.shape[1]):
             position = int(start_R[0]) + offset if same_place else start_R + offset

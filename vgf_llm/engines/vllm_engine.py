@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vgf_llm.console.progress import Bar, working
+from vgf_llm.engines.child_cleanup import ChildCleanup
 from vgf_llm.engines.deadline import Deadline
 from vgf_llm.engines.engine import (
     EngineError,
@@ -26,7 +27,6 @@ from vgf_llm.engines.engine import (
 )
 from vgf_llm.engines.engine_thread import EngineThread, first_line
 from vgf_llm.engines.plan_rows import check_plan
-from vgf_llm.engines.reaper import Reaper
 from vgf_llm.engines.vllm_env import prepare_start
 from vgf_llm.engines.vllm_request import PLAN_ARGUMENT, PROCESSOR, WORKER, request_fields
 from vgf_llm.engines.vllm_table import TableFolder, save_table
@@ -52,7 +52,7 @@ class VLLMEngine:
         max_length: Most tokens of a prompt and its response; the model's own limit when not given.
         most_logprobs: Most log-probabilities a place that will be asked for.
         trust_remote_code: Whether code in the model's repository may run.
-        deadline: Patience of the one who waits for the start.
+        deadline: Deadline of the caller.
 
     Raises:
         EngineError: If vLLM is not installed, or the engine does not start.
@@ -111,7 +111,7 @@ class VLLMEngine:
             raise
         self._worker.processes = _children_but(before)
         self._worker.batch = _Batch(self._llm.llm_engine)
-        self._reaper = Reaper([process.pid for process in self._worker.processes])
+        self._cleanup = ChildCleanup([process.pid for process in self._worker.processes])
 
     def run(self, requests: Sequence[EngineRequest], deadline: Deadline | None = None) -> list[EngineText]:
         """Return what came of each request; see :class:`vgf_llm.engines.engine.Engine`."""
@@ -161,7 +161,7 @@ class VLLMEngine:
         if self._llm is not None:
             llm, self._llm = self._llm, None
             self._worker.stop(llm.llm_engine.engine_core.shutdown)
-            self._reaper.dismiss()
+            self._cleanup.dismiss()
             self._folder.cleanup()
 
     def _checked(self, request: EngineRequest, name: str) -> tuple[list[int], Any, Any]:

@@ -17,11 +17,11 @@ from vgf_llm.engines.deadline import AbandonedError
 from vgf_llm.serving.answers import Form, event
 from vgf_llm.serving.edge import Edge, error_response, stopping, told
 from vgf_llm.serving.errors import RequestError
-from vgf_llm.serving.keeper import EngineKeeper
 from vgf_llm.serving.metrics import Metrics
-from vgf_llm.serving.schema import Asked, AskedChat, AskedText, parse
+from vgf_llm.serving.schema import ChatBody, CompletionBody, RequestBody, parse
 from vgf_llm.serving.service import Service
-from vgf_llm.serving.worker import Job, Patience, Worker, until_done
+from vgf_llm.serving.supervisor import EngineSupervisor
+from vgf_llm.serving.worker import Job, RequestDeadline, Worker, until_done
 
 _SIGN_OF_LIFE_SEC = 5.0  # between comments in a stream whose answer is not there yet
 _METRICS_TYPE = "text/plain; version=0.0.4"
@@ -35,21 +35,21 @@ class Server:
 
     Args:
         service: Answers questions.
-        keeper: Knows whether there is an engine; closed when the server stops.
+        supervisor: Knows whether there is an engine; closed when the server stops.
         metrics: What is counted.
         model: What requests call the model.
         api_key: What they must send as a bearer token; nothing is asked for when None.
     """
 
     def __init__(
-        self, service: Service, keeper: EngineKeeper, metrics: Metrics, model: str, api_key: str | None = None
+        self, service: Service, supervisor: EngineSupervisor, metrics: Metrics, model: str, api_key: str | None = None
     ) -> None:
-        self.service, self.keeper, self.metrics, self.model = service, keeper, metrics, model
+        self.service, self.supervisor, self.metrics, self.model = service, supervisor, metrics, model
         self.limits = service.settings.limits
         self.edge = Edge(self.limits, metrics, api_key)
         self.worker: Worker
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reading")  # of bodies
-        metrics.engine_up.set_function(lambda: float(keeper.is_up))
+        metrics.engine_up.set_function(lambda: float(supervisor.is_up))
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -76,15 +76,15 @@ class Server:
         yield
         self.worker.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self.keeper.close)
+        await asyncio.to_thread(self.supervisor.close)
 
     # Routes --------------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: Request) -> Response:
-        return await self._asked(request, AskedChat)
+        return await self._asked(request, ChatBody)
 
     async def _completions(self, request: Request) -> Response:
-        return await self._asked(request, AskedText)
+        return await self._asked(request, CompletionBody)
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -94,7 +94,7 @@ class Server:
         return JSONResponse(self._card())
 
     async def _health(self, request: Request) -> Response:
-        await asyncio.to_thread(self.keeper.engine().check)
+        await asyncio.to_thread(self.supervisor.engine().check)
         return JSONResponse({"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:
@@ -108,18 +108,18 @@ class Server:
 
     # One question --------------------------------------------------------------------------------------------------
 
-    async def _asked(self, request: Request, kind: type[Asked]) -> Response:
-        deadline = Patience(self.limits.timeout_sec)
+    async def _asked(self, request: Request, kind: type[RequestBody]) -> Response:
+        deadline = RequestDeadline(self.limits.timeout_sec)
         body = await self.edge.body(request)
         asked = await asyncio.get_running_loop().run_in_executor(self._readers, parse, kind, body)
         self._check_model(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise RequestError(400, "stream_options needs stream true", param="stream_options", code="invalid_value")
-        self.keeper.engine()  # says at once that there is none
+        self.supervisor.engine()  # says at once that there is none
         question = self.service.questions.of(asked)
         deadline.limit(question.timeout_sec)
         job = self.worker.start(question, deadline)
-        form = Form(kind is AskedChat, self.model)
+        form = Form(kind is ChatBody, self.model)
         if not asked.stream:
             await until_done(job.task, deadline, request.is_disconnected)
             return JSONResponse(form.whole(job.task.result()))

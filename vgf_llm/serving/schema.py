@@ -92,7 +92,7 @@ Transport = create_model(
 BUDGET_FIELDS = tuple(one.name for one in fields(TransportBudget))
 
 
-class Asked(_Strict):
+class RequestBody(_Strict):
     """What chat and plain completions have in common."""
 
     @model_validator(mode="before")
@@ -123,7 +123,7 @@ class Asked(_Strict):
     frequency_penalty: float | None = Field(None, ge=0, le=0)
 
 
-class AskedChat(Asked):
+class ChatBody(RequestBody):
     """The body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
@@ -134,7 +134,7 @@ class AskedChat(Asked):
     store: Literal[False] | None = None
 
 
-class AskedText(Asked):
+class CompletionBody(RequestBody):
     """The body of ``/v1/completions``; a prompt is text or token ids and gets no chat template."""
 
     prompt: (

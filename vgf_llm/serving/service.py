@@ -24,7 +24,7 @@ from vgf_llm.engines.engine import Engine, EngineRequest
 from vgf_llm.engines.engine_reference import EngineReference
 from vgf_llm.models.architecture import max_positions, vocabulary_rows
 from vgf_llm.serving.guards import Guard, GuardedEngine, GuardedValue, guarded_gradient
-from vgf_llm.serving.question import Question, Questions
+from vgf_llm.serving.request import AnswerRequest, RequestReader
 from vgf_llm.serving.settings import ServeSettings
 from vgf_llm.serving.stopping import StoppedPolicy, StoppedValue, cut
 from vgf_llm.text import row_seeds
@@ -74,13 +74,13 @@ class Service:
         if positions is not None:
             positions -= reference.reserved_positions
         rows = min(vocabulary_rows(config), len(pipeline.value.embedding_table_VD))
-        self.questions = Questions(settings, reference.sampling, pipeline.tokenizer, rows, positions)
+        self.questions = RequestReader(settings, reference.sampling, pipeline.tokenizer, rows, positions)
         self._length_unit = token_spacing(pipeline.value.embedding_table_VD)
         self._turn, self._tokenizer_turn = threading.Lock(), threading.Lock()
         self._check_default_decoder()
 
-    def encoded(self, question: Question, deadline: Deadline) -> Question:
-        """Return a question with its prompt in tokens; see :meth:`vgf_llm.serving.question.Questions.encoded`.
+    def encoded(self, question: AnswerRequest, deadline: Deadline) -> AnswerRequest:
+        """Return a question with its prompt in tokens; see :meth:`vgf_llm.serving.request.RequestReader.encoded`.
 
         Raises:
             AbandonedError: If the caller has left.
@@ -101,7 +101,7 @@ class Service:
         if own.decoder not in _WITH_KERNEL and not own.budget.is_none:
             check_no_kernel(own.decoder, own.budget)
 
-    def answer(self, question: Question, deadline: Deadline, waited_sec: float = 0.0) -> Answer:
+    def answer(self, question: AnswerRequest, deadline: Deadline, waited_sec: float = 0.0) -> Answer:
         """Answer a question.
 
         Args:
@@ -142,7 +142,7 @@ class Service:
             },
         )
 
-    def _policy(self, question: Question, guard: Guard) -> ImplicitPolicy:
+    def _policy(self, question: AnswerRequest, guard: Guard) -> ImplicitPolicy:
         """Return the policy that this request asks for; it shares weights and engine with all others."""
         own, engine = self.pipeline, self.engine()
         value = GuardedValue(own.value, guard)
@@ -168,7 +168,7 @@ class Service:
             sampler=sampler,
         )
 
-    def _law(self, question: Question, engine: Engine) -> EngineReference:
+    def _law(self, question: AnswerRequest, engine: Engine) -> EngineReference:
         like = self.pipeline.reference
         return EngineReference(
             engine,
@@ -192,7 +192,7 @@ class PlainSampler:
         question: Prompt, law and seed.
     """
 
-    def __init__(self, engine: Engine, like: EngineReference, question: Question) -> None:
+    def __init__(self, engine: Engine, like: EngineReference, question: AnswerRequest) -> None:
         self.engine, self.like, self.question = engine, like, question
 
     def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:

@@ -13,14 +13,14 @@ from typing import Any
 from vgf_llm.engines.deadline import AbandonedError, Deadline
 from vgf_llm.serving.admission import Admission, Place
 from vgf_llm.serving.metrics import Metrics
-from vgf_llm.serving.question import Question
+from vgf_llm.serving.request import AnswerRequest
 from vgf_llm.serving.service import Answer, Service
 
 _LOOK_SEC = 0.1
 _LAST_LOOK_SEC = 0.3  # after the end of the time: most jobs notice it themselves and free their place
 
 
-class Patience(Deadline):
+class RequestDeadline(Deadline):
     """A request's patience, counted from its arrival; what its body says of it is known later."""
 
     def limit(self, seconds: float) -> None:
@@ -49,8 +49,8 @@ class Worker:
 
     Args:
         service: Answers.
-        running: Questions that are worked on at once.
-        waiting: Questions that may wait.
+        running: RequestReader that are worked on at once.
+        waiting: RequestReader that may wait.
         metrics: Told of every answer.
     """
 
@@ -61,7 +61,7 @@ class Worker:
         self._threads = ThreadPoolExecutor(running, thread_name_prefix="answering")
         self._deadlines: dict[asyncio.Task[Answer], Deadline] = {}
 
-    def start(self, question: Question, deadline: Deadline) -> Job:
+    def start(self, question: AnswerRequest, deadline: Deadline) -> Job:
         """Begin with a question whose prompt is not encoded yet.
 
         Raises:
@@ -81,7 +81,9 @@ class Worker:
             deadline.abandon()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _work(self, place: Place, question: Question, deadline: Deadline, begun: asyncio.Future[None]) -> Answer:
+    async def _work(
+        self, place: Place, question: AnswerRequest, deadline: Deadline, begun: asyncio.Future[None]
+    ) -> Answer:
         async with place as waited_sec:
             in_thread, service = asyncio.get_running_loop().run_in_executor, self.service
             question = await in_thread(self._threads, service.encoded, question, deadline)

@@ -1,8 +1,8 @@
 """Choosers: they pick every row's next token, here from logits, or in an engine's own process from a plan.
 
-A chooser is called with the logits of a position wherever the model runs in this process. An engine (vLLM) runs it in
+A picker is called with the logits of a position wherever the model runs in this process. An engine (vLLM) runs it in
 another one. It is given each row's :class:`vgf_llm.text.plans.RowPlan`, numbers that say all there is to know, picks by
-the same functions of tensors, and hands back tokens and laws. The chooser then follows what was picked, which brings
+the same functions of tensors, and hands back tokens and laws. The picker then follows what was picked, which brings
 its own state (nats spent, laws met) to where calling it would have brought it. It also says what it would have picked
 itself, so that an engine that does something else is noticed.
 """
@@ -23,7 +23,7 @@ from vgf_llm.text.plans import PlanKind, PlannedRows, PlanTensor, RowPlan, law_r
 from vgf_llm.text.responses import is_any_of
 
 
-class Chooser(Protocol):
+class TokenPicker(Protocol):
     """Picks the next token of R rows."""
 
     def __call__(self, logits_RV: Tensor, position: Any, /) -> Tensor:
@@ -35,7 +35,7 @@ class Chooser(Protocol):
         ...
 
     def follow(self, law: Shortlist, position: Any, token_R: Tensor, live_R: Tensor, /) -> Tensor:
-        """Take over the tokens that were picked at ``position``; returns those that this chooser would have picked.
+        """Take over the tokens that were picked at ``position``; returns those that this picker would have picked.
 
         Args:
             law: The reference's law [R, K] there.
@@ -77,7 +77,7 @@ DRAW = PlanKind(
 
 @dataclass
 class Draws:
-    """The chooser that draws from the reference; it keeps the laws that it met, one a position.
+    """The picker that draws from the reference; it keeps the laws that it met, one a position.
 
     Attributes:
         sampling: The reference's law.
@@ -104,7 +104,7 @@ class Draws:
         return [RowPlan(DRAW, rule, {"seed": seed, "start": start}) for seed, start in where]
 
     def follow(self, law: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:
-        """Keep the law; see :class:`Chooser`."""
+        """Keep the law; see :class:`TokenPicker`."""
         return self._drawn(law, position)
 
     def _drawn(self, law: Shortlist, position: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Plans: what an engine has to know to pick one row's tokens, and what it has to know of each kind of plan.
 
-A chooser (:mod:`vgf_llm.text.choosing`) writes a :class:`RowPlan` per row. The engine's process reads it, checks it by
-its :class:`PlanKind` and calls the kind's step, the same function of tensors that the chooser calls here. A kind stands
+A picker (:mod:`vgf_llm.text.choosing`) writes a :class:`RowPlan` per row. The engine's process reads it, checks it by
+its :class:`PlanKind` and calls the kind's step, the same function of tensors that the picker calls here. A kind stands
 beside the distribution that it picks from:
 
     draw    :data:`vgf_llm.text.choosing.DRAW`          the reference's own distribution

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.choosing import Chooser
+from vgf_llm.text.choosing import TokenPicker
 from vgf_llm.text.law import Shortlist
 from vgf_llm.text.responses import Responses
 
@@ -34,7 +34,7 @@ class Prefix(Protocol):
 class Reference(Protocol):
     """A frozen base model under a sampling law, wherever it runs.
 
-    It gives the law before each token of given responses, their likelihood, and what the model writes when a chooser
+    It gives the law before each token of given responses, their likelihood, and what the model writes when a picker
     picks the tokens. :class:`vgf_llm.text.reference.TorchReference` runs it in this process,
     :class:`vgf_llm.engines.engine_reference.EngineReference` in an engine. A prefix is read by the reference that made
     it alone.
@@ -99,7 +99,7 @@ class Reference(Protocol):
         """
         ...
 
-    def write(self, prefix: Any, num_particles: int, choose: Chooser) -> Responses:
+    def write(self, prefix: Any, num_particles: int, choose: TokenPicker) -> Responses:
         """Write responses token by token, as ``choose`` picks.
 
         Args:
@@ -113,7 +113,7 @@ class Reference(Protocol):
         ...
 
     def extend(
-        self, rows: Any, positions: range, choose: Chooser, done_R: Tensor | None = None
+        self, rows: Any, positions: range, choose: TokenPicker, done_R: Tensor | None = None
     ) -> tuple[Tensor, Prefix]:
         """Write more tokens after rows; stops early where all have ended.
 
@@ -128,7 +128,7 @@ class Reference(Protocol):
         """
         ...
 
-    def rewrite(self, prefix: Any, responses: Responses, keep_BN: Tensor, choose: Chooser) -> Responses:
+    def rewrite(self, prefix: Any, responses: Responses, keep_BN: Tensor, choose: TokenPicker) -> Responses:
         """Keep the first tokens of each response and write the rest anew.
 
         Args:

@@ -33,7 +33,7 @@ def laws_of(reference: Reference, context: Prefix, responses: Responses) -> tupl
 class TiltedPath:
     """The state of one decode: which rows still equal their draft, and the nats spent so far.
 
-    A :class:`vgf_llm.text.choosing.Chooser`. Everything of the drafts is padded to the length that may be written, so
+    A :class:`vgf_llm.text.choosing.TokenPicker`. Drafts are padded to the length that may be written, so
     that a position is one column of each.
 
     Args:
@@ -81,7 +81,7 @@ class TiltedPath:
         return self._step(truncate(logits_RV, self.sampling), position, None)
 
     def follow(self, law: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:
-        """Take over what an engine wrote; see :class:`vgf_llm.text.choosing.Chooser`."""
+        """Take over what an engine wrote; see :class:`vgf_llm.text.choosing.TokenPicker`."""
         self.done_R = self.done_R | ~live_R
         return self._step(law, position, token_R)
 

@@ -17,10 +17,10 @@ from vgf_llm.console.screen import say
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.text.protocols import Value
 from vgf_llm.training.distributions import Distributions, sample
-from vgf_llm.training.journal import Journal
 from vgf_llm.training.metrics import MetricSums, flow_metrics, kl_estimate, nll_a_token, peak_memory_gib
 from vgf_llm.training.rewards import Rewards
 from vgf_llm.training.rollout import Rollout
+from vgf_llm.training.run_log import RunLog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +39,7 @@ class Observer:
         rewards: What responses are scored by.
         budget: Training budget of the transport.
         metrics: Figures since the last line.
-        journal: The files of the run.
+        run_log: The files of the run.
         accelerator: Of the run's processes.
 
     Attributes:
@@ -52,11 +52,11 @@ class Observer:
         rewards: Rewards,
         budget: TransportBudget,
         metrics: MetricSums,
-        journal: Journal,
+        run_log: RunLog,
         accelerator: Accelerator,
     ) -> None:
         self.distributions, self.rewards, self.budget = distributions, rewards, budget
-        self.metrics, self.journal, self.accelerator = metrics, journal, accelerator
+        self.metrics, self.run_log, self.accelerator = metrics, run_log, accelerator
         self.logged_at = 0.0
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Observer:
         for name, values_BN in self.rewards([prompt.text for prompt in prompts], own).items():
             sums.add(f"{name}/policy", values_BN)
         sums.update(flow_metrics(rollout, value, self.budget))
-        self.journal.completions(rollout, step + 1)
+        self.run_log.completions(rollout, step + 1)
         sums.add("seconds/observe", time.perf_counter() - started)
 
     def write_line(self, logs: dict[str, float], step: int, epoch: float | None) -> None:
@@ -114,7 +114,7 @@ class Observer:
         self.logged_at = now
         metrics["peak_memory_gib"] = self._largest(peak_memory_gib())
         logs |= {name: round(value, 5) for name, value in metrics.items()}
-        self.journal.metrics(step, epoch, logs)
+        self.run_log.metrics(step, epoch, logs)
 
     def _largest(self, value: float) -> float:
         """Return the largest value of all processes."""

@@ -37,7 +37,6 @@ from vgf_llm.training.batch import Counts, TrainBatch, without_effect
 from vgf_llm.training.checkpoints import Checkpoints
 from vgf_llm.training.distillation import make_distillation
 from vgf_llm.training.distributions import Distributions
-from vgf_llm.training.journal import Journal
 from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.learner import Learner
 from vgf_llm.training.metrics import MetricSums
@@ -47,6 +46,7 @@ from vgf_llm.training.policy_models import PolicyAndValue, PolicyModels
 from vgf_llm.training.rewards import Rewards
 from vgf_llm.training.rollout import PromptBatch, PromptRow, Rollout, own_rows
 from vgf_llm.training.rollout_worker import RolloutWorker
+from vgf_llm.training.run_log import RunLog
 from vgf_llm.training.settings import VGFSettings
 
 
@@ -104,13 +104,13 @@ class VGFTrainer(Trainer):
         self.models, self.learned, self.method, self.base = models, learned, method, base
         self.output_dir = Path(str(args.output_dir))
         self.prompts, self.make_engine, self.metrics = train_dataset, make_engine, MetricSums()
-        self.journal = Journal(self.output_dir, base.tokenizer, writes=self.is_world_process_zero())
+        self.run_log = RunLog(self.output_dir, base.tokenizer, writes=self.is_world_process_zero())
         self.distributions = Distributions(models, base, sampling, method, args.seed)
         self.flow = rewards.flow() if learned is None else learned.flow
         self.worker = RolloutWorker(self.distributions, self.flow, rewards, method, self.metrics)
         self.learner = Learner(make_distillation(method), learned, self.distributions, self.metrics, self.accelerator)
         self.observer = Observer(
-            self.distributions, rewards, method.budget, self.metrics, self.journal, self.accelerator
+            self.distributions, rewards, method.budget, self.metrics, self.run_log, self.accelerator
         )
         self.checkpoints = Checkpoints(
             self.output_dir, args.save_total_limit, models, learned, base.tokenizer, self.accelerator, identity
@@ -335,7 +335,7 @@ class VGFTrainer(Trainer):
             self._resumed_from = Path(resume_from_checkpoint)
             self.checkpoints.load_target(self._resumed_from)
             self.state.compute_steps(self.args, max_steps)  # of these settings, not of the checkpoint's
-        self.journal.start(self.state.global_step)
+        self.run_log.start(self.state.global_step)
         return prepared
 
 

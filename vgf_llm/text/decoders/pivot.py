@@ -159,7 +159,7 @@ class _Regrowth:
         return self._drawn(truncate(logits_RV, self.decoder.reference.sampling), position_R, None)
 
     def follow(self, law: Shortlist, position_R: Tensor, token_R: Tensor, live_R: Tensor) -> Tensor:
-        """Take over the laws that an engine met; see :class:`vgf_llm.text.choosing.Chooser`."""
+        """Take over the laws that an engine met; see :class:`vgf_llm.text.choosing.TokenPicker`."""
         return self._drawn(law, position_R, live_R)
 
     def _drawn(self, law: Shortlist, position_R: Tensor, live_R: Tensor | None) -> Tensor:

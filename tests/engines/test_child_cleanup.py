@@ -1,4 +1,4 @@
-"""What is left of a process that was killed: nothing that it had a reaper for."""
+"""What is left of a process that was killed: nothing that it had a cleanup for."""
 
 import signal
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from vgf_llm.engines.reaper import Reaper
+from vgf_llm.engines.child_cleanup import ChildCleanup
 
 PARENT = """
 import subprocess, time
-from vgf_llm.engines.reaper import Reaper
+from vgf_llm.engines.child_cleanup import ChildCleanup
 child = subprocess.Popen(["sleep", "60"], start_new_session=True, stdout=subprocess.DEVNULL)
-reaper = Reaper([child.pid])
+cleanup = ChildCleanup([child.pid])
 print(child.pid, flush=True)
 time.sleep(60)
 """
@@ -40,10 +40,10 @@ def test_a_child_ends_with_a_parent_that_is_killed(sent):
     assert gone(child, 10)
 
 
-def test_a_reaper_that_is_dismissed_lets_a_process_be():
+def test_a_cleanup_that_is_dismissed_lets_a_process_be():
     child = subprocess.Popen(["sleep", "60"])
-    Reaper([child.pid]).dismiss()
+    ChildCleanup([child.pid]).dismiss()
     assert not gone(child.pid, 0.3)
     child.kill()
     child.wait()
-    Reaper([]).dismiss()
+    ChildCleanup([]).dismiss()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 _SHELL = 'read -r word || kill -9 "$@"'
 
 
-class Reaper:
+class ChildCleanup:
     """Kills processes when this one is gone.
 
     Args:
@@ -24,7 +24,7 @@ class Reaper:
         self._shell: subprocess.Popen[bytes] | None = None
         if pids:
             self._shell = subprocess.Popen(
-                ["sh", "-c", _SHELL, "reaper", *map(str, pids)],
+                ["sh", "-c", _SHELL, "cleanup", *map(str, pids)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

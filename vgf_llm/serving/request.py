@@ -12,7 +12,7 @@ from vgf_llm.data.prompts import encode_prompt, encode_text
 from vgf_llm.errors import DataError, SettingError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.serving.errors import RequestError, refused
-from vgf_llm.serving.schema import BUDGET_FIELDS, Asked, AskedChat, AskedText
+from vgf_llm.serving.schema import BUDGET_FIELDS, ChatBody, CompletionBody, RequestBody
 from vgf_llm.serving.settings import LIMITED, ServeSettings
 from vgf_llm.settings import DecoderName, SamplingSettings
 
@@ -25,7 +25,7 @@ _SPENDING = ("prior", "block")  # decoders that nats 0 leave at the samples
 
 
 @dataclass(frozen=True)
-class Question:
+class AnswerRequest:
     """What is to be answered.
 
     Attributes:
@@ -40,10 +40,10 @@ class Question:
         select: How the answer is picked from the pool.
         seed: The answer depends on it, the prompt and these settings alone.
         stop: Strings that end the text and are not part of it.
-        timeout_sec: Patience.
+        timeout_sec: Time from arrival to answer, in seconds.
     """
 
-    asked: Asked
+    asked: RequestBody
     prompt: list[int]
     sampling: SamplingSettings
     greedy: bool
@@ -67,7 +67,7 @@ class Question:
         return {**asdict(self.budget), **own}
 
 
-class Questions:
+class RequestReader:
     """Turns request bodies into questions.
 
     Args:
@@ -89,7 +89,7 @@ class Questions:
         self.settings, self.sampling, self.tokenizer = settings, sampling, tokenizer
         self.vocabulary, self.positions = vocabulary, positions
 
-    def of(self, asked: Asked) -> Question:
+    def of(self, asked: RequestBody) -> AnswerRequest:
         """Return what a body asks for, its prompt not encoded yet: that takes time, and so a place.
 
         Raises:
@@ -105,7 +105,7 @@ class Questions:
         if budget.nats == 0 and chosen["decoder"] in _SPENDING:
             budget = replace(budget, steps=0)  # the rest still says how the answer is selected
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
-        question = Question(
+        question = AnswerRequest(
             asked=asked,
             prompt=[],
             sampling=self._sampling(asked),
@@ -119,7 +119,7 @@ class Questions:
         self._check_together(question)
         return question
 
-    def encoded(self, question: Question) -> Question:
+    def encoded(self, question: AnswerRequest) -> AnswerRequest:
         """Return a question with its prompt in tokens.
 
         Raises:
@@ -145,10 +145,10 @@ class Questions:
         for name in (key.rpartition(".")[2] for key in LIMITED):
             _at_most(f"transport.{name}", values[name], getattr(self.settings.limits, name))
 
-    def _sampling(self, asked: Asked) -> SamplingSettings:
+    def _sampling(self, asked: RequestBody) -> SamplingSettings:
         own = self.sampling
         tokens, name = asked.max_tokens, "max_tokens"
-        if isinstance(asked, AskedChat) and asked.max_completion_tokens is not None:
+        if isinstance(asked, ChatBody) and asked.max_completion_tokens is not None:
             if tokens is not None:
                 raise refused("max_tokens", "max_tokens and max_completion_tokens are both set; give one of them")
             tokens, name = asked.max_completion_tokens, "max_completion_tokens"
@@ -163,7 +163,7 @@ class Questions:
             max_new_tokens=tokens,
         )
 
-    def _check_together(self, question: Question) -> None:
+    def _check_together(self, question: AnswerRequest) -> None:
         """Refuse what only the engine's own sampler can do where it is not the one that answers."""
         if question.is_plain:
             return
@@ -179,15 +179,15 @@ class Questions:
         if question.stop and question.decoder != "prior" and not question.budget.is_none:
             raise refused("stop", f"stop needs transport.decoder prior, got {question.decoder}: others write in pieces")
 
-    def _prompt(self, asked: Asked, new_tokens: int) -> list[int]:
+    def _prompt(self, asked: RequestBody, new_tokens: int) -> list[int]:
         room = self.settings.limits.prompt_tokens
         if self.positions is not None:
             room = max(min(room, self.positions - new_tokens), 0)
         _check_characters(asked, room)
-        if isinstance(asked, AskedChat):
+        if isinstance(asked, ChatBody):
             name, found = "messages", self._encoded("messages", encode_prompt, [one.plain for one in asked.messages])
         else:
-            assert isinstance(asked, AskedText)
+            assert isinstance(asked, CompletionBody)
             name = "prompt"
             given = asked.prompt
             found = self._encoded(name, encode_text, given) if isinstance(given, str) else list(given)
@@ -211,12 +211,12 @@ class Questions:
             raise refused(name, f"{name}: {error}") from error
 
 
-def _check_characters(asked: Asked, room: int) -> None:
+def _check_characters(asked: RequestBody, room: int) -> None:
     """Refuse a text that no tokenizer makes short enough, before one has worked on it."""
-    if isinstance(asked, AskedChat):
+    if isinstance(asked, ChatBody):
         name, characters = "messages", sum(len(one.plain["content"]) for one in asked.messages)
     else:
-        assert isinstance(asked, AskedText)
+        assert isinstance(asked, CompletionBody)
         name, characters = "prompt", len(asked.prompt) if isinstance(asked.prompt, str) else 0
     most = _CHARACTERS * room
     if characters > most:

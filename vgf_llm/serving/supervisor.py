@@ -19,7 +19,7 @@ _HEALTHY_SEC = 300.0
 _PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0  # before the second start, and before any
 
 
-class EngineKeeper:
+class EngineSupervisor:
     """One engine, or none while another one starts.
 
     Args:
@@ -40,7 +40,7 @@ class EngineKeeper:
         self._start, self._on_restart, self._on_end = start, on_restart, on_end
         self._tries, self._since = 0, time.monotonic()
         self._closing, self._patience = threading.Event(), Deadline()
-        self._thread = threading.Thread(target=self._watch, name="engine keeper", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="engine supervisor", daemon=True)
         self._thread.start()
 
     def engine(self) -> Engine:

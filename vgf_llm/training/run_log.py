@@ -17,7 +17,7 @@ EARLIER_NAME = "metrics.earlier.jsonl"
 COMPLETIONS_FOLDER = "completions"
 
 
-class Journal:
+class RunLog:
     """The files of a run.
 
     Args:
