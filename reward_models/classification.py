@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from reward_models.body import parameters_on_meta, truncated_config
 from reward_models.configuration import RewardModelConfig
@@ -251,6 +256,16 @@ def load_classifier(
         value.own_tokenizer = tokenizer
     ready: RewardModel = value.eval()
     return ready
+
+
+def is_decoder(folder: str | Path) -> bool:
+    """Return whether a classifier's head reads the last token of a decoder, by its configuration and class."""
+    folder = Path(folder)
+    name = _base_of(folder) if (folder / ADAPTER_NAME).is_file() else str(folder)
+    loader = classifier_class(folder)
+    with torch.device("meta"):
+        model: Any = loader.from_config(AutoConfig.from_pretrained(name)) if loader is not None else None
+    return hasattr(model, "score")
 
 
 def same_ids(one: Any, other: Any) -> bool:

@@ -5,11 +5,15 @@ Its gradient is of no use in the policy's token space; a value learned from its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from reward_models.called import ClassifierReward, classifier_reward
+from reward_models.classification import classifier_class, is_decoder, same_ids
+from reward_models.functions import RewardFunction, load_function
 from reward_models.loading import TOKENIZER_NAMES, load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
@@ -71,16 +75,44 @@ class ForeignReward:
 
 
 def foreign_reward(
-    folder: str | Path, tokenizer: PreTrainedTokenizerBase, device: str | torch.device, dtype: torch.dtype
-) -> ForeignReward | None:
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    outputs: Mapping[str, float] | None = None,
+) -> ForeignReward | ClassifierReward | None:
     """Return a folder's model as a function of texts where its tokenizer is not the policy's, else None.
+
+    An encoder is such a function whatever its tokenizer.
 
     Raises:
         ModelError: The model cannot be loaded.
+        ConfigError: As for :func:`reward_models.classification.output_weights`.
     """
+    if classifier_class(folder) is not None:
+        if is_decoder(folder) and same_ids(load_tokenizer(str(folder)), tokenizer):
+            return None
+        return classifier_reward(folder, outputs, device, dtype)
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_NAMES):
         return None
     own = load_tokenizer(str(folder))
     if fingerprint(own) == fingerprint(tokenizer):
         return None
     return ForeignReward(load_reward_model(folder, tokenizer=own, dtype=dtype, device=device), own)
+
+
+def text_reward(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> RewardFunction | ForeignReward | ClassifierReward:
+    """Return a scorer of texts by name: a Python function, or a folder's reward model with its own tokenizer.
+
+    Raises:
+        ConfigError: There is no such function.
+        ModelError: The model cannot be loaded.
+    """
+    if not Path(name).is_dir():
+        return load_function(name)
+    if classifier_class(name) is not None:
+        return classifier_reward(name, None, device, dtype)
+    own = load_tokenizer(name)
+    return ForeignReward(load_reward_model(name, tokenizer=own, dtype=dtype, device=device), own)

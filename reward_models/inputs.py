@@ -66,5 +66,7 @@ def check_rewards(names: Sequence[str], gold: str | None = None, prompts: Sequen
             )
         else:
             check_function(name)
-    if gold is not None:
+    if gold is not None and Path(gold).is_dir():
+        check_holds_model(Path(gold), "gold")
+    elif gold is not None:
         check_function(gold)

@@ -81,7 +81,9 @@ def load_pipeline(
     models = with_dtype(models)
     device, dtype = resolve_device(models.device), getattr(torch, models.dtype)
     tokenizer = tokenizer_of(models)
-    value = load_reward_model(folder, tokenizer=tokenizer, dtype=dtype, device=device)
+    value = load_reward_model(
+        folder, tokenizer=tokenizer, dtype=dtype, device=device, outputs=models.reward_outputs or None
+    )
     backend = backend or TransformersBackend()
     base, table_VD = backend.load(models, tokenizer, device), value.embedding_table_VD
     check_table(value, tokenizer, base.rows)

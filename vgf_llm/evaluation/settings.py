@@ -19,7 +19,7 @@ class EvaluateSettings(PromptSettings, BackendSettings):
     output_dir: str = "outputs/evaluate"
     """Folder for rows.jsonl, summary.json and config.json."""
     gold: str = "vader_compound"
-    """Held-out scorer: a function of reward_models.functions or "module:function"."""
+    """Held-out scorer: a function of reward_models.functions, "module:function", or the folder of a reward model."""
     num_particles: int = 8
     """N of the budgets' arms."""
     draws: int = 3

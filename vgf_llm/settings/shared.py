@@ -46,6 +46,8 @@ class ModelSettings(BaseModelSettings):
 
     reward_model: str | None = None
     """Folder of a trained reward model (or adapter); its gradient moves the particles and it selects."""
+    reward_outputs: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """Weights of the reward model's outputs, by name or number; needed where it is a classifier with several."""
     dtype: DtypeName = "auto"
     """Parameter dtype of both models; "auto": bfloat16 where the device has units for it, else float32."""
     device: str = "auto"

@@ -114,6 +114,7 @@ def rewards_of(
         script.reward_weights,
         base.tokenizer,
         gold=script.gold,
+        outputs=script.reward_outputs or None,
         foreign=method.value == "learned",
         dtype=getattr(torch, policy.dtype),
         device=arguments.device,

@@ -64,6 +64,7 @@ def identity_of(
         "dataset": hashlib.sha256(rows.encode()).hexdigest(),
         "rewards": [scorer_contents(name) for name in script.rewards],
         "reward_weights": list(script.reward_weights),
+        **({"reward_outputs": script.reward_outputs} if script.reward_outputs else {}),
         "value_weights": None if start is None else scorer_contents(start),
         **{key: value for key, value in dump(method).items() if key not in _HOW},
         "sampling": dataclasses.asdict(sampling),

@@ -8,7 +8,7 @@ reward itself it climbs the models' part of the sum; a sum of functions alone ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reward_models.foreign import foreign_reward
+from reward_models.foreign import foreign_reward, text_reward
 from reward_models.functions import RewardFunction, call_function, further_arguments, load_function
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
@@ -121,6 +121,7 @@ def load_rewards(
     *,
     gold: str | None = None,
     foreign: bool = False,
+    outputs: Mapping[str, float] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Rewards:
@@ -130,7 +131,8 @@ def load_rewards(
         names: Folders and functions.
         weights: One each; empty weighs all by 1.
         tokenizer: The policy's; reward models must have been trained with it, unless ``foreign``.
-        gold: A function that is only looked at.
+        gold: A function, or a reward model's folder, that is only looked at.
+        outputs: Weights of the outputs of classifiers with several.
         foreign: Whether a model of another tokenizer may score texts; it cannot move particles.
         dtype: Of the reward models' bodies.
         device: Where they go.
@@ -144,14 +146,14 @@ def load_rewards(
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
         if Path(name).is_dir():
-            scorer = foreign_reward(name, tokenizer, device, dtype) if foreign else None
-            scorer = scorer or load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device)
+            scorer = foreign_reward(name, tokenizer, device, dtype, outputs) if foreign else None
+            scorer = scorer or load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device, outputs=outputs)
         else:
             scorer = _function(name)
         members.append(NamedReward(_short(name), float(weight), scorer, name))
     if len({member.name for member in members}) < len(members):  # folders are often called alike
         members = [replace(member, name=f"{member.name}_{i}") for i, member in enumerate(members)]
-    return Rewards(members, tokenizer, None if gold is None else load_function(gold))
+    return Rewards(members, tokenizer, None if gold is None else text_reward(gold, device, dtype))
 
 
 def check_rewards(names: Sequence[str], prompts: Sequence[str] = ()) -> None:

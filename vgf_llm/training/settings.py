@@ -29,8 +29,10 @@ class TrainScript:
     """Rewards that are summed: folders of reward models, and Python functions as "module:function" or by name."""
     reward_weights: list[float] = field(default_factory=list)
     """Weight of each reward; empty weighs all by 1."""
+    reward_outputs: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """Weights of the outputs of rewards that are classifiers with several, by name or number."""
     gold: str | None = None
-    """Python function that is logged and never trained on."""
+    """Python function, or folder of a reward model, that is logged and never trained on."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
