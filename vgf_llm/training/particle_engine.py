@@ -205,8 +205,10 @@ def engine_maker(
         ConfigError: Engine, sampling settings and launch do not go together; found before anything is loaded.
         EngineError: The adapter's rank is beyond what vLLM knows.
     """
-    if method.backend != "vllm":
+    if method.backend == "transformers":
         return None
+    if method.backend != "vllm":
+        raise ConfigError(f"backend must be transformers or vllm in training, got {method.backend!r}")
     from vgf_llm.engines.start import adapter_of, start_engine
     from vgf_llm.engines.vllm_engine import lora_room
     from vgf_llm.models.loading import base_model_name
