@@ -12,6 +12,7 @@ from vgf_llm.runs.files import write_json_atomic
 
 Config = dict[str, Any]
 _HOW = ("resume", "record", "batch_prompts", "output_dir", "engine")  # how a run is made, not what it makes
+_UNSET: tuple[Any, ...] = (None, "", [], {})  # of a setting that is newer than the run
 
 
 def no_changes(before: Config, now: Config) -> list[str]:
@@ -57,7 +58,9 @@ def claim(
         if not config_path.exists():
             raise OutputError(f"{rows_path} exists without its config.json; name another output_dir")
         before = _read_config(config_path)
-        changed = [k for k in config if k not in free and before.get(k) != config[k]] + changes(before, config)
+        newer = {key for key, value in config.items() if key not in before and value in _UNSET}
+        changed = [k for k in config if k not in {*free, *newer} and before.get(k) != config[k]]
+        changed += changes(before, config)
         if changed:
             raise ConfigError(
                 f"{output_dir} was started with other settings ({', '.join(changed)}; the old ones are in its "
