@@ -15,6 +15,8 @@ class SecantScript(BaseModelSettings):
 
     reward_model: str
     """Folder of the trained reward model (or adapter) whose changes are fitted."""
+    reward_outputs: dict[str, float] = field(default_factory=dict)
+    """Weights of the reward model's outputs, by name or number; needed where it is a classifier with several."""
     prompts: str
     """Prompts that responses are sampled to for the fit: a file, glob or folder, or a hub data set."""
     validation_prompts: str

@@ -70,7 +70,12 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
 
     tokenizer = tokenizer_of(script)
     with working(f"loading the reward model {script.reward_model}"):
-        value = load_reward_model(script.reward_model, tokenizer=tokenizer, device=resolve_device(script.device))
+        value = load_reward_model(
+            script.reward_model,
+            tokenizer=tokenizer,
+            device=resolve_device(script.device),
+            outputs=script.reward_outputs or None,
+        )
     if training.base == "skip" and value.skip_head is None:
         raise ModelError(f"base is 'skip', but '{script.reward_model}' has no input skip; set base to gradient or none")
     start = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -14,12 +15,13 @@ from transformers import (
     DebertaV2ForSequenceClassification,
 )
 
+from reward_models import train_secant
 from reward_models.called import classifier_reward
 from reward_models.foreign import foreign_reward, text_reward
 from tests.byte_tokenizers import byte_tokenizer
 from tests.reward_models.classifiers import TOKENIZERS, classifier, scores_by_transformers
 from tests.reward_models.test_classification import talks_of
-from vgf_llm import evaluate, generate, train
+from vgf_llm import evaluate, generate, train, transport
 from vgf_llm.errors import DataError
 
 _SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -81,10 +83,14 @@ def test_commands_take_classifiers_by_one_line(tmp_path, tiny_lm, tiny_tokenizer
     base = tmp_path / "base"
     tiny_lm.save_pretrained(base)
     tiny_tokenizer.save_pretrained(base)
-    own = classifier(tmp_path / "own", tiny_tokenizer, num_labels=2, id2label={0: "good", 1: "long"})
+    judge = copy.deepcopy(tiny_tokenizer)
+    judge.chat_template = tiny_tokenizer.chat_template.replace("<user>", "<user> this is")  # a template of its own
+    own = classifier(tmp_path / "own", judge, num_labels=2, id2label={0: "good", 1: "long"})
     foreign = encoder(tmp_path / "foreign", byte_tokenizer(template=None))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the sea", "a dog", "rain")))
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text('{"prompt": "a cat"}\n')
     model = ["--model_name_or_path", str(base), "--max_new_tokens", "6"]
     outputs = ["--reward_outputs", "{good: 1.0}"]
     assert generate.main([*model, "--reward_model", str(own), *outputs, "--prompt", "the sea"]) == 0
@@ -93,6 +99,11 @@ def test_commands_take_classifiers_by_one_line(tmp_path, tiny_lm, tiny_tokenizer
     flags = ["--prompts", str(prompts), "--output_dir", str(tmp_path / "evaluation"), "--best_of", "[2]"]
     budgets = ["--budgets", "[{nats: 1}]", "--num_particles", "2", "--gold", str(foreign)]
     assert evaluate.main([*model, "--reward_model", str(own), *outputs, *flags, *budgets]) == 0
+    output = ["--output_dir", str(tmp_path / "transport"), "--prompts", str(prompts), "--num_particles", "2"]
+    assert transport.main([*model, "--reward_model", str(own), *outputs, *output]) == 0
+    secant = ["--steps", "3", "--hidden", "4", "--substitutions", "2", "--shortlist", "4", "--base", "none"]
+    files = ["--prompts", str(prompts), "--validation_prompts", str(unseen)]
+    assert train_secant.main([*model, "--reward_model", str(own), *outputs, *secant, *files]) == 0
     common = ["--prompts", str(prompts), "--max_steps", "1", "--lora_r", "2", "--num_particles", "2"]
     for kind, rewards in (("own", [str(own), *outputs]), ("learned", [str(foreign), "--value", "learned"])):
         output = ["--output_dir", str(tmp_path / kind), "--gold", "length_words"]
