@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vgf_llm.answering.implicit_policy import Selection
-from vgf_llm.data.prompts import encode_prompt, encode_text
+from vgf_llm.data.encoding import EncodedPrompt, encode_prompt, encode_text
 from vgf_llm.errors import DataError, SettingError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.serving.errors import RequestError, refused
@@ -190,7 +190,8 @@ class RequestReader:
             assert isinstance(asked, CompletionBody)
             name = "prompt"
             given = asked.prompt
-            found = self._encoded(name, encode_text, given) if isinstance(given, str) else list(given)
+            is_text = isinstance(given, str)
+            found = EncodedPrompt(self._encoded(name, encode_text, given), given) if is_text else list(given)
         if not found:
             raise refused(name, f"{name} has no tokens")
         if max(found) >= self.vocabulary:
