@@ -1,9 +1,10 @@
-"""Several files that take the place of others together: a kill leaves the old ones or the new ones.
+"""Several files and folders that take the place of others together: a kill leaves the old ones or the new ones.
 
-New files are written into a hidden folder and forced to disk; one rename makes it `.result`, which is the moment from
-which the new ones hold. They are then moved to their places one by one. A kill in between leaves `.result`, and whoever
-writes or reads the folder next finishes the moves first (`settle`). For readers that know nothing of it, the file
-without which a folder does not load is removed first and comes back last.
+New ones are written into a hidden folder and forced to disk; one rename makes it `.result`, which is the moment from
+which the new ones hold. They are then moved to their places one by one; a folder in the way is first renamed into
+`.result`, which is deleted at the end. A kill in between leaves `.result`, and whoever writes or reads the folder next
+finishes the moves first (`settle`). For readers that know nothing of it, the file without which a folder does not load
+is removed first and comes back last.
 """
 
 from __future__ import annotations
@@ -20,6 +21,26 @@ from vgf_llm.errors import OutputError
 from vgf_llm.runs.files import fsync, write_json_atomic
 
 _READY, _PARTIAL, _ORDER = ".result", ".result.partial", "order.json"
+_LOCK, _ASIDE = "lock", ".old."
+RESULT_NAMES = (
+    "adapter_*",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates",
+    "vgf_base.json",
+    "README.md",
+    "training_args.bin",
+    "value",
+)
+"""Patterns of the files and folders that a checkpoint and the result of its run have in common."""
 
 
 @contextlib.contextmanager
@@ -59,6 +80,15 @@ def replaced(folder: str | Path, last: str, stale: Callable[[Path], list[str]] =
     settle(folder)
 
 
+def copy_result(checkpoint: Path, target: Path) -> None:
+    """Copy what a checkpoint and a result have in common (`RESULT_NAMES`) into an empty folder."""
+    for path in sorted({path for pattern in RESULT_NAMES for path in checkpoint.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copy2(path, target / path.name)
+
+
 def settle(folder: str | Path) -> None:
     """Finish what a kill has left of the moves; costs one look where there is nothing.
 
@@ -69,7 +99,7 @@ def settle(folder: str | Path) -> None:
     ready = folder / _READY
     if not ready.is_dir():
         return
-    with _told(folder), _locked(folder):  # two at once would remove what the other has put in place
+    with _told(folder), _locked(ready):  # two at once would remove what the other has put in place
         try:
             order = json.loads((ready / _ORDER).read_bytes())
         except FileNotFoundError:  # killed while the empty folder was removed, or another process has done it
@@ -78,27 +108,55 @@ def settle(folder: str | Path) -> None:
             if (ready / last).exists():
                 _move(ready, folder, order["names"], order["stale"])
         shutil.rmtree(ready, ignore_errors=True)
+    with contextlib.suppress(OSError):  # NFS keeps an open lock under another name until it is closed
+        ready.rmdir()
 
 
 def _move(ready: Path, folder: Path, names: list[str], stale: list[str]) -> None:
     """Move the files, the last one's old version gone before any other's."""
     for name in [names[-1], *(name for name in stale if name not in names)]:
-        (folder / name).unlink(missing_ok=True)
+        _clear(folder / name, ready)
     for name in names:
-        with contextlib.suppress(FileNotFoundError):  # moved before a kill
-            os.replace(ready / name, folder / name)
+        source, target = ready / name, folder / name
+        if source.exists():  # not moved before a kill
+            if source.is_dir() or target.is_dir():
+                _clear(target, ready)
+            os.replace(source, target)
     fsync(folder)
 
 
+def _clear(path: Path, ready: Path) -> None:
+    """Remove a file; move a folder aside in one step, to be deleted with `.result`."""
+    if path.is_dir() and not path.is_symlink():
+        aside = ready / f"{_ASIDE}{path.name}"
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(path, aside)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of this machine from settling the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+def _locked(ready: Path) -> Iterator[None]:
+    """Keep other processes of this machine from settling the folder, where the file system can lock.
+
+    A file opened for writing is locked, in the folder of the moves: NFS refuses to lock a folder. Where it cannot be
+    opened or locked, as on a read-only mount or one without locks, nothing is.
+    """
+    with contextlib.ExitStack() as opened:
+        while True:
+            try:
+                descriptor = os.open(ready / _LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+            except OSError:
+                break
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(descriptor), os.stat(ready / _LOCK)):
+                    break
+            except OSError:  # no locks here, or another process has settled the folder meanwhile
+                break
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -109,5 +167,5 @@ def _told(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"the result in '{folder}' cannot be put in place ({error.strerror or error}); make the folder writable "
-            "and make room, then run the command again"
+            "and make room, then run the command again: it finishes what is left"
         ) from error
