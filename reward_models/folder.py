@@ -12,35 +12,21 @@ import shutil
 from pathlib import Path
 
 from reward_models.card import CARD_NAME
-from vgf_llm.console.screen import say
 from vgf_llm.errors import OutputError
 
 _WEIGHTS = ("adapter_*", "model*.safetensors", "model.safetensors.index.json")
 LAST_NAME = "config.json"
 """Without it a folder does not load."""
-RESULT_NAMES = (
-    *_WEIGHTS,
-    LAST_NAME,
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "README.md",
-    "training_args.bin",
-)
-"""Patterns of what a checkpoint and the result have in common."""
 _BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "additional_chat_templates",
     CARD_NAME,
     "secant.json",
     "secant.safetensors",
 )
 _MODEL_TYPE = "vgf_reward"  # of RewardModelConfig
-_SET_ASIDE = "earlier_"
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -66,27 +52,22 @@ def stale_names(folder: Path) -> list[str]:
     return [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
-def clear_earlier_run(folder: str | Path, keep_checkpoints: bool) -> None:
-    """Remove weights, tokenizer and card of an earlier run.
+def clear_earlier_run(folder: str | Path) -> None:
+    """Remove weights, tokenizer, card and log of an earlier run.
 
     Args:
-        folder: output folder of a training.
-        keep_checkpoints: leave checkpoints where they are; otherwise checkpoint-N becomes earlier_checkpoint-N, so that
-            no later run resumes from it by mistake.
+        folder: output folder of a training; it holds no checkpoints, or is refused before.
 
     Raises:
         OutputError: a file cannot be removed.
     """
     folder = Path(folder)
     try:
-        for name in stale_names(folder):
-            (folder / name).unlink()
-        if not keep_checkpoints:
-            (folder / METRICS_NAME).unlink(missing_ok=True)
-        for path in [] if keep_checkpoints else sorted(folder.glob("checkpoint-[0-9]*")):
-            aside = path.with_name(_SET_ASIDE + path.name)
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            say(f"{path}: of an earlier run, now {aside.name}")
+        for name in [*stale_names(folder), METRICS_NAME]:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"output_dir '{folder}': an earlier run cannot be cleared away ({error})") from error

@@ -7,6 +7,7 @@ checkpoint and ends bit for bit where the uninterrupted run does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,8 +20,8 @@ from vgf_llm.console.progress import load_libraries, working
 from vgf_llm.errors import ConfigError
 from vgf_llm.models.inputs import check_base_model, check_positions
 from vgf_llm.runs.files import check_writable
-from vgf_llm.runs.result import replaced, settle
-from vgf_llm.runs.resume import check_resume
+from vgf_llm.runs.result import copy_result, replaced, settle
+from vgf_llm.runs.resume import STATE_NAME, check_resume, refuse_new_run
 from vgf_llm.settings.trainer_names import check_trainer_settings
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def train_scores(
     Raises:
         VGFError: data, model, configuration or output folder are unusable; checked before any training.
     """
+    check_resume(training.resume, script.output_dir)
     output_dir = check_writable(script.output_dir)
     settle(output_dir)
     check_training(settings, training, output_dir)
@@ -150,7 +152,7 @@ def check_training(settings: RewardModelSettings, training: TrainerSettings, out
 
     check_base_model(settings.model_name_or_path)
     check_trainer_settings(training)
-    check_resume(training.resume, output_dir)
+    refuse_new_run(training.resume, output_dir)
     check_is_ours(output_dir)
 
 
@@ -160,8 +162,6 @@ def refuse_other_kind(checkpoint: Path, adapter: bool) -> None:
     Raises:
         ConfigError: Naming the folder and what it holds.
     """
-    from vgf_llm.runs.going_on import STATE_NAME
-
     if not (checkpoint / STATE_NAME).is_file():
         raise ConfigError(f"resume: '{checkpoint}' is not a checkpoint: it has no {STATE_NAME}")
     if (checkpoint / _ADAPTER_NAME).is_file() != adapter:
@@ -236,19 +236,21 @@ def fit(trainer: Any, training: TrainerSettings, output_dir: Path, checkpoint: P
         VGFError: The checkpoint is not whole or of another run, or the folder refuses a write.
     """
     from reward_models.folder import LAST_NAME, clear_earlier_run, stale_names
-    from vgf_llm.runs.going_on import check, is_finished, make_way
+    from vgf_llm.runs.going_on import check, check_length, is_finished, make_way
+    from vgf_llm.runs.trainer_internals import steps_wanted
 
-    first, step = trainer.is_world_process_zero(), 0
+    first, step, done, before_sec = trainer.is_world_process_zero(), 0, False, 0.0
     if checkpoint is not None:
-        engine = trainer.identity["engine"]
+        engine, steps = trainer.identity["engine"], steps_wanted(trainer)
         step = check(checkpoint, trainer.identity, engine, first=first, allow=training.allow_changes, unlisted=True)
-    if training.resume is not False:
-        make_way(output_dir, checkpoint, step, training.resume, first)
-    elif first:
-        clear_earlier_run(output_dir, keep_checkpoints=False)
+        check_length(checkpoint, steps, training.max_steps)
+        done = is_finished(checkpoint, steps)
+        before_sec = trained_sec(checkpoint, output_dir, done)
+    make_way(output_dir, checkpoint, step, training.resume, first)
+    if training.resume is False and first:
+        clear_earlier_run(output_dir)
     trainer.accelerator.wait_for_everyone()
-    done = checkpoint is not None and is_finished(checkpoint, training.max_steps, training.num_train_epochs)
-    train_sec = 0.0 if done else _train(trainer, training, checkpoint)
+    train_sec = before_sec if done else _train(trainer, training, checkpoint, before_sec)
     with working("saving the model"):
         if done and checkpoint is not None:
             _take_result(trainer, checkpoint, output_dir)
@@ -261,8 +263,24 @@ def fit(trainer: Any, training: TrainerSettings, output_dir: Path, checkpoint: P
     return train_sec
 
 
-def _train(trainer: Any, training: TrainerSettings, checkpoint: Path | None) -> float:
-    """Take the steps that are left; returns the seconds."""
+def trained_sec(checkpoint: Path, output_dir: Path, done: bool) -> float:
+    """Return the seconds of training up to a checkpoint, 0 where an earlier version kept none.
+
+    Of a finished run the card has them then.
+    """
+    from reward_models.card import CARD_NAME
+    from reward_models.trainer import SECONDS_KEY
+    from vgf_llm.runs.log_sums import saved_figures
+
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return float(saved_figures(checkpoint)[SECONDS_KEY])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return float(json.loads((output_dir / CARD_NAME).read_bytes())["training"]["seconds"]) if done else 0.0
+    return 0.0
+
+
+def _train(trainer: Any, training: TrainerSettings, checkpoint: Path | None, before_sec: float) -> float:
+    """Take the steps that are left; returns the seconds, those before the checkpoint included."""
     from reward_models.noise import add_embedding_noise
     from reward_models.training_log import announce, keeps_lines, score_figures
     from vgf_llm.console.trainer_screen import shown
@@ -270,7 +288,7 @@ def _train(trainer: Any, training: TrainerSettings, checkpoint: Path | None) -> 
     scale = training.embedding_noise
     noise = add_embedding_noise(trainer.model, scale, training.seed) if scale else None
     trainer.noise = noise
-    start = time.monotonic()
+    trainer.started = start = time.monotonic() - before_sec
     announce(trainer)
     with shown(trainer, "training", score_figures, keeps_lines(trainer)):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -281,22 +299,21 @@ def _train(trainer: Any, training: TrainerSettings, checkpoint: Path | None) -> 
 
 
 def _take_result(trainer: Any, checkpoint: Path, output_dir: Path) -> None:
-    """Put the weights of a run that was stopped after its last step in place, from its last checkpoint."""
-    import shutil
-
+    """Put the weights of a run that was stopped after its last step in place, from that checkpoint or its best."""
     from transformers import TrainerState
 
-    from reward_models.folder import LAST_NAME, RESULT_NAMES, stale_names
+    from reward_models.folder import LAST_NAME, stale_names
     from vgf_llm.console.screen import say
-    from vgf_llm.runs.going_on import STATE_NAME
+    from vgf_llm.runs.going_on import best_of
 
     trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_NAME))
     if not trainer.is_world_process_zero():
         return
-    say(f"'{checkpoint}' is of the last step: nothing is left to train; raise max_steps to train on")
+    source = best_of(checkpoint)
+    taken = "" if source == checkpoint else f" (the result is that of '{source}', the best)"
+    say(f"'{checkpoint}' is of the last step: nothing is left to train{taken}; raise max_steps to train on")
     with replaced(output_dir, LAST_NAME, stale_names) as staging:
-        for path in sorted({path for pattern in RESULT_NAMES for path in checkpoint.glob(pattern)}):
-            shutil.copy2(path, staging / path.name)
+        copy_result(source, staging)
 
 
 def training_facts(training: TrainerSettings, dtype: str, steps: int, train_sec: float) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 from reward_models.functions import further_arguments, load_function
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.inputs import check_base_model, check_holds_model
-from vgf_llm.runs.result import settle
 from vgf_llm.settings import ModelSettings
 
 
@@ -24,7 +23,6 @@ def check_reward_model(name: str | None) -> None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
     if not Path(name).is_dir():
         raise ModelError(f"reward_model {name!r} is not a folder; train one with `vgf-llm reward` and name its folder")
-    settle(name)
     check_holds_model(Path(name), "reward_model")
 
 
@@ -58,7 +56,6 @@ def check_rewards(names: Sequence[str], gold: str | None = None, prompts: Sequen
 
     for name in names:
         if Path(name).is_dir():
-            settle(name)
             check_holds_model(Path(name), "rewards")
         elif "/" in name:
             raise ConfigError(

@@ -27,7 +27,7 @@ from vgf_llm.models.loading import fingerprint, load_tokenizer
 from vgf_llm.models.lora import linear_names, tell_left_out
 from vgf_llm.models.whole import loaded_whole
 from vgf_llm.runs.provenance import tell_if_changed
-from vgf_llm.runs.result import settle
+from vgf_llm.runs.result import settle_to_read
 
 ADAPTER_NAME = "adapter_config.json"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
@@ -146,7 +146,7 @@ def _load_own(
 
 
 def _read_config(folder: Path) -> RewardModelConfig:
-    settle(folder)
+    settle_to_read(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"'{folder}' is not a reward model: it has no config.json; give its training's output_dir")

@@ -21,6 +21,7 @@ from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import stage, stages, working
 from vgf_llm.console.screen import say
 from vgf_llm.errors import DataError
+from vgf_llm.runs.resume import check_resume
 from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm reward",
         description="Train a reward model on preference pairs.",
     )
+    check_resume(training.resume, script.output_dir)
     with library_output(script.output_dir), stages(2):
         run(script, model, training)
     return 0

@@ -10,6 +10,7 @@ under LoRA too, and checkpoints hold the reward model's own config.json.
 from __future__ import annotations
 
 import functools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from vgf_llm.machine.precision import require_float32
 from vgf_llm.runs.log_sums import ContinuesLogging, save_log_sums
 from vgf_llm.runs.publishing import published
 
+SECONDS_KEY = "train_sec"
+"""Of a checkpoint's figures: seconds of training up to it, over all runs that made it."""
+
 
 class ScoreTrainer(Trainer):
     """Trainer of a model with linear heads; a subclass computes the loss and records its metrics.
@@ -37,7 +41,10 @@ class ScoreTrainer(Trainer):
     Args:
         settings: Learning rates and the loss.
         identity: What a checkpoint is a checkpoint of: model, data, loss, optimisation; the trainer adds the processes,
-            the engine and the precision.
+            what shards and the precision.
+
+    Attributes:
+        started: When training began, in seconds of the monotonic clock; earlier by those of the runs before.
     """
 
     target_name = ""
@@ -56,6 +63,7 @@ class ScoreTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         self._staging: Path | None = None
+        self.started = time.monotonic()
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -175,7 +183,8 @@ class ScoreTrainer(Trainer):
         """Write what every process has of its own: random states, and the sums of the next log line."""
         super()._save_rng_state(output_dir)
         sums = {name: float(total) for name, total in self._sums.items()}
-        save_log_sums(self, output_dir, {"batches": self._batches, "sums": sums})
+        figures = {"batches": self._batches, "sums": sums, SECONDS_KEY: time.monotonic() - self.started}
+        save_log_sums(self, output_dir, figures)
         if self.noise is not None:
             save_file(self.noise.state_dict(), self._noise_path(output_dir))
 

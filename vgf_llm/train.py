@@ -26,7 +26,8 @@ from vgf_llm.errors import ConfigError
 from vgf_llm.machine.precision import for_training
 from vgf_llm.models.inputs import check_base_model
 from vgf_llm.runs.files import check_writable, write_json_atomic
-from vgf_llm.runs.resume import check_resume
+from vgf_llm.runs.result import settle
+from vgf_llm.runs.resume import check_resume, refuse_new_run
 from vgf_llm.settings import SamplingSettings, check_decoder_options
 from vgf_llm.settings.parse import dump, parse
 from vgf_llm.settings.trainer_names import check_trainer_settings
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vgf-llm train",
         description="Fine-tune a language model by Value Gradient Flow.",
     )
+    check_resume(settings[3].resume, settings[0].output_dir)
     with library_output(settings[0].output_dir):
         run(*settings)
     return 0
@@ -77,20 +79,23 @@ def run(
     Raises:
         VGFError: Something given is unusable; found before any training.
     """
-    check_writable(script.output_dir)
+    check_resume(optim.resume, script.output_dir)
+    settle(check_writable(script.output_dir))
     prompts = look_at_inputs(script, policy, method, optim)
     load_libraries("vgf_llm.training.build")
     policy, optim = for_training(policy, optim)
     from vgf_llm.console.trainer_screen import shown
-    from vgf_llm.training.finished import finished, take_result
+    from vgf_llm.runs.going_on import is_finished
+    from vgf_llm.runs.trainer_internals import steps_wanted
+    from vgf_llm.training.finished import take_result
     from vgf_llm.training.observing import bar_figures, says_lines
     from vgf_llm.training.resume import checkpoint_to_resume
 
     trainer = build_trainer(script, policy, method, optim, sampling, callbacks, prompts)
-    checkpoint = checkpoint_to_resume(trainer.checkpoints, optim)
+    checkpoint = checkpoint_to_resume(trainer.checkpoints, optim, lambda: steps_wanted(trainer))
     if trainer.is_world_process_zero():
         write_json_atomic(f"{script.output_dir}/{CONFIG_NAME}", dump(script, policy, method, optim, sampling))
-    if checkpoint is not None and finished(checkpoint, optim):
+    if checkpoint is not None and is_finished(Path(checkpoint), steps_wanted(trainer)):
         state = take_result(trainer.checkpoints, checkpoint)
     else:
         stage(f"training {trainer.method.loss} on {len(trainer.prompts)} prompts")
@@ -150,6 +155,7 @@ def look_at_inputs(
     refuse_adapter_on_adapter(policy)
     check_trainer_settings(optim, ("ddp_find_unused_parameters",))
     check_resume(optim.resume, script.output_dir)
+    refuse_new_run(optim.resume, script.output_dir)
     check_decoder_options(method.decoder, method.decoder_options)
     check_engine(method.backend, method.engine.url)
     check_rewards(script.rewards, script.gold)

@@ -126,8 +126,9 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     from transformers import TrainerCallback
 
     from vgf_llm.console.trainer_screen import shown
+    from vgf_llm.runs.going_on import is_finished
+    from vgf_llm.runs.trainer_internals import steps_wanted
     from vgf_llm.train import build_trainer
-    from vgf_llm.training.finished import finished
     from vgf_llm.training.observing import bar_figures
     from vgf_llm.training.resume import checkpoint_to_resume
 
@@ -143,9 +144,9 @@ def _go_on(config: Path, checkpoint: Path, folder: Path, until: int) -> Path:
     optim = dataclasses.replace(
         optim, resume=str(checkpoint), report_to="none", save_total_limit=None
     )  # every checkpoint stays until it is compared
-    if finished(str(checkpoint), optim):
-        raise ConfigError(f"checkpoint: '{checkpoint}' is of the run's last step; verify an earlier one")
     trainer = build_trainer(script, policy, method, optim, sampling, [StopAt()])
+    if is_finished(checkpoint, steps_wanted(trainer)):
+        raise ConfigError(f"checkpoint: '{checkpoint}' is of the run's last step; verify an earlier one")
     if trainer.is_world_process_zero():
         _empty(folder)
     trainer.accelerator.wait_for_everyone()

@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         run(settings(cut, **train), DATA, agent_settings)
-    with pytest.raises(ConfigError, match="go on with --resume"):
+    with pytest.raises(ConfigError, match="holds checkpoint-.*set resume: true to continue"):
         run(settings(cut, **train), DATA, agent_settings)
     run(settings(cut, **train, resume=True), DATA, agent_settings)
 

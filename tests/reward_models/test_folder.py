@@ -73,15 +73,20 @@ def test_a_bad_input_takes_nothing_away(workplace, tmp_path):
     workplace(save_steps=1)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     with pytest.raises(DataError):
-        workplace(data="missing.jsonl")
+        workplace(data="missing.jsonl", resume=True)
+    with pytest.raises(ConfigError, match="holds checkpoint-1, checkpoint-2 of another run.*set resume: true"):
+        workplace()
     with pytest.raises(ConfigError, match="holds no LoRA, but lora_r is above 0"):
         workplace(lora_r=4, resume=True)
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         workplace(resume=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="is not a checkpoint"):
+        workplace(resume=str(tmp_path / "base"), output="unmade")
+    assert not (tmp_path / "unmade").exists()
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
-def test_checkpoints_of_an_earlier_run_are_set_aside_unless_resumed(workplace, tmp_path, tiny_tokenizer):
+def test_checkpoints_of_an_earlier_run_are_refused_unless_resumed(workplace, tmp_path, tiny_tokenizer):
     workplace(save_steps=1)
     out = tmp_path / "out"
     workplace(save_steps=1, max_steps=3, resume=True)
@@ -90,10 +95,38 @@ def test_checkpoints_of_an_earlier_run_are_set_aside_unless_resumed(workplace, t
     tiny_tokenizer.chat_template = None
     with pytest.raises(ModelError, match="the chat template differs"):
         load_reward_model(out / "checkpoint-3", tokenizer=tiny_tokenizer)
-    for _ in range(2):
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="holds checkpoint-1, checkpoint-2, checkpoint-3 of another run"):
         workplace(save_steps=1, max_steps=1)
-        assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
-        assert (out / "earlier_checkpoint-3").is_dir()
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="checkpoint-3' has 3 steps, and max_steps is 1: name an earlier checkpoint"):
+        workplace(save_steps=1, max_steps=1, resume=True)
+
+
+def test_a_second_training_replaces_a_result_with_folders(workplace, tmp_path, tiny_tokenizer):
+    """A tokenizer with several chat templates saves them in a folder; a finished run is taken with it, too."""
+    tiny_tokenizer.chat_template = {"default": tiny_tokenizer.chat_template or "x", "rag": "{{ messages[0].content }}"}
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    for _ in range(2):
+        workplace()
+    out = tmp_path / "out"
+    names = sorted(path.name for path in out.iterdir())
+    assert "additional_chat_templates" in names and not any(name.startswith(".") for name in names)
+    load_reward_model(out)
+    for _ in range(2):
+        workplace(output="again", save_steps=2, resume=True)
+    again = tmp_path / "again"
+    assert sorted(path.name for path in again.iterdir() if not path.name.startswith("checkpoint")) == names
+    assert (again / "additional_chat_templates" / "rag.jinja").is_file()
+
+
+def test_resume_true_does_not_train_a_finished_result_anew(workplace, tmp_path):
+    workplace()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="holds the result of a run and no whole checkpoint.*or write resume: false"):
+        workplace(max_steps=3, resume=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    workplace(max_steps=3)
 
 
 def test_a_folder_of_another_model_is_refused(workplace, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 from transformers import Trainer
@@ -157,6 +158,65 @@ def test_only_so_many_checkpoints_are_kept_and_the_best_one(workplace, tmp_path)
     }
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_best_model(workplace, tmp_path, capsys):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = {"save_total_limit": 2, "eval_steps": 2, "trainer_arguments": best}
+    workplace(**run)
+    out = tmp_path / "out"
+    before = results(out)
+    assert before["model.safetensors"] == (out / "checkpoint-2" / "model.safetensors").read_bytes()
+    workplace(**run, resume=True, killed=0)
+    assert "checkpoint-2', the best); raise max_steps" in capsys.readouterr().err
+    assert results(out) == before
+    shutil.rmtree(out / "checkpoint-2")
+    workplace(**run, resume=True, killed=0)
+    assert "is not there any more: the result is the last one's" in capsys.readouterr().err
+    assert results(out)["model.safetensors"] == (out / "checkpoint-6" / "model.safetensors").read_bytes()
+
+
+def test_a_run_is_finished_by_the_steps_that_its_settings_ask_for(workplace, tmp_path):
+    """24 pairs in batches of 4 are 6 steps per epoch, 3 where two batches make a step."""
+    workplace(max_steps=2)
+    workplace(max_steps=-1, num_train_epochs=1.0, resume=True)
+    assert read_card(tmp_path / "out").training["steps"] == 6
+    workplace(max_steps=-1, num_train_epochs=1.0, resume=True, killed=0)
+    before = results(tmp_path / "out")
+    with pytest.raises(ConfigError, match="checkpoint-6' has 6 steps, and max_steps is 4: name an earlier checkpoint"):
+        workplace(max_steps=4, resume=True)
+    with pytest.raises(ConfigError, match="has 6 steps, and num_train_epochs asks for 3: name an earlier"):
+        workplace(max_steps=-1, num_train_epochs=0.5, resume=True)
+    assert results(tmp_path / "out") == before
+
+
+def test_the_card_adds_up_the_seconds_of_every_leg(workplace, tmp_path):
+    workplace(max_steps=2)
+    card = tmp_path / "out" / "reward_card.json"
+    state = tmp_path / "out" / "checkpoint-2" / "log_state_0.json"
+    saved = json.loads(state.read_text())
+    assert 0 < saved["figures"]["train_sec"] <= read_card(tmp_path / "out").training["seconds"] + 0.1
+    for path in (tmp_path / "out").glob("checkpoint-2/manifest.json"):  # so that the seconds can be set
+        path.unlink()
+    saved["figures"]["train_sec"] = 1000.0
+    state.write_text(json.dumps(saved))
+    workplace(max_steps=2, resume=True, killed=0)
+    assert read_card(tmp_path / "out").training["seconds"] == 1000.0
+    del saved["figures"]["train_sec"]
+    state.write_text(json.dumps(saved))
+    workplace(max_steps=2, resume=True, killed=0)  # as an earlier version wrote it: the card knows
+    assert json.loads(card.read_text())["training"]["seconds"] == 1000.0
+    saved["figures"]["train_sec"] = 500.0
+    state.write_text(json.dumps(saved))
+    workplace(max_steps=4, resume=True)
+    assert 500.0 < read_card(tmp_path / "out").training["seconds"] < 900.0
+
+
+def test_a_checkpoint_of_weights_alone_says_why_it_cannot_be_continued(workplace, tmp_path):
+    weights_only = {"trainer_arguments": {"save_only_model": True}}
+    workplace(max_steps=2, **weights_only)
+    with pytest.raises(CheckpointError, match="holds no optimiser state, as under trainer_arguments: {save_only_model"):
+        workplace(max_steps=4, resume=True, **weights_only)
+
+
 @pytest.mark.parametrize("lora_r", [0, 4])
 def test_a_run_that_was_stopped_after_its_last_step_is_only_finished(workplace, tmp_path, monkeypatch, capsys, lora_r):
     workplace("whole", lora_r=lora_r)
@@ -201,8 +261,6 @@ def test_a_checkpoint_without_a_manifest_is_taken_and_said_to_be_unverified(work
 @pytest.mark.parametrize("module", ["reward_models.train", "reward_models.train_value"])
 def test_two_processes_resume_bit_for_bit(workplace, tmp_path, module):
     """The newest checkpoints are broken on the way: the first process finds out and tells the other."""
-    import shutil
-
     from tests.training.launch import ROOT, launch
 
     keys = {

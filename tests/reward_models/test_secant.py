@@ -286,5 +286,5 @@ def test_training_again_takes_the_old_head_away(tiny_lm, tmp_path):
     value = value_model(tiny_lm)
     save_reward_model(value, tmp_path)
     save_secant_head(SecantHead(32), tmp_path)
-    clear_earlier_run(tmp_path, keep_checkpoints=False)
+    clear_earlier_run(tmp_path)
     assert not list(tmp_path.glob("secant*"))

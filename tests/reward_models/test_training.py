@@ -223,7 +223,7 @@ def test_the_collator_puts_chosen_first_and_masks_padding():
         (["--pad_token", "<none>"], "pad_token '<none>' is not in the vocabulary"),
         (["--train_dataset", "missing.jsonl"], "missing.jsonl"),
         (["--trainer_arguments", '{"adam_betta1": 0.9}'], "nearest: 'adam_beta1'"),
-        (["--trainer_arguments", '{"seed": 1}'], "'seed' is set by a key of ours"),
+        (["--trainer_arguments", '{"seed": 1}'], "'seed' has a key of its own here; write 'seed: 1'"),
         (["--resume", "last"], "resume: 'last' is not a folder; write true"),
         (["--resume_from_checkpoint", "last"], "has another name now; write '--resume true'"),
         (["--learning_rate", "0"], "learning_rate must be above 0"),

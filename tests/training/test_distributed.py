@@ -162,7 +162,10 @@ def test_a_checkpoint_of_another_engine_is_refused_by_its_name(engine: Any) -> N
     with pytest.raises(ConfigError, match="engine ZeRO-2 -> DDP; processes 2 -> 1"):
         checkpoint_to_resume(build_trainer(*parts).checkpoints, parts[3])
     parts = vgf_worker.parts_of(folder, "resumed", batch=2, allow_changes=["engine", "processes"])
-    with pytest.raises(CheckpointError, match="holds no optimiser state that engine DDP reads"):
+    with pytest.raises(
+        CheckpointError,
+        match="no optimiser state that one process or DDP .*the state of DeepSpeed: resume",
+    ):
         checkpoint_to_resume(build_trainer(*parts).checkpoints, parts[3])
 
 

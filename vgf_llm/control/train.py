@@ -29,7 +29,7 @@ from vgf_llm.machine.device import resolve_device
 from vgf_llm.runs.checkpoint import newest_whole
 from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.runs.manifest import check_identity, verify
-from vgf_llm.runs.resume import check_resume
+from vgf_llm.runs.resume import check_resume, refuse_new_run
 from vgf_llm.settings.parse import dump, parse
 
 CONFIG_NAME = "config.json"
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Offline and offline-to-online reinforcement learning by Value Gradient Flow.",
     )
     check_names(settings, data)
+    check_resume(settings.resume, settings.output_dir)
     with library_output(settings.output_dir):
         rows = run(settings, data, agent, only_evaluate=script.only_evaluate)
     emit(json.dumps({row["arm"]: row["score"] for row in rows}))
@@ -72,8 +73,10 @@ def run(
     Raises:
         VGFError: An option, a data file, a checkpoint or the output folder does not fit.
     """
+    check_resume(settings.resume, settings.output_dir)
+    if not only_evaluate:
+        refuse_new_run(settings.resume, settings.output_dir)
     folder = check_writable(settings.output_dir)
-    check_resume(settings.resume, folder)
     checkpoint = _starting_point(settings, folder, only_evaluate)
     check_options(settings, data, agent)
     load_libraries("vgf_llm.control.trainer")
@@ -110,13 +113,13 @@ def _starting_point(settings: TrainSettings, folder: Path, only_evaluate: bool) 
     """Return the checkpoint that the run continues from, or evaluates; None for a new run.
 
     Raises:
-        ConfigError: There is one and the run is new, or there is none to evaluate.
+        ConfigError: There is none to evaluate.
     """
     if isinstance(settings.resume, str):
         return Path(settings.resume)
+    if not (settings.resume or only_evaluate):
+        return None
     checkpoint = newest_whole(folder)
-    if checkpoint is not None and not (settings.resume or only_evaluate):
-        raise ConfigError(f"output_dir: '{folder}' holds {checkpoint.name}; go on with --resume or name another folder")
     if checkpoint is None and only_evaluate:
         raise ConfigError(f"output_dir: '{folder}' holds no whole checkpoint to evaluate")
     if checkpoint is None and settings.resume:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _FILES = {"DDP": ("optimizer.pt",), "ZeRO": ("global_step*",), "FSDP": ("optimizer_0", "optimizer.bin")}
+_LIBRARIES = {"DDP": "one process or DDP", "ZeRO": "DeepSpeed", "FSDP": "FSDP"}
 
 
 def engine_name(accelerator: Accelerator) -> str:
@@ -37,21 +38,32 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def require_state(folder: Path, engine: str) -> None:
-    """Refuse a checkpoint without the optimiser state that an engine reads: the Trainer would start it anew, silently.
+    """Refuse a checkpoint without the optimiser state that is read: the Trainer would start it anew, silently.
 
     Args:
         folder: Of the checkpoint.
         engine: Of `engine_name`.
 
     Raises:
-        CheckpointError: It is another engine's, or was saved without.
+        CheckpointError: It was written under another one, or was saved without.
     """
-    wanted = next(names for kind, names in _FILES.items() if engine.startswith(kind))
-    if not any(any(folder.glob(name)) for name in wanted):
+
+    def holds(kind: str) -> bool:
+        return any(any(folder.glob(name)) for name in _FILES[kind])
+
+    kind = next(kind for kind in _FILES if engine.startswith(kind))
+    if holds(kind):
+        return
+    wrote = next((_LIBRARIES[other] for other in _FILES if holds(other)), None)
+    if wrote is None:
         raise CheckpointError(
-            f"resume: '{folder}' holds no optimiser state that engine {engine} reads "
-            f"({' or '.join(wanted)}); resume under the engine that wrote it"
+            f"resume: '{folder}' holds no optimiser state, as under trainer_arguments: {{save_only_model: true}}; only "
+            "its weights can be used: name it as a model, or continue from a checkpoint saved without that setting"
         )
+    raise CheckpointError(
+        f"resume: '{folder}' holds no optimiser state that {_LIBRARIES[kind]} ({engine}) reads "
+        f"({' or '.join(_FILES[kind])}); it holds the state of {wrote}: resume under that"
+    )
 
 
 def save_engine_state(trainer: Trainer, folder: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.embedded import DEFAULT_HUB_NAME, DEFAULT_MODEL, EMBEDDED_PACKAGE, embedded_is_built
+from vgf_llm.runs.result import settle_to_read
 
 ADAPTER_NAME = "adapter_config.json"
 _LOCAL = ("/", "./", "../", "~")
@@ -37,6 +38,7 @@ def check_base_model(name: str, key: str = "model_name_or_path") -> None:
                 f"name another model, for example --model_name_or_path {DEFAULT_HUB_NAME} where the hub can be reached"
             )
     elif folder.is_dir():
+        settle_to_read(folder)
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER_NAME)):
             raise ModelError(f"{key}: the folder '{name}' has no config.json; name the folder of a saved model")
     elif folder.exists():
@@ -77,6 +79,7 @@ def check_holds_model(folder: Path, key: str) -> None:
     Raises:
         ModelError: Naming ``key`` and the folder.
     """
+    settle_to_read(folder)
     if not any((folder / file).is_file() for file in ("config.json", ADAPTER_NAME)):
         raise ModelError(f"{key}: '{folder}' has no config.json; give the output_dir of a finished training")
     config = folder / "config.json"

@@ -17,9 +17,8 @@ from vgf_llm.distributed.shards import require_state
 from vgf_llm.errors import CheckpointError, ConfigError
 from vgf_llm.runs.checkpoint import beyond, newest_whole, published, supersede
 from vgf_llm.runs.manifest import MANIFEST_NAME, check_identity, verify
-from vgf_llm.runs.resume import check_resume
+from vgf_llm.runs.resume import STATE_NAME, check_resume, refuse_mixing, refuse_to_train_anew
 
-STATE_NAME = "trainer_state.json"  # of transformers' Trainer, which writes it last
 LENGTH = ("optimisation.max_steps", "optimisation.num_train_epochs")
 """Keys of an identity that may change: a run may be made longer or shorter."""
 
@@ -34,7 +33,7 @@ def find(output_dir: str | Path, wanted: bool | str, first: bool, unlisted: bool
         unlisted: Whether one without a manifest will do, as earlier versions wrote them, where no other is there.
 
     Raises:
-        ConfigError: There is no folder of that name.
+        ConfigError: There is no folder of that name, or no checkpoint but a result, which a new run would replace.
     """
     if wanted is False:
         return None
@@ -42,8 +41,10 @@ def find(output_dir: str | Path, wanted: bool | str, first: bool, unlisted: bool
         check_resume(wanted, output_dir)
         return Path(wanted)
     found: Path | None = of_first(_newest(output_dir, unlisted) if first else None)
-    if found is None and first:
-        say(f"'{output_dir}' holds no whole checkpoint: starting anew")
+    if found is None:
+        refuse_to_train_anew(output_dir)
+        if first:
+            say(f"'{output_dir}' holds no whole checkpoint: starting anew")
     return found
 
 
@@ -74,7 +75,7 @@ def check(
     Args:
         folder: Of the checkpoint.
         identity: Of the run that is to continue from it.
-        engine: Of `distributed.shards.engine_name`; its optimiser state must be there.
+        engine: Of `distributed.shards.engine_name`; the optimiser state that it reads must be there.
         first: Whether this is the first process, which speaks.
         allow: Keys of the identity that may differ.
         free: Keys that need no permission.
@@ -84,7 +85,7 @@ def check(
         Its step.
 
     Raises:
-        CheckpointError: It is not whole, or lacks what the engine reads.
+        CheckpointError: It is not whole, or lacks the optimiser state.
         ConfigError: It is of another run; names what differs.
     """
     if unlisted and is_unlisted(folder):
@@ -123,14 +124,10 @@ def make_way(output_dir: str | Path, folder: Path | None, step: int, wanted: boo
     found = of_first(beyond(output_dir, step if own else 0) if first else [])
     if not found:
         return
-    names = ", ".join(path.name for path in found)
     if not own:
-        raise ConfigError(
-            f"output_dir '{output_dir}' holds {names} of another run, which this one would mix with its own and "
-            "delete; set resume: true to continue that run, name another output_dir, or remove them"
-        )
+        refuse_mixing(output_dir, found)
     if first:
-        say(f"set aside as .<name>.superseded: {names}")
+        say(f"set aside as .<name>.superseded: {', '.join(path.name for path in found)}")
         supersede(found)
 
 
@@ -143,25 +140,62 @@ def step_of(folder: Path) -> int:
     return int(_state(folder)["global_step"])
 
 
-def is_finished(folder: Path, max_steps: int, num_train_epochs: float) -> bool:
+def check_length(folder: Path, steps: int, max_steps: int) -> None:
+    """Refuse a checkpoint beyond the last step that the settings ask for.
+
+    Args:
+        folder: Of the checkpoint.
+        steps: That the run takes under its settings, from its first on.
+        max_steps: Of the settings; -1 goes by num_train_epochs.
+
+    Raises:
+        ConfigError: Naming both numbers.
+    """
+    step = step_of(folder)
+    if step > steps:
+        asked = f"max_steps is {steps}" if max_steps > 0 else f"num_train_epochs asks for {steps}"
+        raise ConfigError(
+            f"resume: '{folder}' has {step} steps, and {asked}: name an earlier checkpoint, or set max_steps to at "
+            f"least {step}"
+        )
+
+
+def is_finished(folder: Path, steps: int) -> bool:
     """Return whether a checkpoint is of the last step that the settings ask for.
 
     transformers would take one more step from there, at a learning rate beyond its schedule.
 
     Args:
         folder: Of the checkpoint.
-        max_steps: Of the settings; -1 goes by the epochs.
-        num_train_epochs: Of the settings.
+        steps: As for `check_length`.
     """
-    state = _state(folder)
-    if max_steps < 0:  # as many as the checkpoint's run was to take, in proportion to the epochs
-        max_steps = round(state["max_steps"] * num_train_epochs / state["num_train_epochs"])
-    return int(state["global_step"]) >= max_steps
+    return step_of(folder) >= steps
+
+
+def best_of(folder: Path) -> Path:
+    """Return the checkpoint that a finished run's result is taken from: the best where one was kept, else the last.
+
+    Args:
+        folder: Of the last checkpoint, verified.
+
+    Raises:
+        CheckpointError: The best one is not whole.
+    """
+    named = _state(folder).get("best_model_checkpoint")
+    if not named:
+        return folder
+    best = folder.parent / Path(named).name  # next to it, also where the run's folder was moved
+    if not best.is_dir():
+        say(f"'{best}', the best checkpoint, is not there any more: the result is the last one's")
+        return folder
+    if best != folder and not is_unlisted(best):
+        verify(best)
+    return best
 
 
 def _state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((folder / STATE_NAME).read_bytes())
-        return state | {"global_step": int(state["global_step"]), "max_steps": int(state["max_steps"])}
+        return state | {"global_step": int(state["global_step"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"resume: '{folder / STATE_NAME}' cannot be read ({error!r})") from error

@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback
 from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.runs.trainer_internals import LossSums, loss_sums, set_loss_sums
 
+_NAME = "log_state_{}.json"
+
 
 def save_log_sums(trainer: Trainer, folder: str | Path, figures: Any) -> None:
     """Write this process's sums since the last log line into a checkpoint.
@@ -54,6 +56,15 @@ def load_log_sums(trainer: Trainer, folder: str | Path) -> Any:
     return saved["figures"] if "figures" in saved else saved["metrics"]  # the name of earlier versions
 
 
+def saved_figures(folder: str | Path) -> Any:
+    """Return the first process's own sums in a checkpoint.
+
+    Raises:
+        OSError, ValueError, KeyError: There are none.
+    """
+    return json.loads((Path(folder) / _NAME.format(0)).read_bytes())["figures"]
+
+
 class ContinuesLogging(TrainerCallback):
     """Gives a trainer the sums of a checkpoint back when training begins.
 
@@ -75,4 +86,4 @@ class ContinuesLogging(TrainerCallback):
 
 
 def _path(trainer: Trainer, folder: str | Path) -> Path:
-    return Path(folder) / f"log_state_{trainer.accelerator.process_index}.json"
+    return Path(folder) / _NAME.format(trainer.accelerator.process_index)

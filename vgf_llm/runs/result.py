@@ -112,6 +112,16 @@ def settle(folder: str | Path) -> None:
         ready.rmdir()
 
 
+def settle_to_read(folder: str | Path) -> None:
+    """Settle a folder that is about to be read, and the one it lies in: a value is a part of its run's result.
+
+    Raises:
+        OutputError: One of them refuses it.
+    """
+    for part in (Path(folder).parent, Path(folder)):
+        settle(part)
+
+
 def _move(ready: Path, folder: Path, names: list[str], stale: list[str]) -> None:
     """Move the files, the last one's old version gone before any other's."""
     for name in [names[-1], *(name for name in stale if name not in names)]:

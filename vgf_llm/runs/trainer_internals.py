@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import Trainer
 
 
@@ -41,3 +42,18 @@ def rows_per_forward(trainer: Trainer) -> int:
     """Return the rows that a process gets in a forward; ``args`` does not know what the Trainer has changed it to."""
     rows: int = trainer._train_batch_size
     return rows
+
+
+def steps_wanted(trainer: Trainer) -> int:
+    """Return the optimiser steps that a trainer's settings ask for, as the Trainer counts them from its batches.
+
+    The loader that is made for it is forgotten again, and no random number is taken from the run.
+    """
+    args, loaders = trainer.args, trainer.accelerator._dataloaders
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    kept = list(loaders)
+    with torch.random.fork_rng(devices=[]):
+        steps: int = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    loaders[:] = kept
+    return steps

@@ -18,13 +18,11 @@ from typing import Any
 import yaml
 
 from vgf_llm.errors import ConfigError
-from vgf_llm.settings.renamed import now_called
+from vgf_llm.settings.renamed import expected, now_called
 
 _LISTED = 20  # valid keys that a message still names
 
 Hints = Mapping[str, Any]
-RENAMED = {"most": "limits"}
-"""Keys of earlier releases and what they are now."""
 OWN_FLAGS = ("config", "help", "print_config")
 
 
@@ -166,8 +164,8 @@ def check_keys(content: Mapping[Any, Any], hints: Hints, source: str, prefix: st
     """
     for key, value in content.items():
         if key not in hints:
-            if not prefix and (line := now_called(str(key), value, hints)):
-                raise ConfigError(f"{source}: key '{key}' has another name now; write '{line}'")
+            if line := now_called(str(key), value, hints):
+                raise ConfigError(f"{source}: key '{prefix}{key}' has another name now; write '{prefix}{line}'")
             raise ConfigError(_unknown(f"{source}: unknown key", f"{prefix}{key}", prefix, hints))
         check_blocks(value, hints[key], source, f"{prefix}{key}")
 
@@ -184,7 +182,7 @@ def check_blocks(value: Any, hint: Any, source: str, key: str) -> None:
     shape: Any = Mapping if nested is not None else list if items is not None else object
     if value is None or not isinstance(value, shape):
         seen = "nothing (null)" if value is None else repr(value)
-        raise ConfigError(f"{source}: key '{key}': expected {type_name(hint)}, got {seen}")
+        raise ConfigError(f"{source}: key '{key}': expected {expected(key, value, type_name(hint))}, got {seen}")
     if nested is not None:
         check_keys(value, field_hints(nested), source, f"{key}.")
     elif items is not None:
@@ -193,10 +191,6 @@ def check_blocks(value: Any, hint: Any, source: str, key: str) -> None:
 
 
 def _unknown(what: str, key: str, prefix: str, hints: Hints, dashes: str = "") -> str:
-    old, _, rest = key.removeprefix(prefix).partition(".")
-    new = RENAMED.get(old)
-    if new in hints:
-        return f"{what} '{dashes}{key}': it is now '{dashes}{prefix}{new}{rest and f'.{rest}'}'"
     near = difflib.get_close_matches(key.removeprefix(prefix), hints, n=1, cutoff=0.5)
     nearest = f" (nearest: '{dashes}{prefix}{near[0]}')" if near else ""
     of = f" of {prefix[:-1]}" if prefix else ""
@@ -237,7 +231,9 @@ def complete_flags(argv: Sequence[str], hints: Hints) -> list[str]:
             continue
         key = name[2:].removesuffix("+")
         follows = bool(tokens) and not is_flag(tokens[0].partition("=")[0])
-        if key not in hints and (line := now_called(key, value or (tokens[0] if follows else "true"), hints)):
+        if key.partition(".")[0] not in hints and (
+            line := now_called(key, value or (tokens[0] if follows else "true"), hints)
+        ):
             raise ConfigError(f"flag '{name}' has another name now; write '--{line.replace(': ', ' ')}'")
         hint = flag_hint(key, hints)
         if bool in members(hint) and not equals and not follows:

@@ -29,6 +29,7 @@ from vgf_llm.settings.keys import (
     load_recipe,
     type_name,
 )
+from vgf_llm.settings.renamed import expected
 
 Sources = list[tuple[str, dict[str, Any]]]
 """Recipes as (path, nested values), in the order given."""
@@ -136,7 +137,7 @@ def _explain(message: str, argv: Sequence[str], sources: Sources, hints: Mapping
         where, hint = f"{where}, '{inner}' of an item", field_hints(nested)[inner]
     value = seen.group(1)
     quote = " (YAML reads no, off, yes and on as booleans: quote the word)" if value in ("True", "False") else ""
-    return f"{where}: expected {type_name(hint)}, got {value!r}{quote}"
+    return f"{where}: expected {expected(keys[0], value, type_name(hint))}, got {value!r}{quote}"
 
 
 def _origin(key: str, argv: Sequence[str], sources: Sources) -> str:

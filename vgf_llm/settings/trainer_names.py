@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vgf_llm.errors import ConfigError
-from vgf_llm.settings.renamed import now_called
+from vgf_llm.settings.renamed import line_of, now_called
 
 TRANSLATED = {"trainer_arguments", "warmup_ratio", "save_steps", "eval_steps"}
 FIXED = {"output_dir", "warmup_steps", "remove_unused_columns"}
@@ -120,12 +120,18 @@ def key_of(name: str, own: Collection[str]) -> str:
 def _check_fields(given: dict[str, Any], own: set[str], known: Collection[str], fixed: Collection[str]) -> None:
     for name, value in given.items():
         if line := now_called(name, value, own):
-            raise ConfigError(f"trainer_arguments: {name!r} has a key of its own here; write '{line}' beside it")
+            raise ConfigError(_own_key(name, line))
+        if name in own:
+            raise ConfigError(_own_key(name, line_of(name, value)))
         if name in own | FIXED | set(fixed):
-            raise ConfigError(f"trainer_arguments: {name!r} is set by a key of ours, or is fixed; use that key")
+            raise ConfigError(f"trainer_arguments: {name!r} is fixed here, or set by a key of its own; leave it out")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ConfigError(f"trainer_arguments: transformers' TrainingArguments has no {name!r} (nearest: {near!r})")
+
+
+def _own_key(name: str, line: str) -> str:
+    return f"trainer_arguments: {name!r} has a key of its own here; write '{line}' at the top of the recipe"
 
 
 def _check_choice(name: str, value: Any, own: set[str]) -> None:

@@ -21,9 +21,11 @@ from reward_models.value_model import save_value_model
 from vgf_llm.distributed.gather import full_tensors, under
 from vgf_llm.distributed.shards import copy_whole
 from vgf_llm.errors import CheckpointError
+from vgf_llm.models.inputs import ADAPTER_NAME
 from vgf_llm.runs.checkpoint import writing
-from vgf_llm.runs.provenance import write_base
+from vgf_llm.runs.provenance import BASE_NAME, write_base
 from vgf_llm.runs.publishing import published
+from vgf_llm.runs.result import replaced
 from vgf_llm.training.identity import identity_of_models
 from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.policy_models import PolicyModels
@@ -86,9 +88,29 @@ class Checkpoints:
         Raises:
             OutputError: They cannot be written.
         """
+        with self.replacing(folder) if self.is_first else contextlib.nullcontext(folder) as staging:
+            self.write(model, staging, with_state=False)
+        self.accelerator.wait_for_everyone()  # the files are in their places
+
+    @contextlib.contextmanager
+    def replacing(self, folder: Path) -> Iterator[Path]:
+        """Yield a hidden folder whose content takes the place of an earlier result; called on one process.
+
+        A kill leaves the old result or the new one (`vgf_llm.runs.result`).
+
+        Raises:
+            OutputError: It cannot be written.
+        """
         advice = "checkpoints are untouched: free some space and continue with resume: true"
-        with writing(f"result '{folder}'", folder, advice):
-            self.write(model, folder, with_state=False)
+        last = ADAPTER_NAME if self.models.is_lora else "config.json"
+        with writing(f"result '{folder}'", folder, advice), replaced(folder, last, self._stale) as staging:
+            yield staging
+
+    def _stale(self, folder: Path) -> list[str]:
+        """Name what an earlier run left that the new result would be read together with."""
+        own = () if self.models.is_lora else ("model*.safetensors", "model.safetensors.index.json")
+        patterns = (ADAPTER_NAME, "adapter_*", BASE_NAME, VALUE_FOLDER, *own)
+        return list(dict.fromkeys(path.name for pattern in patterns for path in sorted(folder.glob(pattern))))
 
     def write(self, model: nn.Module, folder: Path, with_state: bool) -> None:
         """Write policy and value into a folder.
