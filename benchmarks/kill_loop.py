@@ -251,7 +251,8 @@ def _start(folder: Path, name: str, output: Path, limit: str) -> int:
     """Fork, and run the command in the child; returns its process id."""
     job = JOBS[name]
     to = "--reward_model" if name == "secant" else "--output_dir"
-    more = () if name == "secant" else ("--resume", "true", "--save_total_limit", limit)
+    resume = "true" if _published(output) else "false"  # an old result and no checkpoint: the run begins anew
+    more = () if name == "secant" else ("--resume", resume, "--save_total_limit", limit)
     argv = [str(argument) for argument in (*job.arguments, to, output.name, *more)]
     sys.stdout.flush()
     pid = os.fork()

@@ -273,14 +273,63 @@ def test_a_run_stopped_after_its_last_step_is_finished_and_takes_no_step_more(tm
     out = tmp_path / "out"
     expected = (out / "adapter_model.safetensors").read_bytes()
     lines = (out / "metrics.jsonl").read_text()
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if "checkpoint" not in str(path)}
     (out / "adapter_model.safetensors").unlink()
     shutil.rmtree(out / "value")
     last = tiny_run(tmp_path, max_steps=3, save_steps=1, resume=True)
     assert last["steps"] == 3
     assert (out / "adapter_model.safetensors").read_bytes() == expected
+    assert names == {path.relative_to(out).as_posix() for path in out.rglob("*") if "checkpoint" not in str(path)}
     assert load_reward_model(out / "value").config.num_layers == 1
     assert (out / "metrics.jsonl").read_text() == lines
     assert not (out / "checkpoint-4").exists()
+
+
+def test_a_result_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    """A second run into the folder is killed while it writes; then it replaces folders, too."""
+    from vgf_llm.training.policy_models import PolicyModels
+
+    tiny_run(tmp_path, max_steps=1)
+    out = tmp_path / "out"
+
+    def held():
+        paths = [*out.glob("adapter_*"), *out.glob("tokenizer*"), *(out / "value").rglob("*")]
+        return {path: path.read_bytes() for path in paths if path.is_file()}
+
+    before = held()
+    save = PolicyModels.save_policy
+
+    def half(models, folder, tensors):
+        save(models, folder, tensors)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PolicyModels, "save_policy", half)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(tmp_path, max_steps=2)
+    assert held() == before
+    tiny_run(tmp_path, max_steps=2)
+    assert held().keys() == before.keys() and held() != before
+    reward = shutil.copytree(out / "value", tmp_path / "reward")
+    tiny_run(tmp_path, max_steps=1, lora_r=0, value="reward", rewards=[str(reward)])
+    assert not list(out.glob("adapter_*")) and not (out / "value").exists()
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_resume_true_does_not_train_a_finished_result_anew(tmp_path):
+    tiny_run(tmp_path, max_steps=1)
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="holds the result of a run and no whole checkpoint"):
+        tiny_run(tmp_path, max_steps=1, learning_rate=0.1, resume=True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_run_is_finished_by_the_steps_that_its_settings_ask_for(tmp_path):
+    """Eight prompts in batches of two are four steps per epoch."""
+    tiny_run(tmp_path, max_steps=2, save_steps=2)
+    assert tiny_run(tmp_path, max_steps=-1, num_train_epochs=1.0, save_steps=2, resume=True)["steps"] == 4
+    with pytest.raises(ConfigError, match="checkpoint-4' has 4 steps, and max_steps is 3: name an earlier checkpoint"):
+        tiny_run(tmp_path, max_steps=3, save_steps=2, resume=True)
 
 
 def test_a_resumed_run_logs_as_it_is_asked_to_now(tmp_path):

@@ -231,9 +231,7 @@ def complete_flags(argv: Sequence[str], hints: Hints) -> list[str]:
             continue
         key = name[2:].removesuffix("+")
         follows = bool(tokens) and not is_flag(tokens[0].partition("=")[0])
-        if key.partition(".")[0] not in hints and (
-            line := now_called(key, value or (tokens[0] if follows else "true"), hints)
-        ):
+        if key not in hints and (line := now_called(key, value or (tokens[0] if follows else "true"), hints)):
             raise ConfigError(f"flag '{name}' has another name now; write '--{line.replace(': ', ' ')}'")
         hint = flag_hint(key, hints)
         if bool in members(hint) and not equals and not follows:
