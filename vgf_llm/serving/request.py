@@ -190,8 +190,10 @@ class RequestReader:
             assert isinstance(asked, CompletionBody)
             name = "prompt"
             given = asked.prompt
-            is_text = isinstance(given, str)
-            found = EncodedPrompt(self._encoded(name, encode_text, given), given) if is_text else list(given)
+            if isinstance(given, str):
+                found = EncodedPrompt(self._encoded(name, encode_text, given), given)
+            else:
+                found = list(given)
         if not found:
             raise refused(name, f"{name} has no tokens")
         if max(found) >= self.vocabulary:

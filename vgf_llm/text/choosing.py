@@ -1,4 +1,4 @@
-"""Choosers: they pick every row's next token, here from logits, or in an engine's own process from a plan.
+"""Token pickers: every row's next token, from logits here, or from a plan in an engine's own process.
 
 A picker is called with the logits of a position wherever the model runs in this process. An engine (vLLM) runs it in
 another one. It is given each row's :class:`vgf_llm.text.plans.RowPlan`, numbers that say all there is to know, picks by
