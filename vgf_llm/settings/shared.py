@@ -56,7 +56,7 @@ class ModelSettings(BaseModelSettings):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """The reference law: temperature and truncation of the base model, the same for sampling and decoding."""
+    """The reference distribution: temperature and truncation of the base model, the same for sampling and decoding."""
 
     temperature: float = 1.0
     """Softmax temperature, above 0."""
