@@ -8,8 +8,8 @@ ratios are taken turn by turn; their median is given, and their range over the t
 
 ``vllm_over_transformers_tokens_per_sec``  vLLM's own sampler against ``generate`` of transformers, both at top-k 50,
 for each number of sequences.
-``transported_over_plain_time``  the ``prior`` decoder's tilted law in the engine, its plans made and followed included,
-against the engine's own sampler, at the number of sequences nearest to 32.
+``transported_over_plain_time``  the ``prior`` decoder's tilted distribution in the engine, its plans made and followed
+included, against the engine's own sampler, at the number of sequences nearest to 32.
 
 The engine runs in this process; resident memory is read after each start. ``--record`` writes
 docs/results/sampling.json; the last line of standard output is the same JSON object.
@@ -55,7 +55,7 @@ _RECORD = "docs/results/sampling.json"
 
 @dataclass(frozen=True)
 class Models:
-    """A model in both backends, its prompts, and the law."""
+    """A model in both backends, its prompts, and the distribution."""
 
     model: PreTrainedModel
     engine: VLLMEngine
@@ -89,7 +89,7 @@ class Models:
         self.engine.run([EngineRequest(prompt, length, sampling=self.sampling, seed=seed) for seed, prompt in rows])
 
     def transported(self, move: Move) -> None:
-        """Write with the tilted law in the engine."""
+        """Write with the tilted distribution in the engine."""
         decoder = PriorDecoder(self.reference, self.model.get_input_embeddings().weight.detach())
         decoder.decode(decoder.prepare(move.responses.prompts), move)
 

@@ -127,14 +127,14 @@ def compare(here: Answers, there: Answers, seeds: Sequence[Tensor]) -> dict[str,
 def first_gaps(mine_RT: Tensor, theirs_RT: Tensor, mine: Responses, theirs: Responses, seeds_BN: Tensor) -> list[float]:
     """Return, for each sample that differs, how far apart both tokens' scores were where it first does.
 
-    The score is log p + noise, by which the sampler picks; p is the law that transformers met there. Infinity where one
-    token is not on the other's list, so that it was not the scores that decided.
+    The score is log p + noise, by which the sampler picks; p is the distribution that transformers met there. Infinity
+    where one token is not on the other's list, so that it was not the scores that decided.
 
     Args:
         mine_RT: What transformers wrote, padded with -1.
         theirs_RT: What vLLM wrote.
-        mine: What transformers wrote, with its laws.
-        theirs: What vLLM wrote, with its laws.
+        mine: What transformers wrote, with its distributions.
+        theirs: What vLLM wrote, with its distributions.
         seeds_BN: Of the noise.
     """
     seeds_R, gaps = seeds_BN.flatten(), []

@@ -41,7 +41,7 @@ class Reply:
         kind: The question's.
         text: None for an error.
         value: Of the text.
-        nats: Spent on it; None without a law.
+        nats: Spent on it; None without a distribution.
         seconds: From the first attempt to the answer, 429s and the waits after them included.
         at_sec: Of the first attempt, since the load began.
         turned_away: 429s before it.

@@ -4,7 +4,7 @@
 
 Every adapter is measured alike, whoever trained it, and ``base`` stands for the model without one. Per prompt:
 
-    gold, reward   mean over ``num_samples`` of the policy's own responses under the sampling law
+    gold, reward   mean over ``num_samples`` of the policy's own responses under the sampling distribution
     nll            of these responses under the base, nats a token, untruncated at temperature 1
     kl             mean over as many further responses, drawn from the policy untruncated at temperature 1, of
                    sum_t log pi(y_t) - log p(y_t): an unbiased estimate of KL(pi || p) of a response of at most
@@ -182,7 +182,7 @@ def measure(
         settings: Prompts, scorer and samples.
         pipeline: The base with its reward model; the adapter of ``policy`` is on it.
         policy: The PEFT model, or None for the base.
-        sampling: The law of the samples that are scored.
+        sampling: The distribution of the samples that are scored.
         name: For the progress.
     """
     from reward_models.functions import call_function, load_function

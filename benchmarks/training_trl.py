@@ -3,8 +3,8 @@
     python -m benchmarks.training_trl --method grpo --learning_rate 5e-5 --minutes 10 --dtype bfloat16 --top_k 50
         --reward_model outputs/smollm2_sentiment/reward --output_dir outputs/training/grpo
 
-Model, LoRA, prompts, reward, sampling law and dtype are those of every method. The rest is TRL 1.16's default, or what
-its documentation recommends where that differs, and these are the reasons:
+Model, LoRA, prompts, reward, sampling distribution and dtype are those of every method. The rest is TRL 1.16's default,
+or what its documentation recommends where that differs, and these are the reasons:
 
     learning_rate       ten times the default under LoRA (TRL, PEFT integration: GRPO 1e-5, DPO 5e-6); its other page
                         on LoRA (LoRA without regret) takes 5e-5 for GRPO. So it is tuned, see benchmarks/training.py
@@ -246,7 +246,7 @@ def _common(job: Job, models: ModelSettings) -> dict[str, Any]:
 
 
 def _online(job: Job, sampling: SamplingSettings) -> dict[str, Any]:
-    """Return what GRPO and RLOO share: the sampling law and the batch."""
+    """Return what GRPO and RLOO share: the sampling distribution and the batch."""
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,

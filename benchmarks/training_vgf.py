@@ -4,7 +4,7 @@
         --reward_model outputs/smollm2_sentiment/reward --output_dir outputs/training/vgf
 
 It is ``python -m vgf_llm.train`` with a callback that stops it by the clock. Budget, loss and weights are the recipe's;
-model, LoRA, prompts, reward, sampling law, dtype, batch and schedule are those of every method.
+model, LoRA, prompts, reward, sampling distribution, dtype, batch and schedule are those of every method.
 """
 
 from __future__ import annotations

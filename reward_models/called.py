@@ -69,7 +69,10 @@ class ClassifierReward:
             if name in rows[0]
         }
         logits: Tensor = self.model(**batch).logits.float()
-        found: list[float] = (logits.reshape(len(rows), -1) @ self.weights_K.to(logits.device)).tolist()
+        if logits.dim() == 3:  # a token classifier: its outputs at the last token
+            last_R = batch["attention_mask"].sum(dim=1) - 1
+            logits = logits[torch.arange(len(rows), device=logits.device), last_R]
+        found: list[float] = (logits @ self.weights_K.to(logits.device)).tolist()
         return found
 
     def _encoded(self, prompt: str, response: str) -> dict[str, list[int]]:

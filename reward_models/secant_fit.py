@@ -68,7 +68,7 @@ def sample_reference(
     """Sample responses of the reference and look up its shortlists along them.
 
     Args:
-        reference: base model and law.
+        reference: base model and distribution.
         prompts: B lists of token ids.
         a_prompt: responses per prompt, at least 1.
         shortlist: K, likeliest tokens a position; fewer where the vocabulary is smaller.

@@ -15,6 +15,8 @@ class SecantScript(BaseModelSettings):
 
     reward_model: str
     """Folder of the trained reward model (or adapter) whose changes are fitted."""
+    model_name_or_path: str = "default"
+    """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
     reward_outputs: dict[str, float] = field(default_factory=dict)
     """Weights of the reward model's outputs, by name or number; needed where it is a classifier with several."""
     prompts: str

@@ -73,7 +73,7 @@ def run(
         policy: The model.
         method: Budget, decoder, loss.
         optim: Optimisation and checkpoints.
-        sampling: The law of responses.
+        sampling: The distribution of responses.
         callbacks: Further transformers TrainerCallbacks.
 
     Raises:

@@ -89,12 +89,12 @@ class Case:
 
     @cached_property
     def reference(self) -> TorchReference:
-        """The base under a law that is close to greedy sampling of 8 tokens."""
+        """The base under a distribution that is close to greedy sampling of 8 tokens."""
         return TorchReference(self.base, SamplingSettings(top_k=8, max_new_tokens=NEW_TOKENS), EOS_IDS, PAD_ID)
 
     @cached_property
     def short(self) -> TorchReference:
-        """The same law for responses of half the length."""
+        """The same distribution for responses of half the length."""
         return TorchReference(self.base, SamplingSettings(top_k=8, max_new_tokens=NEW_TOKENS // 2), EOS_IDS, PAD_ID)
 
     def text(self, b: int, n: int) -> tuple[list[int], list[int]]:

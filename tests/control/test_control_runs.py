@@ -76,7 +76,7 @@ def test_a_run_that_diverges_stops_before_it_is_saved(steps, tmp_path):
 
 @pytest.mark.parametrize("key, value", [("nats", 1.0), ("rounds", 2), ("max_token_nats", 0.5)])
 def test_limits_of_decoding_are_refused_where_nothing_is_decoded(key, value):
-    with pytest.raises(ValueError, match=f"budget.{key} limits the decoding of tokens"):
+    with pytest.raises(ValueError, match=f"budget.{key} must be left out: it limits the decoding of tokens"):
         AgentSettings(budget=TransportBudget(**{key: value}))
 
 

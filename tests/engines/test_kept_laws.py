@@ -1,4 +1,4 @@
-"""The laws that the sampler keeps are those of the parallel forward, and stay with their responses."""
+"""The distributions that the sampler keeps are those of the parallel forward, and stay with their responses."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_kept_laws_are_those_of_the_parallel_forward(reference):
     kept, mask = samples.law, samples.mask_BNT
     found = reference.shortlists(reference.prefix(PROMPTS), samples)
     ids, logps = (x.view(*mask.shape, -1)[mask] for x in (found.ids, found.logps))
-    assert torch.isinf(logps[:, -1]).all()  # nothing had to be added: every token was drawn from its law
+    assert torch.isinf(logps[:, -1]).all()  # nothing had to be added: every token was drawn from its distribution
     kept_ids, kept_logps = kept.ids[mask], kept.logps[mask]
     inside = ~torch.isinf(kept_logps)
     assert torch.equal(inside, ~torch.isinf(logps[:, :-1]))

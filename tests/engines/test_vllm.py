@@ -1,4 +1,4 @@
-"""The real vLLM engine on the tiny model: the tokens, laws and nats of the transformers backend, for every decoder."""
+"""The real vLLM engine on the tiny model: tokens, distributions and nats as in transformers, for every decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request as vLLM is asked: by plan or greedily at temperature 0, else under its law and seed."""
+"""A request as vLLM is asked: by plan or greedily at temperature 0, else under its distribution and seed."""
 
 import torch
 

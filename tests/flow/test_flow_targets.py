@@ -1,4 +1,4 @@
-"""SVGD reaches densities that are known: value / temperature is the log density, so the cloud's law can be stated.
+"""SVGD reaches densities that are known: value / temperature is the log density, so the cloud's distribution is known.
 
 A finite cloud is a little too narrow (5 to 10 percent in variance at 200 and 100 particles); the stated errors allow
 that. The mode weights of SVGD on well separated modes depend on the start. The mixture here is the overlapping one of

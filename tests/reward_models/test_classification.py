@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from reward_models.called import classifier_reward
 from reward_models.classification import load_classifier, output_weights, read_classifier, reward_head
 from reward_models.loading import load_reward_model
 from tests.byte_tokenizers import byte_tokenizer
@@ -187,3 +188,25 @@ def test_another_tokenizer_is_refused_where_gradients_are_asked_for(tmp_path, ti
     folder = classifier(tmp_path, byte_tokenizer())
     with pytest.raises(ModelError, match="gives other ids than the base model's"):
         load_reward_model(folder, tokenizer=tiny_tokenizer)
+
+
+def test_a_token_classifier_is_read_at_the_last_token(tmp_path):
+    """As process reward models are made: two outputs per token, here their difference."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForTokenClassification.from_config(config_of("qwen", tokenizer, num_labels=2)).eval()
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer, outputs = load_tokenizer(str(tmp_path)), {"1": 1.0, "0": -1.0}
+    talks = talks_of(tokenizer, 6)
+    value = load_reward_model(tmp_path, tokenizer=tokenizer, outputs=outputs)
+    value, ids, tokens, mask = scored(value, tokenizer, talks)
+    last = torch.tensor([rows[-1] for rows in scores_by_transformers(model, tokenizer, talks)])
+    found = value.score(value.prefix(ids), tokens, mask)[:, 0]
+    assert (found - (last[:, 1] - last[:, 0])).abs().max() < 1e-4
+    called = classifier_reward(tmp_path, outputs)
+    short = [talk[-2:] for talk in talks]
+    by_text = called([talk[0]["content"] for talk in short], [talk[1]["content"] for talk in short])
+    last = torch.tensor([rows[-1] for rows in scores_by_transformers(model, tokenizer, short)])
+    assert (torch.tensor(by_text) - (last[:, 1] - last[:, 0])).abs().max() < 1e-4

@@ -145,7 +145,7 @@ def test_a_default_that_no_request_could_use_is_refused_at_the_start(served_pipe
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--port", "70000"], "port must be in 0 to 65535"),
+        (["--port", "70000"], "port must be from 0 to 65535"),
         (["--max_running", "0"], "max_running must be at least 1"),
         (["--max_waiting", "-1"], "max_waiting must be at least 0"),
         (["--limits.timeout_sec", "0"], "timeout_sec must be above 0"),

@@ -125,8 +125,8 @@ def test_texts_end_at_the_first_eos_and_with_the_references_probability(referenc
 def test_blocks_of_one_token_follow_the_tilted_law_of_the_text_that_was_written(reference, value):
     """Second tokens of rows whose draft was the original's, and of rows that were drafted anew.
 
-    One direction for all, so q(. | w) is a law of the written w alone, with half of the nats each; of at least 4,000
-    rows each the largest standard error is 0.008.
+    One direction for all, so q(. | w) is a distribution of the written w alone, with half of the nats each; of at least
+    4,000 rows each the largest standard error is 0.008.
     """
     rows, nats, table = 20_000, 1.0, value.embedding_table_VD
     two = TorchReference(reference.model, SamplingSettings(top_k=12, max_new_tokens=2), (10_000,), 0)

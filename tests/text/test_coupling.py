@@ -1,4 +1,4 @@
-"""Couplings of a draft's token with the tilted law, and the options of ``prior`` that choose them."""
+"""Couplings of a draft's token with the tilted distribution, and the options of ``prior`` that choose them."""
 
 import dataclasses
 import itertools
@@ -67,7 +67,7 @@ def test_equal_laws_give_the_token_back(coupling):
 
 
 def first_tokens(parts, nats, **options):
-    """20,000 first tokens moved by one direction: before, after, and the laws p and q over the vocabulary."""
+    """20,000 first tokens moved by one direction: before, after, and the distributions p and q over the vocabulary."""
     reference, value = parts
     one = TorchReference(reference.model, dataclasses.replace(reference.sampling, max_new_tokens=1), (2, 5), 0)
     table = value.embedding_table_VD
@@ -127,7 +127,7 @@ def test_every_combination_keeps_to_the_budget_and_raises_the_value(parts, optio
 
 
 def test_a_multiplier_a_token_spends_the_same_at_every_one(parts):
-    """Nine tokens and 0.9 nats: 0.1 each, as far as the laws allow; a smaller cap binds instead."""
+    """Nine tokens and 0.9 nats: 0.1 each, as far as the distributions allow; a smaller cap binds instead."""
     outcome = moved_texts(parts, TransportBudget(nats=0.9), multiplier="token")
     full = (outcome.originals.movable_BNT.sum(-1) == 9) & (outcome.transported.movable_BNT.sum(-1) == 9)
     assert full.any()

@@ -1,4 +1,4 @@
-"""Decoders and the implicit policy on tiny models: identities, laws, budgets."""
+"""Decoders and the implicit policy on tiny models: identities, distributions, budgets."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Hashed Gumbel noise: its law, its independence, and its posterior."""
+"""Hashed Gumbel noise: its distribution, its independence, and its posterior."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_first_seeds_of_a_prompt_do_not_depend_on_the_group_size_or_the_batch():
 
 
 def test_posterior_makes_the_winner_win_and_is_gumbel_on_average():
-    """Averaged over winners drawn from p, posterior noise is plain Gumbel noise again (law of total probability)."""
+    """Averaged over winners drawn from p, posterior noise is plain Gumbel noise again (total probability)."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logps = p.log().expand(40_000, 4)
     seeds = row_seeds(5, list(range(4000)), 10).flatten()

@@ -57,7 +57,7 @@ def all_responses():
 
 @torch.no_grad()
 def enumerated(reference, value):
-    """Every response with log p under the truncated law, by plain uncached forwards, and its reward."""
+    """Every response with log p under the truncated distribution, by plain uncached forwards, and its reward."""
     table = {}
     for response in all_responses():
         sequence = torch.tensor([*PROMPT, *response])
@@ -173,7 +173,7 @@ def test_pivot_reaches_the_kl_regularised_optimum(parts, tilted_tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", [exact_gradient, no_gradient()])
 def test_edit_reaches_the_optimum_of_each_length_whatever_the_direction(parts, gradient):
-    """The direction proposes, the test decides: it changes the speed and not the law."""
+    """The direction proposes, the test decides: it changes the speed and not the distribution."""
     decoder = EditDecoder(parts[0], parts[1].embedding_table_VD)
     before, after = run(parts, decoder, gradient, chains=6_000, burn_in=70, more=14)
     target = of_each_length(enumerated(*parts), before)

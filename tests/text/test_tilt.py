@@ -1,4 +1,4 @@
-"""The tilted law, its KL, and the multipliers that spend a budget."""
+"""The tilted distribution, its KL, and the multipliers that spend a budget."""
 
 import math
 

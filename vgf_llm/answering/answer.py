@@ -44,7 +44,7 @@ def answer(
     Args:
         settings: Budget, particles, decoder, seed and batch size; its prompt file is not read here.
         models: Base model and reward model.
-        sampling: The reference law.
+        sampling: The reference distribution.
         prompts: Every prompt, as text or messages; a place in this list decides a prompt's noise.
         indices: Places of the prompts to answer; all when None.
         description: Shown before the progress.

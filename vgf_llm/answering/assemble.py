@@ -34,7 +34,8 @@ def make_policy(
 
     Args:
         kind: :class:`ImplicitPolicy`, or one of its kind.
-        reference: The base model and its law: the decoder writes with it, and the sampler unless another one is given.
+        reference: The base model and its distribution: the decoder writes with it, and the sampler unless another one
+            is given.
         value: Moves the particles and selects.
         budget: Transport budget; the empty one is best-of-N.
         decoder: Name of the decoder.

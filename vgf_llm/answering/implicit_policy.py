@@ -37,7 +37,7 @@ class Outcome:
             the empty budget.
         original_values_BN: Value of the originals.
         transported_values_BN: Value of the transported.
-        nats_RBN: KL spent while decoding in each of R rounds; NaN for decoders without a law.
+        nats_RBN: KL spent while decoding in each of R rounds; NaN for decoders without a distribution.
         displacement_RBN: Mean displacement of a moved token in each round, in nearest-token distances.
         selected: One response a prompt, [B, 1, T].
         selected_values_B: Its value.
@@ -71,7 +71,7 @@ class ImplicitPolicy:
     """Reference, value, decoder and budget as one policy.
 
     Args:
-        sampler: Draws from the reference law.
+        sampler: Draws from the reference distribution.
         value: Differentiable value; moves the particles and selects.
         decoder: Turns moved particles into tokens.
         budget: Transport budget; :meth:`TransportBudget.none` is best-of-N.

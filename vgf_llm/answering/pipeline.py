@@ -62,7 +62,7 @@ def load_pipeline(
 
     Args:
         models: Their names, dtype and device.
-        sampling: The reference law.
+        sampling: The reference distribution.
         backend: Runs the base model; transformers in this process by default.
 
     Raises:

@@ -6,7 +6,7 @@ Data goes actions -> a clone of the behaviour -> particles at a state -> moved a
     losses.py, targets.py    the formulas, torch only
     networks.py, agent.py    clone, twin critics, gradient network; one update, and acting under a budget
     data.py, loaders.py      transitions, what is refused; OGBench, D4RL and Minari files
-    envs.py, evaluation.py   environments by name; several budgets in one pass
+    envs.py, episodes.py     environments by name; several budgets in one pass
     collect.py, oracles.py   data in OGBench's format from scripted behaviour
     train.py, report.py      the commands; report joins seeds, with intervals and a figure
 

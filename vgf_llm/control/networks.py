@@ -196,6 +196,6 @@ class GaussianClone(nn.Module):
 
 
 def _uniform(copies: int, inputs: int, outputs: int) -> Tensor:
-    """Glorot's uniform law."""
+    """Glorot's uniform distribution."""
     bound = math.sqrt(6 / (inputs + outputs))
     return torch.empty(copies, inputs, outputs).uniform_(-bound, bound)

@@ -34,15 +34,15 @@ class Backend(Protocol[R_co]):
         ...
 
     def start(self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, table_VD: Tensor) -> R_co:
-        """Return the base model under the sampling law, running; the reference's ``close`` ends it.
+        """Return the base model under the sampling distribution, running; the reference's ``close`` ends it.
 
         Args:
             base: As :meth:`load` returned it, with no id beyond the value's table.
             models: As there.
-            sampling: The law.
+            sampling: The distribution.
             table_VD: Input embeddings that particles live in, on the value's device.
 
         Raises:
-            VGFError: If the backend cannot run this law, or does not start.
+            VGFError: If the backend cannot run this distribution, or does not start.
         """
         ...

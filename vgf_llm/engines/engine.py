@@ -35,7 +35,7 @@ class EngineRequest:
         prompt: Token ids, what is kept of a response among them.
         max_tokens: Most tokens to write, at least 1.
         plan: Picks the tokens; without one the engine's own sampler does, under ``sampling`` and ``seed``.
-        sampling: The law for a request without a plan.
+        sampling: The distribution for a request without a plan.
         seed: Seed of the engine's own sampler, any whole number.
         eos_ids: Ids that end the text; they stay in it.
         stop: Strings that end the text where they have been written.

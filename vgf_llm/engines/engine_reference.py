@@ -1,9 +1,10 @@
 """The reference when an engine runs it: the same questions as :class:`vgf_llm.text.Reference`, answered by requests.
 
-Decoders ask a reference for laws and likelihoods of given texts and let it write with a picker. Here the first two are
-requests for the log-probabilities of a prompt, and writing hands the picker's plans to the engine, which picks by the
-same functions (:mod:`vgf_llm.text.choosing`). The picker then follows what was picked with the laws that came back, so
-its state (nats spent, laws met) is what it would be here, and an engine that did not do as planned is noticed.
+Decoders ask a reference for distributions and likelihoods of given texts and let it write with a picker. Here the first
+two are requests for the log-probabilities of a prompt, and writing hands the picker's plans to the engine, which picks
+by the same functions (:mod:`vgf_llm.text.choosing`). The picker then follows what was picked with the distributions
+that came back, so its state (nats spent, distributions met) is what it would be here, and an engine that did not do as
+planned is noticed.
 
 Prompts and what is kept of a response are found in the engine's prefix cache; reading a text for its likelihoods is not
 (vLLM has no log-probabilities of tokens that it does not run).
@@ -50,7 +51,7 @@ class EnginePrefix:
 
 
 def check_truncated(sampling: SamplingSettings) -> None:
-    """Refuse a law that an engine cannot report: it lists some tokens per place, not all of them.
+    """Refuse a distribution that an engine cannot report: it lists some tokens per place, not all of them.
 
     To be called before an engine is started, which takes minutes; :class:`EngineReference` calls it too.
 
@@ -62,7 +63,7 @@ def check_truncated(sampling: SamplingSettings) -> None:
 
 
 class EngineReference:
-    """A frozen base model in an engine, under a sampling law.
+    """A frozen base model in an engine, under a sampling distribution.
 
     Args:
         engine: Runs the model.
@@ -70,7 +71,7 @@ class EngineReference:
         sampling: Temperature, truncation and length.
         eos_ids: Every id that ends a response.
         pad_id: Id for padding, which is told by masks; it may be one of ``eos_ids``.
-        device: Where responses and laws are to live: the value's device.
+        device: Where responses and distributions are to live: the value's device.
         adapter: LoRA that the model is to answer with, by what the engine knows it as.
         stop: Strings that end what is written; a text keeps the token that completes one. Read by what writes a
             response from its start (sampling, the decoder ``prior``), where the engine sees all of it.
@@ -81,7 +82,7 @@ class EngineReference:
             writes a token after it.
 
     Raises:
-        ConfigError: If the law is not truncated (:func:`check_truncated`).
+        ConfigError: If the distribution is not truncated (:func:`check_truncated`).
     """
 
     reserved_positions = 1
@@ -111,7 +112,7 @@ class EngineReference:
 
     @property
     def columns(self) -> int:
-        """Tokens of a law."""
+        """Tokens of a distribution."""
         return self._columns(self.sampling)
 
     @property
@@ -147,7 +148,7 @@ class EngineReference:
     def shortlists(
         self, prefix: EnginePrefix, responses: Responses, sampling: SamplingSettings | None = None
     ) -> Shortlist:
-        """Return the law at every position, [B*N, T, K + 1]; see :meth:`vgf_llm.text.Reference.shortlists`."""
+        """Return the distribution at every position, [B*N, T, K + 1]; see :meth:`vgf_llm.text.Reference.shortlists`."""
         sampling = sampling or self.sampling
         columns, length = self._columns(sampling), responses.tokens_BNT.shape[-1]
         ids, logps = [], []
@@ -270,7 +271,7 @@ class EngineReference:
         return tokens_RT, inside_RT
 
     def _laid_out(self, texts: dict[int, EngineText], number: int) -> tuple[Tensor, Tensor, Shortlist]:
-        """Return tokens [R, T], bool [R, T] and laws [R, T, K] of R rows, given the texts of some of them."""
+        """Return tokens [R, T], bool [R, T] and distributions [R, T, K] of R rows, given the texts of some of them."""
         length = max((len(text.tokens) for text in texts.values()), default=1)
         tokens_RT = torch.full((number, length), self.pad_id)
         inside_RT = torch.zeros_like(tokens_RT, dtype=torch.bool)

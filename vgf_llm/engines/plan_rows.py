@@ -32,7 +32,7 @@ class PlannedRow:
     Attributes:
         plan: What it is to do; tensors on the engine's device.
         key: Rows with the same key may be run as one batch.
-        sampling: The reference's law.
+        sampling: The reference's distribution.
         start: Place in the response of the first token.
         states: State before each offset; empty where the kind has none.
     """
@@ -106,7 +106,7 @@ def check_plan(plan: RowPlan, max_tokens: int | None) -> None:
 
 
 def _checked_rule(plan: RowPlan) -> SamplingSettings:
-    """Check a plan's rule and return the law in it."""
+    """Check a plan's rule and return the distribution in it."""
     kind, rule = plan.kind, plan.rule
     if set(rule) - {_VOCABULARY} != set(kind.rule):
         raise DataError(f"the rule of a {kind.name} row holds {reprlib.repr(sorted(rule))}, it must hold {kind.rule}")

@@ -33,7 +33,7 @@ def start_engine(
 
     Args:
         models: Names the base model.
-        sampling: The law; the engine reports the top k of it.
+        sampling: The distribution; the engine reports the top k of it.
         settings: The engine.
         table_VD: Input embeddings that particles live in.
         pushed: PEFT configuration of the LoRAs that will be pushed to an engine that is started here.

@@ -20,5 +20,5 @@ class TransformersBackend:
     def start(
         self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, table_VD: Tensor
     ) -> TorchReference:
-        """Return the base model under the sampling law."""
+        """Return the base model under the sampling distribution."""
         return TorchReference(base.lm, sampling, base.eos_ids, base.pad_id, base.vocabulary)

@@ -28,7 +28,7 @@ class VLLMBackend:
     def start(
         self, base: LoadedBase, models: ModelSettings, sampling: SamplingSettings, table_VD: Tensor
     ) -> EngineReference:
-        """Start the engine and return the base model under the sampling law."""
+        """Start the engine and return the base model under the sampling distribution."""
         check_truncated(sampling)
         adapter = adapter_of(models) if self.settings.url is None else None  # a server's is its served_model
         return EngineReference(

@@ -2,8 +2,8 @@
 
 A plan (:class:`vgf_llm.text.plans.RowPlan`) comes as text in the request's extra arguments under ``vgf_plan``. At
 every step the rows with plans are picked together and all other logits of theirs set to -inf, so that greedy sampling
-takes the token. Requests without a plan are left alone, and rows of different laws are picked in groups of their own:
-nobody pays for another's budget. The embedding table is named by the engine's additional config
+takes the token. Requests without a plan are left alone, and rows of different distributions are picked in groups of
+their own: nobody pays for another's budget. The embedding table is named by the engine's additional config
 (:mod:`vgf_llm.engines.vllm_table`), ``{"vgf_table": <folder>}`` on a command line.
 
 This is the one module of the package that cannot be imported without vLLM.

@@ -16,8 +16,8 @@ PLAN_ARGUMENT = "vgf_plan"
 def request_fields(request: EngineRequest) -> dict[str, Any]:
     """Return the fields of a request that vLLM's Python and its HTTP interface call by the same name.
 
-    A plan picks tokens by setting all other logits to -inf, so temperature 0 takes them; a request without a law is
-    greedy too. Whatever ends a text is named, the model's own EOS is not.
+    A plan picks tokens by setting all other logits to -inf, so temperature 0 takes them; a request without a
+    distribution is greedy too. Whatever ends a text is named, the model's own EOS is not.
     """
     own = request.sampling
     fields: dict[str, Any] = {

@@ -64,7 +64,7 @@ def summarise(rows: list[Row], arm_names: list[str]) -> dict[str, Any]:
             "seeds": len({row["seed"] for row in arm_rows}),
         }
         for measure, function in MEASURES.items():
-            lacking = any(row.get(measure, 0) is None for row in arm_rows)  # no law, no nats
+            lacking = any(row.get(measure, 0) is None for row in arm_rows)  # no distribution, no nats
             entry[measure] = None if lacking else asdict(bootstrap_mean(list(_by_prompt(arm_rows, function).values())))
         summary[name] = entry
     return summary

@@ -31,7 +31,7 @@ class AnswerRequest:
     Attributes:
         asked: The body.
         prompt: Token ids; none until they are encoded.
-        sampling: The reference law; its temperature is that of the server where ``greedy``.
+        sampling: The reference distribution; its temperature is that of the server where ``greedy``.
         greedy: Whether the most probable token is taken at each place.
         budget: Transport budget; the empty one is best-of-N.
         num_particles: Responses that are sampled, at least 1.
@@ -72,7 +72,7 @@ class RequestReader:
 
     Args:
         settings: Defaults and limits.
-        sampling: The default law; its top k is the longest list that the engine reports.
+        sampling: The default distribution; its top k is the longest list that the engine reports.
         tokenizer: The model's; used from one thread at a time.
         vocabulary: Tokens of the model.
         positions: Positions of the model; None where it has no limit.
@@ -190,8 +190,10 @@ class RequestReader:
             assert isinstance(asked, CompletionBody)
             name = "prompt"
             given = asked.prompt
-            is_text = isinstance(given, str)
-            found = EncodedPrompt(self._encoded(name, encode_text, given), given) if is_text else list(given)
+            if isinstance(given, str):
+                found = EncodedPrompt(self._encoded(name, encode_text, given), given)
+            else:
+                found = list(given)
         if not found:
             raise refused(name, f"{name} has no tokens")
         if max(found) >= self.vocabulary:

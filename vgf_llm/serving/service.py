@@ -60,7 +60,7 @@ class Service:
     """One value model and whatever engine is running, as an answerer of questions.
 
     Args:
-        pipeline: The value with its gradient, the tokenizer, and the law and shape of the base model.
+        pipeline: The value with its gradient, the tokenizer, and the distribution and shape of the base model.
         settings: Defaults and limits.
         engine: Returns the engine that is running; raises where there is none.
     """
@@ -189,7 +189,7 @@ class PlainSampler:
     Args:
         engine: Writes.
         like: Says how a text ends and is padded.
-        question: Prompt, law and seed.
+        question: Prompt, distribution and seed.
     """
 
     def __init__(self, engine: Engine, like: EngineReference, question: AnswerRequest) -> None:

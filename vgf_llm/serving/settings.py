@@ -72,7 +72,7 @@ class ServeSettings(ImplicitPolicySettings):
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
         super().__post_init__()
-        require(0 <= self.port <= 65535, "port", self.port, "in 0 to 65535")
+        require(0 <= self.port <= 65535, "port", self.port, "from 0 to 65535")
         require(self.max_running >= 1, "max_running", self.max_running, "at least 1")
         require(self.max_waiting >= 0, "max_waiting", self.max_waiting, "at least 0")
         for one in fields(self.budget):
@@ -82,6 +82,8 @@ class ServeSettings(ImplicitPolicySettings):
         for key in LIMITED:
             name = key.rpartition(".")[2]
             value, limit = attrgetter(key)(self), getattr(self.limits, name)
+            if limit != getattr(LimitSettings(), name):  # the limit was set, so it is what is to be mended
+                require(value <= limit, f"limits.{name}", limit, f"at least {key}, which is {value}")
             require(value <= limit, key, value, f"at most limits.{name}, which is {limit}")
 
     @property

@@ -32,11 +32,11 @@ class BaseModelSettings:
 
     model_name_or_path: str = "default"
     """Base model: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a name on the hub."""
-    pad_token: str | None = None
+    pad_token: str | None = field(default=None, kw_only=True)
     """Padding token of the vocabulary; null takes the tokenizer's, else its EOS: padding is masked."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """Variables of the chat template, for example {"enable_thinking": false}; saved with what is trained."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, kw_only=True)
     """Whether code in a model's repository may run."""
 
 
@@ -56,7 +56,7 @@ class ModelSettings(BaseModelSettings):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """The reference law: temperature and truncation of the base model, the same for sampling and decoding."""
+    """The reference distribution: temperature and truncation of the base model, the same for sampling and decoding."""
 
     temperature: float = 1.0
     """Softmax temperature, above 0."""

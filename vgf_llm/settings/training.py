@@ -57,7 +57,7 @@ class OptimiserSettings:
     seed: int = 0
     """Of initial weights, data order and noise; 0 to 2**32 - 1."""
     report_to: str = "none"
-    """Where metrics go besides the log: none, tensorboard, wandb, ..."""
+    """Where metrics go besides metrics.jsonl: none, tensorboard, wandb, ..."""
     trainer_arguments: dict[str, Any] = field(default_factory=dict)
     """Further fields of transformers' TrainingArguments, by name."""
 

@@ -1,4 +1,4 @@
-"""Text as particles: the reference's law, responses and their embeddings, and decoders."""
+"""Text as particles: the reference's distribution, responses and their embeddings, and decoders."""
 
 from vgf_llm.text.decoders import (
     BlockDecoder,

@@ -1,10 +1,10 @@
-"""Choosers: they pick every row's next token, here from logits, or in an engine's own process from a plan.
+"""Token pickers: every row's next token, from logits here, or from a plan in an engine's own process.
 
 A picker is called with the logits of a position wherever the model runs in this process. An engine (vLLM) runs it in
 another one. It is given each row's :class:`vgf_llm.text.plans.RowPlan`, numbers that say all there is to know, picks by
-the same functions of tensors, and hands back tokens and laws. The picker then follows what was picked, which brings
-its own state (nats spent, laws met) to where calling it would have brought it. It also says what it would have picked
-itself, so that an engine that does something else is noticed.
+the same functions of tensors, and hands back tokens and distributions. The picker then follows what was picked, which
+brings its own state (nats spent, distributions met) to where calling it would have brought it. It also says what it
+would have picked itself, so that an engine that does something else is noticed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TokenPicker(Protocol):
         """Take over the tokens that were picked at ``position``; returns those that this picker would have picked.
 
         Args:
-            law: The reference's law [R, K] there.
+            law: The reference's distribution [R, K] there.
             position: As in a call.
             token_R: What was picked.
             live_R: bool, rows that were written to; the others are left alone.
@@ -77,10 +77,10 @@ DRAW = PlanKind(
 
 @dataclass
 class Draws:
-    """The picker that draws from the reference; it keeps the laws that it met, one a position.
+    """The picker that draws from the reference; it keeps the distributions that it met, one a position.
 
     Attributes:
-        sampling: The reference's law.
+        sampling: The reference's distribution.
         seeds_R: int64, one seed a row.
         ends_first: As for :func:`drawn_token`.
         kept_columns: A longer shortlist is not kept.
@@ -104,7 +104,7 @@ class Draws:
         return [RowPlan(DRAW, rule, {"seed": seed, "start": start}) for seed, start in where]
 
     def follow(self, law: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:
-        """Keep the law; see :class:`TokenPicker`."""
+        """Keep the distribution; see :class:`TokenPicker`."""
         return self._drawn(law, position)
 
     def _drawn(self, law: Shortlist, position: int) -> Tensor:
@@ -113,7 +113,7 @@ class Draws:
         return drawn_token(law, self.seeds_R, position, self.ends_first)
 
     def law(self) -> Shortlist | None:
-        """Return the laws [R, T, K] of what was written; None where they were not kept."""
+        """Return the distributions [R, T, K] of what was written; None where they were not kept."""
         if not self.laws:
             return None
         ids, logps = [law.ids for law in self.laws], [law.logps for law in self.laws]

@@ -30,8 +30,9 @@ def draft_noise(
     """Return the Gumbel noise of the draft's own sampling where the draft had a token on its list, fresh elsewhere.
 
     Args:
-        law: The law [R, K] that is drawn from now.
-        draft_law: The law [R, K'] that the draft's token was drawn from; ``-inf`` on columns without known noise.
+        law: The distribution [R, K] that is drawn from now.
+        draft_law: The distribution [R, K'] that the draft's token was drawn from; ``-inf`` on columns without known
+            noise.
         draft_token_R: The token that won.
         known_R: bool, rows whose noise is the draft's; the others' is fresh.
         seeds_R: int64, one seed a row.

@@ -1,6 +1,6 @@
-"""The reference law: temperature and truncation applied to logits, as a shortlist of K tokens.
+"""The reference distribution: temperature and truncation applied to logits, as a shortlist of K tokens.
 
-Every arm of an experiment draws from this law, because truncation alone already improves samples.
+Every arm of an experiment draws from this distribution, because truncation alone already improves samples.
 Top-k comes first, then nucleus (top-p) within it, as transformers' warpers do in that order.
 """
 
@@ -20,7 +20,7 @@ _ENDS, _GOES_ON = -1, -2  # the noise of "does it end here", beside that of the 
 
 @dataclass(frozen=True)
 class Shortlist:
-    """The tokens that a truncated law can emit, most probable first.
+    """The tokens that a truncated distribution can emit, most probable first.
 
     Attributes:
         ids: int64 [..., K].
@@ -54,12 +54,12 @@ class Shortlist:
         return Shortlist(torch.cat([self.ids, token_1], -1), torch.cat([self.logps, own], -1).log_softmax(-1))
 
     def take(self, index_BM: Tensor) -> Shortlist:
-        """Return the laws [B, M, T, K] of M rows of each prompt, of a shortlist [B, N, T, K], by index."""
+        """Return the distributions [B, M, T, K] of M rows of each prompt, of a shortlist [B, N, T, K], by index."""
         batch_B1 = torch.arange(len(index_BM), device=index_BM.device).unsqueeze(1)
         return Shortlist(self.ids[batch_B1, index_BM], self.logps[batch_B1, index_BM])
 
     def padded(self, length: int) -> Shortlist:
-        """Return the laws [..., length, K] with positions added at the end; nothing can be drawn there."""
+        """Return the distributions [..., length, K] with positions added at the end; nothing can be drawn there."""
         missing = length - self.ids.shape[-2]
         return Shortlist(pad(self.ids, (0, 0, 0, missing)), pad(self.logps, (0, 0, 0, missing), value=-torch.inf))
 
@@ -76,7 +76,7 @@ def truncate(logits: Tensor, sampling: SamplingSettings) -> Shortlist:
 
 
 def normalised(ids: Tensor, values: Tensor, top_p: float) -> Shortlist:
-    """Return the law over a list of tokens, most probable first, given their log-probabilities up to a constant.
+    """Return the distribution over a list of tokens, given their log-probabilities up to a constant, in falling order.
 
     Args:
         ids: int64 [..., K].

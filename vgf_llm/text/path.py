@@ -1,7 +1,7 @@
-"""A response as the reference sees it: the law before each of its tokens, and what the tokens have under it.
+"""A response as the reference sees it: the distribution before each of its tokens, and what the tokens have under it.
 
 Decoders that keep a response and change parts of it (``edit``, ``pivot``) carry its path from round to round, so that a
-law is computed once.
+distribution is computed once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vgf_llm.text.tilt import linear_bonus
 
 @dataclass(frozen=True)
 class Path:
-    """The sampling law along B x N responses.
+    """The sampling distribution along B x N responses.
 
     Attributes:
         law: Shortlist [B, N, T, K]; the response's own token is on it.
@@ -51,7 +51,7 @@ class Path:
 
 
 def path_of(reference: Reference, context: Prefix, responses: Responses) -> tuple[Path, Work]:
-    """Return the path of responses and what it cost: nothing where the sampler kept the laws, else one forward."""
+    """Return the path of responses, and its cost: one forward, or none where the sampler kept the distributions."""
     if responses.law is not None:
         law = Shortlist(pad(responses.law.ids, (0, 1)), pad(responses.law.logps, (0, 1), value=-torch.inf))
         return Path(law, own_logps(law, responses)), Work.none(len(responses.prompts))
@@ -62,16 +62,16 @@ def path_of(reference: Reference, context: Prefix, responses: Responses) -> tupl
 
 
 def own_logps(law: Shortlist, responses: Responses) -> Tensor:
-    """Return the log-probability of each token of the responses under their laws, [B, N, T]; 0 at padding."""
+    """Return the log-probability of each token of the responses under their distributions, [B, N, T]; 0 at padding."""
     same = (law.ids == responses.tokens_BNT.unsqueeze(-1)) & ~torch.isinf(law.logps)
     own_BNT = law.logps.masked_fill(~same, -torch.inf).amax(-1)
     return own_BNT.masked_fill(~responses.mask_BNT, 0)
 
 
 def is_on_list(law: Shortlist, responses: Responses) -> Tensor:
-    """Return whether every token of a response can be drawn from the truncated law, bool [B, N].
+    """Return whether every token of a response can be drawn from the truncated distribution, bool [B, N].
 
-    A law that had to be widened for the response's own token has that token in its last column.
+    A distribution that had to be widened for the response's own token has that token in its last column.
     """
     return (torch.isinf(law.logps[..., -1]) | ~responses.mask_BNT).all(-1)
 

@@ -28,7 +28,7 @@ from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.law import Shortlist
 
 LAW_RULE = ("temperature", "top_k", "top_p")
-"""Entries of every rule, in the order of :class:`SamplingSettings`: the reference's law."""
+"""Entries of every rule, in the order of :class:`SamplingSettings`: the reference's distribution."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PlannedRows:
 
 
 PlanStep = Callable[[PlannedRows, Shortlist, Tensor], tuple[Tensor, Sequence[Any]]]
-"""(rows, the reference's law [R, K] here, position_R) -> (token_R, the state of each row after it)."""
+"""(rows, the reference's distribution [R, K] here, position_R) -> (token_R, the state of each row after it)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class RowPlan:
 
     Attributes:
         kind: Which step picks.
-        rule: What rows must share to be run as one batch: the sampling law, EOS ids, options; plain JSON.
+        rule: What rows must share to be run as one batch: the sampling distribution, EOS ids, options; plain JSON.
         tensors: The row's own numbers, by name.
     """
 
@@ -164,5 +164,5 @@ class RowPlan:
 
 
 def law_rule(sampling: SamplingSettings) -> dict[str, Any]:
-    """Return the part of a plan's rule that states the reference's law."""
+    """Return the part of a plan's rule that states the reference's distribution."""
     return {name: getattr(sampling, name) for name in LAW_RULE}

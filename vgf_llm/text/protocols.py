@@ -32,10 +32,10 @@ class Prefix(Protocol):
 
 
 class Reference(Protocol):
-    """A frozen base model under a sampling law, wherever it runs.
+    """A frozen base model under a sampling distribution, wherever it runs.
 
-    It gives the law before each token of given responses, their likelihood, and what the model writes when a picker
-    picks the tokens. :class:`vgf_llm.text.reference.TorchReference` runs it in this process,
+    It gives the distribution before each token of given responses, their likelihood, and what the model writes when a
+    picker picks the tokens. :class:`vgf_llm.text.reference.TorchReference` runs it in this process,
     :class:`vgf_llm.engines.engine_reference.EngineReference` in an engine. A prefix is read by the reference that made
     it alone.
     """
@@ -67,7 +67,7 @@ class Reference(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The device that responses and laws are returned on."""
+        """The device that responses and distributions are returned on."""
         ...
 
     @property
@@ -80,12 +80,12 @@ class Reference(Protocol):
         ...
 
     def shortlists(self, prefix: Any, responses: Responses, sampling: SamplingSettings | None = None) -> Shortlist:
-        """Return the law at every position of the responses, with the response's own token on the list.
+        """Return the distribution at every position of the responses, with the response's own token on the list.
 
         Args:
             prefix: The prompts of ``responses``.
             responses: N responses to each of the B prompts.
-            sampling: Another law than the reference's own, for instance a wider top-k.
+            sampling: Another distribution than the reference's own, for instance a wider top-k.
 
         Returns:
             A shortlist of shape [B*N, T, K + 1].
@@ -240,7 +240,7 @@ class Move:
         responses: Where the particles started: B x N responses.
         moved: Where the flow carried them.
         budget: Nats, their cap a token, and the temperature of the target.
-        nats: KL budget of each response for this decode, at least 0; for decoders with a law along the path.
+        nats: KL budget of each response for this decode, at least 0; for decoders with a distribution along the path.
         seeds_BN: int64, one seed a response, for the decoder's own noise.
         coupled_BN: bool; where False a further, independent text is drawn from the same moved particle.
         flow: Moves other responses to the same prompts, as ``responses`` were moved.
@@ -272,8 +272,9 @@ class Decoded:
 
     Attributes:
         responses: The new texts, N a prompt, in the same order.
-        nats_BN: KL between the decoder's law and the reference's, summed along the path that was written; NaN where
-            the decoder has no law (``nearest``) or its law is not written left to right (``edit``, ``pivot``).
+        nats_BN: KL between the decoder's distribution and the reference's, summed along the path that was written; NaN
+            where the decoder has no distribution (``nearest``) or its distribution is not written left to right
+            (``edit``, ``pivot``).
         work: Tokens that decoding ran through the models.
         values_BN: The value of the new texts, where the decoder knows it.
         moved: Where the flow carries the new texts, where the decoder knows it.

@@ -1,4 +1,4 @@
-"""The reference in this process: a frozen causal language model with the law that its responses are drawn from.
+"""The reference in this process: a frozen causal language model and the distribution of its responses.
 
 It answers three questions and does nothing else: which logits stand before each token of given responses (one parallel
 forward), how probable those responses are, and what it writes when somebody else chooses the token at each step.
@@ -51,7 +51,7 @@ class TorchPrefix:
 
 
 class TorchReference:
-    """A frozen base model of transformers under a sampling law; see :class:`vgf_llm.text.protocols.Reference`.
+    """A frozen base model of transformers under a sampling distribution; see :class:`vgf_llm.text.protocols.Reference`.
 
     Args:
         model: Causal language model; only read.
@@ -101,12 +101,12 @@ class TorchReference:
     def shortlists(
         self, prefix: TorchPrefix, responses: Responses, sampling: SamplingSettings | None = None
     ) -> Shortlist:
-        """Return the law at every position of the responses, with the response's own token on the list.
+        """Return the distribution at every position of the responses, with the response's own token on the list.
 
         Args:
             prefix: The prompts of ``responses``.
             responses: N responses to each of the B prompts.
-            sampling: Another law than the reference's own, for instance a wider top-k.
+            sampling: Another distribution than the reference's own, for instance a wider top-k.
 
         Returns:
             A shortlist of shape [B*N, T, K + 1].

@@ -1,4 +1,4 @@
-"""One token of every row of a rewrite: from the tilted law at the first tokens, then from the reference's.
+"""One token of every row of a rewrite: from the tilted distribution at the first tokens, then from the reference's.
 
 The step of the decoder ``pivot`` (:mod:`vgf_llm.text.decoders.pivot`) as a function of tensors, which all backends
 share. With multiplier 1 within the cap per token,
@@ -34,10 +34,10 @@ def regrown_token(
     eos_ids: Sequence[int],
     cap_R: Tensor,
 ) -> Tensor:
-    """Draw the next token of every row, int64 [R]: from the tilted law at and after the pivot, then the reference's.
+    """Draw every row's next token, int64 [R]: tilted at and after the pivot, then by the reference's distribution.
 
     Args:
-        law: The reference's law [R, K] here.
+        law: The reference's distribution [R, K] here.
         displacement_RD: Delta of the old text here; 0 beyond its end.
         old_token_R: What stands here in the old text.
         is_tilted_R: Whether this position is one of the tilted.

@@ -83,7 +83,7 @@ class Responses:
 
 
 def concatenate(parts: Sequence[Responses]) -> Responses:
-    """Join responses to the same prompts along N, padded to the longest; their laws too, where all have one."""
+    """Join responses to the same prompts along N, padded to the longest; with distributions where all have them."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]

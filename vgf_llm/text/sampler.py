@@ -1,4 +1,4 @@
-"""Sampling from a reference: Gumbel-max over the truncated law, with noise hashed from a seed a row."""
+"""Sampling from a reference: Gumbel-max over the truncated distribution, with noise hashed from a seed a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEPT_COLUMNS = 512  # a longer shortlist is not kept: 12 bytes a column and tok
 
 
 class Sampler(Protocol):
-    """Draws responses from the reference law."""
+    """Draws responses from the reference distribution."""
 
     def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:
         """Return N responses to each of B prompts.
@@ -33,14 +33,14 @@ class ReferenceSampler:
     """Draws where the reference runs: a model of transformers in this process, or an engine.
 
     Args:
-        reference: The frozen base model and its law.
+        reference: The frozen base model and its distribution.
     """
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
 
     def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:
-        """Return N responses to each of B prompts, with the laws of their tokens where these are short.
+        """Return N responses to each of B prompts, with the distributions of their tokens where these are short.
 
         See :class:`Sampler`.
         """

@@ -1,6 +1,6 @@
-"""The tilt of a reference law by a displacement, and the multipliers that make it spend a stated KL budget.
+"""The tilt of a reference distribution by a displacement, and the multipliers that make it spend a stated KL budget.
 
-With p the law at one position over K tokens and b_v = <Delta, e_v - e_y> the bonus of token v,
+With p the distribution at one position over K tokens and b_v = <Delta, e_v - e_y> the bonus of token v,
 
     q_s(v) = p(v) exp(s b_v) / Z_s           for every v that is not EOS,        q_s(EOS) = p(EOS).
 
@@ -91,8 +91,8 @@ def calibrate_multiplier(
 ) -> Tensor:
     """Return one multiplier a response, [R], that spends ``nats`` over the response's own contexts.
 
-    Where the law cannot be tilted that far (every position is at its cap or certain), the result is large and the
-    caps bind. A response without any bonus gets 0.
+    Where the distribution cannot be tilted that far (every position is at its cap or certain), the result is large and
+    the caps bind. A response without any bonus gets 0.
 
     Args:
         logps_RTK: log p at every position.

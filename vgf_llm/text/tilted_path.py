@@ -1,7 +1,7 @@
-"""The tilted law along responses that are written again, token by token, and the noise that ties them to their drafts.
+"""The tilted distribution along responses that are written again, and the noise that ties them to their drafts.
 
-A draft is a text with the law before each of its tokens: an original of the sampler, or a block that was just drafted.
-What happens at one token is :mod:`vgf_llm.text.tilted_step`; here is the state of whole responses.
+A draft is a text with the distribution before each of its tokens: an original of the sampler, or a block that was
+just drafted. What happens at one token is :mod:`vgf_llm.text.tilted_step`; here is the state of whole responses.
 Shared by the decoders ``prior`` (the draft is the original) and ``block`` (the draft is renewed block by block).
 """
 
@@ -22,7 +22,7 @@ from vgf_llm.text.tilted_step import TILT, DraftTokens, TiltedRows, TiltOptions,
 
 
 def laws_of(reference: Reference, context: Prefix, responses: Responses) -> tuple[Shortlist, Work]:
-    """Return the laws [R, T, K] of responses and what they cost: one parallel forward where the sampler kept none."""
+    """Return the distributions [R, T, K] of responses, and their cost: one forward where the sampler kept none."""
     law, work = responses.law, Work.none(len(responses.prompts))
     if law is None:
         law = reference.shortlists(context, responses)
@@ -37,10 +37,10 @@ class TiltedPath:
     that a position is one column of each.
 
     Args:
-        reference: The frozen base model and its law.
+        reference: The frozen base model and its distribution.
         table_VD: Input embeddings that the particles live in.
         move: What is asked for; its responses are the first drafts.
-        law: Their laws [R, T, K].
+        law: Their distributions [R, T, K].
         options: How to tilt and couple; those of ``prior`` by default.
     """
 
@@ -77,7 +77,7 @@ class TiltedPath:
         )
 
     def __call__(self, logits_RV: Tensor, position: int) -> Tensor:
-        """Pick the next token of every row: whether it ends by the reference's law, else text by the tilted law."""
+        """Pick every row's next token: an end by the reference's distribution, else text by the tilted one."""
         return self._step(truncate(logits_RV, self.sampling), position, None)
 
     def follow(self, law: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:

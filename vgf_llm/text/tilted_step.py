@@ -1,4 +1,4 @@
-"""One token of every row under the tilted law, as a function of tensors: what all backends share.
+"""One token of every row under the tilted distribution, as a function of tensors: what all backends share.
 
 Over the draft's shortlist (plus y_t while nothing has changed), else over the reference's,
 
@@ -28,12 +28,12 @@ from vgf_llm.text.responses import is_any_of
 from vgf_llm.text.tilt import capped_multiplier, kl_divergence, linear_bonus, tilt
 
 _OPTIONS = ("multiplier", "coupling", "after_change")
-_LARGEST_TILT = 2.0**20  # nats between two tokens; more than any law leaves room for
+_LARGEST_TILT = 2.0**20  # nats between two tokens; more than any distribution leaves room for
 
 
 @dataclass(frozen=True)
 class TiltOptions:
-    """How a law is tilted and how its draws are coupled; :class:`vgf_llm.text.PriorDecoder` says what is what.
+    """How a distribution is tilted and how its draws are coupled; :class:`vgf_llm.text.PriorDecoder` says what is what.
 
     Attributes:
         multiplier: One a ``response``, or one a ``token``.
@@ -115,11 +115,11 @@ def tilted_token(
     eos_ids: Sequence[int],
     options: TiltOptions,
 ) -> TiltedToken:
-    """Pick the next token of every row: whether it ends by the reference's law, else text by the tilted law.
+    """Pick every row's next token: an end by the reference's distribution, else text by the tilted one.
 
     Args:
-        law: The reference's law here, [R, K']; K' is at most the K of the drafts' law. Rows that still equal their
-            draft take the one that the draft comes with.
+        law: The reference's distribution here, [R, K']; K' is at most the K of the drafts' distribution. Rows that
+            still equal their draft take the one that the draft comes with.
         draft: What the drafts hold here.
         rows: The rows.
         position: Place in the response: one for all rows, or int64 [R].

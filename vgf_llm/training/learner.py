@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _SECANT_STREAM = 0x5EC  # the token changes that a secant head learns from
-_SHORTLIST = 50  # likeliest tokens these come from, where the sampler's own law is too wide to be kept
+_SHORTLIST = 50  # likeliest tokens these come from, where the sampler's own distribution is too wide to be kept
 
 
 class Learner:

@@ -63,8 +63,8 @@ class Observer:
     def observe(self, rollout: Rollout, value: Value, step: int) -> None:
         """Add to the rollout's own figures: likelihoods, distances, and the policy's own samples.
 
-        Rewards are of samples under the run's sampling law, as users will draw them; the KL is of samples of the
-        untruncated policy at temperature 1, without which its estimate would be biased.
+        Rewards are of samples under the run's sampling distribution, as users will draw them; the KL is of samples of
+        the untruncated policy at temperature 1, without which its estimate would be biased.
 
         Args:
             rollout: Of this step.

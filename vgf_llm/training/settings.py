@@ -7,7 +7,14 @@ from typing import Literal
 
 from vgf_llm.errors import require
 from vgf_llm.runs.resume import require_resume
-from vgf_llm.settings import BackendSettings, BaseModelSettings, DtypeName, ParticleSettings
+from vgf_llm.settings import (
+    BackendName,
+    BackendSettings,
+    BaseModelSettings,
+    DtypeName,
+    EngineSettings,
+    ParticleSettings,
+)
 from vgf_llm.settings.training import LoraSettings, OptimiserSettings
 
 
@@ -105,9 +112,15 @@ class LearnedValueSettings:
 class VGFSettings(ParticleSettings, BackendSettings):
     """The method: how responses are moved, and how the result is learned."""
 
+    num_particles: int = 8
+    """Responses per prompt that are sampled and moved, at least 2: weights compare responses."""
     draws: int = 1
+    backend: BackendName = "transformers"
+    """What samples and decodes: transformers in this process, or a vllm engine, which a policy's weights go to."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    """The vllm engine: one per process where it is started here, one for all behind a URL."""
     particles_from: Literal["reference", "policy"] = "reference"
-    """Law that the particles are sampled from and decoded by."""
+    """Distribution that the particles are sampled from and decoded by."""
     sync_check: bool = True
     """Stop where the engine's log-probabilities of sampled tokens are not the trainer's, looked at in every step."""
     value: Literal["reward", "learned"] = "reward"
@@ -156,6 +169,8 @@ class OptimSettings(OptimiserSettings):
     """true continues from the newest whole checkpoint of output_dir, a folder from that one; false starts anew."""
     allow_changes: list[str] = field(default_factory=list)
     """Names of settings that may differ from the checkpoint's on resume, as the error names them."""
+    seed: int = 0
+    """Of adapters, data order and all samples; 0 to 2**32 - 1."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""

@@ -19,7 +19,8 @@ one draft is moved by the scorer's gradient. The value must score unfinished res
 
 Cost a response, for P_ref and P_val parameters, T tokens and blocks of m: 2 P_ref T to rewrite, up to 2 P_ref T to
 draft (nothing while the original still stands), and 4 P_val T (T / m + 1) / 2 for the flows at all partial responses
-but one that is the whole original, whose displacement is given; 2 P_ref T more where the sampler did not keep the laws.
+but one that is the whole original, whose displacement is given; 2 P_ref T more where the sampler did not keep the
+distributions.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class BlockDecoder:
     """Blockwise drafting, transport and rewriting.
 
     Args:
-        reference: The frozen base model and its law.
+        reference: The frozen base model and its distribution.
         table_VD: Input embeddings that the particles live in.
         block_tokens: Positions of a block, at least 1.
     """

@@ -11,16 +11,17 @@ and keeps y' = y with y_t := v if two tests in a row are passed, the second of w
     a_2 = min{1, prod_{s > t} p(y_s | y'_<s) / p(y_s | y_<s)}.
 
 Both sides of a_1 see the context y_<t alone, so it needs no forward of the reference, and the two together are
-Metropolis-Hastings with delayed acceptance (Christen and Fox 2005): the stationary law is p(y | x) exp(R(y) / alpha)
-over the responses of y's length, p the sampling law. The proposal is Gibbs-with-gradients (Grathwohl et al. 2021), with
-the language model's conditional in place of half a difference of log densities. EOS is neither replaced nor put in.
+Metropolis-Hastings with delayed acceptance (Christen and Fox 2005): the stationary distribution is p(y | x) exp(R(y) /
+alpha) over the responses of y's length, p the sampling distribution. The proposal is Gibbs-with-gradients (Grathwohl et
+al. 2021), with the language model's conditional in place of half a difference of log densities. EOS is neither replaced
+nor put in.
 
 What is exact is so in exact arithmetic, for a direction that depends on the response alone (no kernel between
 particles). In bfloat16 the log-probability of a response has an error of about 0.1 nats, which the tests see.
 
 Cost a response and round, for P_ref and P_val parameters and T tokens: the flow at y' (4 P_val T FLOPs with the value's
 own gradient, 2 P_val T with a secant head), and 2 P_ref T where the first test was passed; the first round 2 P_ref T
-more where the sampler did not keep the laws.
+more where the sampler did not keep the distributions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class EditDecoder:
     """Single-token edits under Metropolis-Hastings.
 
     Args:
-        reference: The frozen base model and its law.
+        reference: The frozen base model and its distribution.
         table_VD: Input embeddings that the particles live in.
     """
 
@@ -70,7 +71,8 @@ class EditDecoder:
         there = move.flow(edited)
         work += Work.of(responses.lengths_BN, value=move.flow_passes)
 
-        # The way back: the same context and law at t, the displacement of y', and v as the token that stands there.
+        # The way back: the same context and distribution at t, the displacement of y', and v as the token that stands
+        # there.
         logp_new_BN = _at(path.law.logps, t_BN).gather(-1, new_BN1).squeeze(-1)
         own_BNT = path.own_BNT.scatter(-1, t_BN.unsqueeze(-1), logp_new_BN.unsqueeze(-1))
         back = edit_scores(self.table_VD, Path(path.law, own_BNT), edited, there.displacement_BNTD)

@@ -7,13 +7,14 @@ With Delta = eps grad R / alpha of one flow step and
 a round draws ``proposals`` pairs (t, v) of each response without replacement from softmax l over all positions and
 tokens, scores all of them by the value and the ``checked`` most promising (exact change of R / alpha plus the local
 change of log p) by the reference, and replaces y by the best if R(y) / alpha + log p(y | x) rises. It climbs to a mode
-of what ``edit`` samples from: more value for the same number of rounds, and no law.
+of what ``edit`` samples from: more value for the same number of rounds, and no distribution.
 
 Source: filter-then-check as in greedy coordinate gradient (Zou et al. 2023), with the reference's conditionals in the
 filter and its likelihood in the check.
 
 Cost a response and round, for m proposals, c checked, P_ref and P_val parameters and T tokens:
-2 P_val T m + 2 P_ref T c + 4 P_val T FLOPs; the first round 2 P_ref T more where the sampler did not keep the laws.
+2 P_val T m + 2 P_ref T c + 4 P_val T FLOPs; the first round 2 P_ref T more where the sampler did not keep the
+distributions.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class EditGreedyDecoder:
     """Single-token edits that only climb.
 
     Args:
-        reference: The frozen base model and its law.
+        reference: The frozen base model and its distribution.
         table_VD: Input embeddings that the particles live in.
         proposals: Edits a response and round that the value scores, at least 1.
         checked: How many of them the reference scores, from 1 to ``proposals``.

@@ -1,7 +1,7 @@
 """``pivot``: one token is replaced, the reference regrows what follows, and an exact test decides.
 
 A round draws a position i of each response y from rho(. | y), large where the reference is undecided and the
-displacement is long, then a token from the tilted law at i (multiplier 1 within the cap a token), a = y_i,
+displacement is long, then a token from the tilted distribution at i (multiplier 1 within the cap a token), a = y_i,
 
     q_y(b) ∝ p(b | y_<i) exp(<Delta_i, e_b - e_a>),       EOS keeps its probability,
 
@@ -9,12 +9,13 @@ lets the reference write the rest of y' after b, and keeps y' with probability
 
     A = min{1, [p(b)/p(a)] [q_y'(a)/q_y(b)] [rho(i | y')/rho(i | y)] exp((R(y') - R(y)) / alpha)}.
 
-The suffixes are drawn from p and cancel, so the stationary law is p(y | x) exp(R(y) / alpha), p the sampling law: the
-KL-regularised optimum at temperature alpha, whatever the number of rounds. With ``tilted_tokens`` above 1 the tokens
-after the pivot are drawn from the tilted law too, and their ratios p(y'_t) q_y'(y_t) / (p(y_t) q_y(y'_t)) join A; Delta
-is that of y at the same place, 0 beyond its end.
+The suffixes are drawn from p and cancel, so the stationary distribution is p(y | x) exp(R(y) / alpha), p the sampling
+distribution: the KL-regularised optimum at temperature alpha, whatever the number of rounds. With ``tilted_tokens``
+above 1 the tokens after the pivot are drawn from the tilted distribution too, and their ratios p(y'_t) q_y'(y_t) /
+(p(y_t) q_y(y'_t)) join A; Delta is that of y at the same place, 0 beyond its end.
 
-    rho(i | y) = (1 - u) H_i |Delta_i| / sum_j H_j |Delta_j| + u / |y|,      H_i the entropy of the law at i, u = 0.2.
+    rho(i | y) = (1 - u) H_i |Delta_i| / sum_j H_j |Delta_j| + u / |y|,      u = 0.2,
+    H_i the entropy of the distribution at i.
 
 Source: suffix regrowth under Metropolis-Hastings is QUEST and QAlign (Faria et al. 2024, 2025), with a uniform position
 and no gradient; the tilt of the pivot by the value's gradient is ours.
@@ -24,8 +25,8 @@ particles).
 
 Cost a response and round, for P_ref and P_val parameters and T tokens: 2 P_ref T FLOPs (what is kept is run in
 parallel, the rest token by token) and the flow at y' (4 P_val T with the value's own gradient, 2 P_val T with a secant
-head); the first round 2 P_ref T more where the sampler did not keep the laws. Rows of a batch wait for the longest
-rewrite, which is not counted.
+head); the first round 2 P_ref T more where the sampler did not keep the distributions. Rows of a batch wait for the
+longest rewrite, which is not counted.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class PivotDecoder:
     """Suffix regrowth from a tilted token, under Metropolis-Hastings.
 
     Args:
-        reference: The frozen base model and its law.
+        reference: The frozen base model and its distribution.
         table_VD: Input embeddings that the particles live in.
-        tilted_tokens: Tokens from the pivot on that are drawn from the tilted law, at least 1.
+        tilted_tokens: Tokens from the pivot on that are drawn from the tilted distribution, at least 1.
     """
 
     def __init__(self, reference: Reference, table_VD: Tensor, *, tilted_tokens: int = 1) -> None:
@@ -112,7 +113,7 @@ class PivotDecoder:
         )
 
     def _is_tilted(self, pivot_BN: Tensor, length: int) -> Tensor:
-        """Positions that are drawn from the tilted law, bool [B, N, T]."""
+        """Positions that are drawn from the tilted distribution, bool [B, N, T]."""
         offset_BNT = torch.arange(length, device=pivot_BN.device) - pivot_BN.unsqueeze(-1)
         return (offset_BNT >= 0) & (offset_BNT < self.tilted_tokens)
 
@@ -128,14 +129,14 @@ class PivotDecoder:
         return torch.zeros_like(law.logps[..., 0]).masked_scatter(some_BNT, own_X).sum(-1)
 
     def tilted_law(self, move: Move, law: Shortlist, displacement: Tensor, token: Tensor) -> Shortlist:
-        """Return q at positions [...]: the law tilted by the displacement, within the cap a token."""
+        """Return q at positions [...]: the distribution tilted by the displacement, within the cap a token."""
         cap = torch.full_like(law.logps[..., 0], move.budget.max_token_nats)
         return tilted_law(law, displacement, token, self.table_VD, move.responses.eos_ids, cap)
 
 
 @dataclass
 class _Regrowth:
-    """The state of one rewrite: the laws that were met, and the noise that picks the tokens."""
+    """The state of one rewrite: the distributions that were met, and the noise that picks the tokens."""
 
     decoder: PivotDecoder
     move: Move
@@ -147,7 +148,7 @@ class _Regrowth:
     law: Shortlist = field(init=False)
 
     def __post_init__(self) -> None:
-        # What is kept keeps its laws; the rest is filled in as it is written.
+        # What is kept keeps its distributions; the rest is filled in as it is written.
         before_BNT1 = (
             torch.arange(self.old_law.ids.shape[2], device=self.pivot_BN.device) < self.pivot_BN.unsqueeze(-1)
         ).unsqueeze(-1)
@@ -155,11 +156,11 @@ class _Regrowth:
         self.text_seeds_R = combine_seeds(self.seeds_BN.flatten(), _TEXT)
 
     def __call__(self, logits_RV: Tensor, position_R: Tensor) -> Tensor:
-        """Draw the next token of every row: from the tilted law at the pivot, from the reference's after it."""
+        """Draw every row's next token, from the tilted distribution at the pivot and the reference's after it."""
         return self._drawn(truncate(logits_RV, self.decoder.reference.sampling), position_R, None)
 
     def follow(self, law: Shortlist, position_R: Tensor, token_R: Tensor, live_R: Tensor) -> Tensor:
-        """Take over the laws that an engine met; see :class:`vgf_llm.text.choosing.TokenPicker`."""
+        """Take over the distributions that an engine met; see :class:`vgf_llm.text.choosing.TokenPicker`."""
         return self._drawn(law, position_R, live_R)
 
     def _drawn(self, law: Shortlist, position_R: Tensor, live_R: Tensor | None) -> Tensor:

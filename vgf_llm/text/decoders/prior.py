@@ -9,14 +9,14 @@ more than what is left of the budget on the path (:mod:`vgf_llm.text.tilt`). The
 with the Gumbel noise of y's own sampling, drawn from its posterior given y (:mod:`vgf_llm.text.noise`), so that a zero
 displacement gives y back token for token. Over y ~ p the noise is exactly Gumbel, so y' ~ q for a displacement that
 does not depend on y's noise; a gradient taken at y does, a little, and from the second round on y itself is no draw
-from p. The KL reported is that of the laws along the path that is written. It says nothing of the selection that
-follows (best of N adds at most log N - (N-1)/N).
+from p. The KL reported is that of the distributions along the path that is written. It says nothing of the selection
+that follows (best of N adds at most log N - (N-1)/N).
 
 Whether a response ends is decided first and by the reference alone: an original that still stands keeps its EOS and
 gets no other, a changed one ends with the reference's probability.
 
-Departure from a plain logits processor: while a row still equals its original, the law of the parallel forward is used
-in place of the sequential one, so that rounding cannot flip a token that nothing pushed.
+Departure from a plain logits processor: while a row still equals its original, the distribution of the parallel forward
+is used in place of the sequential one, so that rounding cannot flip a token that nothing pushed.
 
 Of a response that is to be drawn afresh (``coupled_BN`` false) only the displacement and the multiplier are used:
 independent texts of one moved particle.
@@ -27,7 +27,7 @@ and draws afresh from q_t once the row has changed (:mod:`vgf_llm.text.coupling`
 after the first token that is not y_t: the rest is the reference's, at no nats.
 
 Cost a response: one sequential decode (2PT FLOPs, P parameters, T tokens), and one parallel forward (2PT) where the
-sampler did not keep the laws of the original.
+sampler did not keep the distributions of the original.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PriorDecoder:
     """Reference-tilted autoregressive decoding with posterior-Gumbel coupling.
 
     Args:
-        reference: The frozen base model and its law.
+        reference: The frozen base model and its distribution.
         table_VD: Input embeddings that the particles live in.
         multiplier: One a ``response``, calibrated to its nats, or every ``token`` spends min(nats / T, cap).
         coupling: To the original by its ``gumbel`` noise, or ``maximal``, the most tokens kept at each position.
@@ -75,7 +75,7 @@ class PriorDecoder:
 
     @torch.no_grad()
     def decode(self, context: Prefix, move: Move) -> Decoded:
-        """Write every response again under the tilted law."""
+        """Write every response again under the tilted distribution."""
         n = move.responses.tokens_BNT.shape[1]
         law, work = laws_of(self.reference, context, move.responses)
         path = TiltedPath(self.reference, self.table_VD, move, law, self.options)

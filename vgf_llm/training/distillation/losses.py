@@ -19,8 +19,8 @@ Metrics = dict[str, Tensor]
 def group_weights(rewards_BM: Tensor, temperature: float, kept: int | None = None) -> Tensor:
     """Return w = softmax(r / alpha) within each prompt's responses, the smallest set to 0, summing to 1.
 
-    These are the weights that turn samples of a law q into the KL-regularised optimum q exp(r / alpha) (Peters and
-    Schaal 2007; Korbak et al. 2022), self-normalised within the group.
+    These are the weights that turn samples of a distribution q into the KL-regularised optimum q exp(r / alpha) (Peters
+    and Schaal 2007; Korbak et al. 2022), self-normalised within the group.
 
     Args:
         rewards_BM: Rewards of M responses per prompt.
