@@ -121,16 +121,9 @@ def build_trainer(
     callbacks: Sequence[Any] = (),
     prompts: Sequence[PromptText] | None = None,
 ) -> VGFTrainer:
-    """Load everything and put the trainer together.
+    """Put the trainer together as `vgf_llm.training.build.build` does, which has the arguments.
 
-    Args:
-        script: Prompts, rewards, output.
-        policy: The model.
-        method: Budget, decoder, loss.
-        optim: Optimisation and checkpoints.
-        sampling: The distribution of responses.
-        callbacks: Further transformers TrainerCallbacks.
-        prompts: What `look_at_inputs` returned; it is called when not given.
+    ``prompts`` is what `look_at_inputs` returned; it is called when they are not given.
 
     Raises:
         VGFError: Prompts, models or settings are unusable.
