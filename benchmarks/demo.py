@@ -86,7 +86,7 @@ def watch(checkout: Path, environment: dict[str, str]) -> Run:
         assert process.stdout is not None
         for line in process.stdout:
             times.append(time.monotonic())
-            lines.append(line.rstrip())
+            lines.append(line.rstrip().replace(folder, "FOLDER").replace(str(checkout.resolve()), "CHECKOUT"))
             print(f"{times[-1] - started:7.1f} s  {lines[-1]}", file=sys.stderr, flush=True)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
