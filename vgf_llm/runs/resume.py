@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vgf_llm.errors import ConfigError, require
-from vgf_llm.runs.checkpoint import published
 from vgf_llm.runs.manifest import MANIFEST_NAME
 
 STATE_NAME = "trainer_state.json"
@@ -61,6 +60,8 @@ def check_resume(wanted: bool | str, output_dir: str | Path) -> None:
     Raises:
         ConfigError: There is no such folder, or it is not a checkpoint; names one where it is the folder of a run.
     """
+    from vgf_llm.runs.checkpoint import published
+
     if isinstance(wanted, bool):
         return
     folder = Path(wanted)
@@ -104,6 +105,8 @@ def refuse_new_run(wanted: bool | str, output_dir: str | Path) -> None:
     Raises:
         ConfigError: As `refuse_mixing`.
     """
+    from vgf_llm.runs.checkpoint import published
+
     if wanted is False:
         refuse_mixing(output_dir, published(output_dir))
 
