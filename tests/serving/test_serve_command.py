@@ -149,7 +149,12 @@ def test_a_default_that_no_request_could_use_is_refused_at_the_start(served_pipe
         (["--max_running", "0"], "max_running must be at least 1"),
         (["--max_waiting", "-1"], "max_waiting must be at least 0"),
         (["--limits.timeout_sec", "0"], "timeout_sec must be above 0"),
-        (["--limits.num_particles", "4"], "num_particles must be at most limits.num_particles, which is 4, got 8"),
+        (
+            ["--limits.num_particles", "4"],
+            "limits.num_particles must be at least num_particles, which is 8, got 4",
+        ),
+        (["--num_particles", "40"], "num_particles must be at most limits.num_particles, which is 32, got 40"),
+        (["--budget.steps", "9"], "--budget.steps: budget.steps must be at most limits.steps, which is 8, got 9"),
         (["--on_engine_death", "weep"], "on_engine_death"),
         (["--max_new_tokens", "300"], "max_new_tokens must be at most limits.max_tokens, which is 256, got 300"),
     ],
