@@ -140,10 +140,10 @@ def first_gaps(mine_RT: Tensor, theirs_RT: Tensor, mine: Responses, theirs: Resp
     seeds_R, gaps = seeds_BN.flatten(), []
     for row in (mine_RT != theirs_RT).any(-1).nonzero().flatten().tolist():
         t = int((mine_RT[row] != theirs_RT[row]).nonzero()[0])
-        ids_K, logps_K = mine.law.ids.flatten(0, 1)[row, t], mine.law.logps.flatten(0, 1)[row, t]
+        ids_K, logps_K = mine.distribution.ids.flatten(0, 1)[row, t], mine.distribution.logps.flatten(0, 1)[row, t]
         scores_K = logps_K + gumbel_noise(seeds_R[row : row + 1].to(ids_K.device), t, ids_K.unsqueeze(0))[0]
         is_theirs_K = ids_K == theirs_RT[row, t]
-        is_on_both = is_theirs_K.any() and (theirs.law.ids.flatten(0, 1)[row, t] == mine_RT[row, t]).any()
+        is_on_both = is_theirs_K.any() and (theirs.distribution.ids.flatten(0, 1)[row, t] == mine_RT[row, t]).any()
         gaps.append(float(scores_K.max() - scores_K[is_theirs_K].max()) if is_on_both else math.inf)
     return gaps
 

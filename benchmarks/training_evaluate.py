@@ -203,9 +203,9 @@ def measure(
         indices = list(range(start, min(start + settings.batch_prompts, len(ids))))
         batch = [ids[i] for i in indices]
         seeds_BN = row_seeds(settings.evaluation_seed, indices, settings.num_samples)
-        law = TorchReference(of.model, sampling, of.eos_ids, of.pad_id)
+        distribution = TorchReference(of.model, sampling, of.eos_ids, of.pad_id)
         free = TorchReference(of.model, untruncated, of.eos_ids, of.pad_id)
-        own = ReferenceSampler(law).sample(batch, seeds_BN)
+        own = ReferenceSampler(distribution).sample(batch, seeds_BN)
         wide = ReferenceSampler(free).sample(batch, combine_seeds(seeds_BN, _KL_STREAM))
         policy_logps_BNT = free.logps(free.prefix(batch), wide)
         with policy.disable_adapter() if policy is not None else contextlib.nullcontext():

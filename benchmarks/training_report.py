@@ -167,7 +167,7 @@ def markdown(summary: dict[str, Any]) -> str:
     samples = {name: entry["kl_samples"] for name, entry in summary["methods"].items()}
     parts.append(
         f"Means over {summary['prompts']} prompts of {summary['prompt_file']}, 95% bootstrap intervals over prompts. "
-        "Gold, reward and NLL of the policy's own samples under the sampling law; KL from untruncated samples "
+        "Gold, reward and NLL of the policy's own samples under the sampling distribution; KL from untruncated samples "
         f"({', '.join(f'{name}: {count}' for name, count in samples.items())}). Peak GiB: resident, libraries included."
     )
     if summary["vgf_minus"]:

@@ -237,8 +237,8 @@ def reference_shortlist(
         pad_token_id: any valid id.
         vocabulary: only ids below it are listed; None lists any row of the model's table.
     """
-    law = SamplingSettings(top_k=k)
-    reference = TorchReference(lm, law, eos_ids=(), pad_id=pad_token_id, vocabulary=vocabulary)
+    distribution = SamplingSettings(top_k=k)
+    reference = TorchReference(lm, distribution, eos_ids=(), pad_id=pad_token_id, vocabulary=vocabulary)
     everywhere_BNT = torch.ones_like(tokens_BNT, dtype=torch.bool)
     responses = Responses([list(prompt) for prompt in prompts], tokens_BNT, everywhere_BNT, (), pad_token_id)
     ids_RTK = reference.shortlists(reference.prefix(responses.prompts), responses).ids[..., :k]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reward_models.modelling import RewardModel
 from reward_models.secant import base_direction, direction_scale
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.noise import gumbel_noise
 from vgf_llm.text.responses import Responses, is_any_of
 
@@ -45,19 +45,19 @@ class SecantRows:
 
 @torch.no_grad()
 def secant_rows(
-    value: RewardModel, responses: Responses, law: Shortlist, seeds_BN: Tensor, substitutions: int, base: str
+    value: RewardModel, responses: Responses, distribution: Shortlist, seeds_BN: Tensor, substitutions: int, base: str
 ) -> SecantRows:
     """Draw substitutions, score them exactly, and return what a head is to make of them.
 
     Args:
         value: The value as it is now.
         responses: B x N responses, R = B * N.
-        law: Shortlists of the responses' tokens, [..., T, K] in the order of the R responses.
+        distribution: Shortlists of the responses' tokens, [..., T, K] in the order of the R responses.
         seeds_BN: int64; the draw is a function of them alone.
         substitutions: S, at least 1.
         base: What the head adds to: "skip" or "none".
     """
-    t_RS, v_RS, mask_RS = draw_substitutions(responses, law, seeds_BN.flatten(), substitutions)
+    t_RS, v_RS, mask_RS = draw_substitutions(responses, distribution, seeds_BN.flatten(), substitutions)
     prefix, u_BNTD = value.prefix(responses.prompts), value.embed(responses.tokens_BNT).detach()
     values_BN, base_BNTD, features = base_direction(value, prefix, u_BNTD, responses.mask_BNT, base)
     rows_R1 = torch.arange(len(t_RS), device=t_RS.device).unsqueeze(1)
@@ -76,7 +76,7 @@ def secant_rows(
 
 
 def draw_substitutions(
-    responses: Responses, law: Shortlist, seeds_R: Tensor, count: int
+    responses: Responses, distribution: Shortlist, seeds_R: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw S pairs (position, new token) a response, uniformly and without replacement, from their shortlists.
 
@@ -85,9 +85,9 @@ def draw_substitutions(
     Returns:
         Positions, tokens and whether there is such a pair, each [R, S] with S = min(count, T * K).
     """
-    R, (T, K), device = len(seeds_R), law.ids.shape[-2:], law.ids.device
-    ids_RTK, own_RT1 = law.ids.reshape(R, T, K), responses.tokens_BNT.reshape(R, T, 1)
-    allowed_RTK = responses.movable_BNT.reshape(R, T, 1) & ~law.logps.reshape(R, T, K).isinf()
+    R, (T, K), device = len(seeds_R), distribution.ids.shape[-2:], distribution.ids.device
+    ids_RTK, own_RT1 = distribution.ids.reshape(R, T, K), responses.tokens_BNT.reshape(R, T, 1)
+    allowed_RTK = responses.movable_BNT.reshape(R, T, 1) & ~distribution.logps.reshape(R, T, K).isinf()
     allowed_RTK = allowed_RTK & (ids_RTK != own_RT1) & ~is_any_of(ids_RTK, responses.eos_ids)
     noise_RX = gumbel_noise(seeds_R.to(device), 0, torch.arange(T * K, device=device).expand(R, -1))
     noise_RS, pair_RS = noise_RX.masked_fill(~allowed_RTK.flatten(1), -torch.inf).topk(min(count, T * K), dim=-1)

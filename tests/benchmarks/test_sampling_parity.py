@@ -9,7 +9,7 @@ import torch
 from benchmarks.sampling_parity import first_gaps, main
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama, build_tokenizer
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.noise import gumbel_noise
 from vgf_llm.text.responses import Responses
 
@@ -27,7 +27,7 @@ def test_the_gap_is_what_the_picked_token_led_by_at_the_first_difference():
     samples = Responses([[1]], mine.unsqueeze(0), torch.ones(1, 2, 3, dtype=torch.bool), (), 0, Shortlist(ids, logps))
     gap = float(scores.max() - scores.min())
     assert first_gaps(mine, theirs, samples, samples, seeds_BN) == pytest.approx([gap])
-    others = replace(samples, law=Shortlist(torch.full_like(ids, int(theirs[1, 1])), logps))
+    others = replace(samples, distribution=Shortlist(torch.full_like(ids, int(theirs[1, 1])), logps))
     assert first_gaps(mine, theirs, samples, others, seeds_BN) == [float("inf")]  # mine is off their list
     theirs[1, 1] = 9  # theirs is off mine
     assert first_gaps(mine, theirs, samples, samples, seeds_BN) == [float("inf")]

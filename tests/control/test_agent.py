@@ -103,7 +103,7 @@ def test_euler_by_hand():
     assert clone.sample(torch.zeros(1, O), torch.zeros(1, 1, A)).tolist() == [[[1.0] * A]]  # clipped
 
 
-def test_flow_clone_learns_a_law_of_two_points():
+def test_flow_clone_learns_a_distribution_of_two_points():
     """Actions are -0.5 or 0.5; a clone that had one mean would put its samples around 0."""
     torch.manual_seed(0)
     settings = small(clone_hidden=[32, 32], euler_steps=10, learning_rate=3e-3)

@@ -135,8 +135,8 @@ def test_rows_of_a_padded_table_are_never_drawn():
     reference = TorchReference(model, sampling, (2,), 0, vocabulary=20)
     drawn = ReferenceSampler(reference).sample([[7, 8], [9]], row_seeds(0, [0, 1], 32))
     assert int(drawn.tokens_BNT.max()) == 19
-    law = reference.shortlists(reference.prefix(drawn.prompts), drawn)
-    assert int(law.ids.max()) == 19 and law.logps.exp().sum(-1).allclose(torch.ones(()))
+    distribution = reference.shortlists(reference.prefix(drawn.prompts), drawn)
+    assert int(distribution.ids.max()) == 19 and distribution.logps.exp().sum(-1).allclose(torch.ones(()))
     written = reference.rewrite(
         reference.prefix(drawn.prompts),
         drawn,

@@ -31,7 +31,9 @@ def test_every_name_has_a_backend():
     assert isinstance(made["vllm"], VLLMBackend) and made["vllm"].settings is SETTINGS
 
 
-def test_a_law_that_an_engine_cannot_report_is_refused_before_it_is_started(tiny_lm, tiny_tokenizer, monkeypatch):
+def test_a_distribution_that_an_engine_cannot_report_is_refused_before_it_is_started(
+    tiny_lm, tiny_tokenizer, monkeypatch
+):
     started, base, table_VD = [], LoadedBase(tiny_lm, tiny_tokenizer), torch.zeros(4, 2)
     monkeypatch.setattr(vgf_llm.engines.vllm_backend, "start_engine", lambda *args: started.append(args) or Stub())
     backend = VLLMBackend(SETTINGS)

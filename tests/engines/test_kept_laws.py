@@ -21,9 +21,9 @@ def sample(reference, seed=0, n=8):
     return ReferenceSampler(reference).sample(PROMPTS, row_seeds(seed, [0, 1, 2], n))
 
 
-def test_kept_laws_are_those_of_the_parallel_forward(reference):
+def test_kept_distributions_are_those_of_the_parallel_forward(reference):
     samples = sample(reference)
-    kept, mask = samples.law, samples.mask_BNT
+    kept, mask = samples.distribution, samples.mask_BNT
     found = reference.shortlists(reference.prefix(PROMPTS), samples)
     ids, logps = (x.view(*mask.shape, -1)[mask] for x in (found.ids, found.logps))
     assert torch.isinf(logps[:, -1]).all()  # nothing had to be added: every token was drawn from its distribution
@@ -38,47 +38,51 @@ def test_kept_laws_are_those_of_the_parallel_forward(reference):
     assert torch.equal(kept_ids[clear & inside], ids[:, :-1][clear & inside])
 
 
-def test_every_token_is_on_its_law(reference):
+def test_every_token_is_on_its_distribution(reference):
     samples = sample(reference)
-    on_law = ((samples.law.ids == samples.tokens_BNT.unsqueeze(-1)) & ~torch.isinf(samples.law.logps)).any(-1)
-    assert on_law[samples.mask_BNT].all()
-    torch.testing.assert_close(samples.law.logps.exp().sum(-1), torch.ones(samples.mask_BNT.shape))
+    on_distribution = (
+        (samples.distribution.ids == samples.tokens_BNT.unsqueeze(-1)) & ~torch.isinf(samples.distribution.logps)
+    ).any(-1)
+    assert on_distribution[samples.mask_BNT].all()
+    torch.testing.assert_close(samples.distribution.logps.exp().sum(-1), torch.ones(samples.mask_BNT.shape))
 
 
-def test_laws_survive_take_first_and_concatenate(reference):
+def test_distributions_survive_take_first_and_concatenate(reference):
     samples, other = sample(reference), sample(reference, seed=1, n=2)
     index = torch.tensor([[3, 3, 0], [1, 7, 2], [0, 5, 6]])
     taken = samples.take(index)
     for b in range(3):
         for m in range(3):
-            assert torch.equal(taken.law.ids[b, m], samples.law.ids[b, index[b, m]])
-            assert torch.equal(taken.law.logps[b, m], samples.law.logps[b, index[b, m]])
+            assert torch.equal(taken.distribution.ids[b, m], samples.distribution.ids[b, index[b, m]])
+            assert torch.equal(taken.distribution.logps[b, m], samples.distribution.logps[b, index[b, m]])
             assert torch.equal(taken.tokens_BNT[b, m], samples.tokens_BNT[b, index[b, m]])
-    assert torch.equal(samples.first(5).law.ids, samples.law.ids[:, :5])
-    assert torch.equal(samples.first(5).law.logps, samples.law.logps[:, :5])
+    assert torch.equal(samples.first(5).distribution.ids, samples.distribution.ids[:, :5])
+    assert torch.equal(samples.first(5).distribution.logps, samples.distribution.logps[:, :5])
     short = min(samples.tokens_BNT.shape[-1], other.tokens_BNT.shape[-1])
     joined = concatenate([samples, other])
-    assert joined.law.ids.shape[:3] == joined.tokens_BNT.shape
+    assert joined.distribution.ids.shape[:3] == joined.tokens_BNT.shape
     for part, columns in ((samples, slice(0, 8)), (other, slice(8, 10))):
-        assert torch.equal(joined.law.ids[:, columns, :short], part.law.ids[:, :, :short])
-        assert torch.equal(joined.law.logps[:, columns, :short], part.law.logps[:, :, :short])
+        assert torch.equal(joined.distribution.ids[:, columns, :short], part.distribution.ids[:, :, :short])
+        assert torch.equal(joined.distribution.logps[:, columns, :short], part.distribution.logps[:, :, :short])
 
 
-def test_a_shorter_part_is_padded_with_laws_that_draw_nothing(reference):
+def test_a_shorter_part_is_padded_with_distributions_that_draw_nothing(reference):
     samples = sample(reference)
     length = samples.tokens_BNT.shape[-1]
-    longer = samples.law.padded(length + 2)
-    assert torch.equal(longer.logps[..., :length, :], samples.law.logps)
+    longer = samples.distribution.padded(length + 2)
+    assert torch.equal(longer.logps[..., :length, :], samples.distribution.logps)
     assert torch.isinf(longer.logps[..., length:, :]).all()
 
 
-def test_a_law_is_lost_where_one_part_has_none(reference):
+def test_a_distribution_is_lost_where_one_part_has_none(reference):
     samples = sample(reference)
     foreign = samples.with_tokens(samples.tokens_BNT)
-    assert foreign.law is None and concatenate([samples, foreign]).law is None
+    assert foreign.distribution is None and concatenate([samples, foreign]).distribution is None
 
 
-def test_a_law_over_the_whole_of_a_large_vocabulary_is_not_kept(any_lm, monkeypatch):
+def test_a_distribution_over_the_whole_of_a_large_vocabulary_is_not_kept(any_lm, monkeypatch):
     monkeypatch.setattr("vgf_llm.text.sampler._KEPT_COLUMNS", 11)
-    assert sample(TorchReference(any_lm, SamplingSettings(top_k=12, max_new_tokens=3), (2, 5), 0)).law is None
-    assert sample(TorchReference(any_lm, SamplingSettings(top_k=11, max_new_tokens=3), (2, 5), 0)).law is not None
+    assert sample(TorchReference(any_lm, SamplingSettings(top_k=12, max_new_tokens=3), (2, 5), 0)).distribution is None
+    assert (
+        sample(TorchReference(any_lm, SamplingSettings(top_k=11, max_new_tokens=3), (2, 5), 0)).distribution is not None
+    )

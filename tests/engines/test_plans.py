@@ -20,11 +20,11 @@ from vgf_llm.errors import DataError
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import TorchReference, row_seeds
 from vgf_llm.text.choosing import Draws, drawn_token
-from vgf_llm.text.law import normalised, truncate
+from vgf_llm.text.distribution import normalised, truncate
 from vgf_llm.text.noise import combine_seeds
 from vgf_llm.text.plans import RowPlan
 from vgf_llm.text.sampler import ReferenceSampler
-from vgf_llm.text.tilted_path import TiltedPath, TiltOptions, laws_of
+from vgf_llm.text.tilted_path import TiltedPath, TiltOptions, distributions_of
 
 PROMPTS = [[1, 10, 11, 12], [1, 20], [30, 31, 32, 33, 34, 35]]
 SAMPLING = SamplingSettings(top_k=12, top_p=0.9, temperature=0.9, max_new_tokens=9)
@@ -43,8 +43,8 @@ def tilted_path(parts, options=None, *, nats=2.0, coupled=True):
     torch.manual_seed(0)
     delta = torch.randn(*samples.tokens_BNT.shape, value.embedding_table_VD.shape[1]) * samples.movable_BNT[..., None]
     move = make_move(None, samples, delta, nats=nats, seeds_BN=combine_seeds(seeds, 1), coupled=coupled)
-    law, _ = laws_of(reference, reference.prefix(PROMPTS), samples)
-    path = TiltedPath(reference, value.embedding_table_VD, move, law, options)
+    distribution, _ = distributions_of(reference, reference.prefix(PROMPTS), samples)
+    path = TiltedPath(reference, value.embedding_table_VD, move, distribution, options)
     path.calibrate(slice(None), nats)
     return path
 
@@ -105,8 +105,8 @@ def test_a_picker_that_follows_ends_up_where_it_would_have_been(parts):
     logits, written = recorded(parts[0], path)
     tokens_RT, mask_RT = written.tokens_BNT.flatten(0, 1), written.mask_BNT.flatten(0, 1)
     for position, logits_RV in enumerate(logits):
-        law = truncate(logits_RV, SAMPLING)
-        own_R = following.follow(law, position, tokens_RT[:, position], mask_RT[:, position])
+        distribution = truncate(logits_RV, SAMPLING)
+        own_R = following.follow(distribution, position, tokens_RT[:, position], mask_RT[:, position])
         assert torch.equal(own_R[mask_RT[:, position]], tokens_RT[:, position][mask_RT[:, position]])
     assert torch.equal(following.nats_R, path.nats_R)
 
@@ -144,7 +144,7 @@ BROKEN_TENSORS = {
     "another type": lambda t: t.update(inside=t["inside"].float()),
     "not a number": lambda t: t["displacement"].__setitem__((0, 0), torch.nan),
     "infinite": lambda t: t["displacement"].__setitem__((0, 0), torch.inf),
-    "laws of two shapes": lambda t: t.update(law_logps=t["law_logps"][:, :5]),
+    "distributions of two shapes": lambda t: t.update(distribution_logps=t["distribution_logps"][:, :5]),
     "a number too few": lambda t: t.update(numbers=t["numbers"][:3]),
     "a place below the first": lambda t: t.update(start=torch.tensor(-1)),
 }
@@ -197,7 +197,7 @@ def test_a_rule_that_is_nested_deeply_is_refused(parts, where, depth):
 def test_tokens_that_the_table_does_not_know_are_not_picked(parts, top_k):
     plan, table_VD = good_plan(parts), parts[1].embedding_table_VD
     tokens = torch.arange(20).expand(9, -1)
-    tensors = {**plan.tensors, "law_ids": tokens, "law_logps": torch.zeros(9, 20).log_softmax(-1)}
+    tensors = {**plan.tensors, "distribution_ids": tokens, "distribution_logps": torch.zeros(9, 20).log_softmax(-1)}
     tensors["token"] = torch.full((9,), 7)
     row = PlannedRow.of(dataclasses.replace(plan, rule={**plan.rule, "top_k": top_k}, tensors=tensors))
     row.check_fits(table_VD[:20], len(table_VD))
@@ -210,7 +210,11 @@ def test_rows_that_pad_the_engines_table_are_not_picked(parts, kind):
     table_VD = parts[1].embedding_table_VD
     plan = good_plan(parts)
     tokens = torch.arange(20).expand(9, -1)
-    drafted = {"law_ids": tokens, "law_logps": torch.zeros(9, 20).log_softmax(-1), "token": torch.full((9,), 7)}
+    drafted = {
+        "distribution_ids": tokens,
+        "distribution_logps": torch.zeros(9, 20).log_softmax(-1),
+        "token": torch.full((9,), 7),
+    }
     plan = dataclasses.replace(plan, tensors={**plan.tensors, **drafted})
     if kind == "draw":
         (plan,) = Draws(SAMPLING, torch.tensor([1])).plans(torch.zeros(1, dtype=torch.int64), 9)
@@ -259,8 +263,8 @@ def test_an_engines_lists_are_cleared_of_the_tables_padding():
     draws = Draws(reference.sampling, torch.tensor([5]))
     written = reference.write(prefix, 1, draws)
     assert engine.requests[0].logprobs == 6 + 8 and engine.requests[0].plan.rule["vocabulary"] == 20
-    law = draws.law()
-    assert law.ids.tolist() == [[[0, 1, 2, 3, 4, 5]]] and law.logps.exp().sum() == pytest.approx(1.0)
+    distribution = draws.distribution()
+    assert distribution.ids.tolist() == [[[0, 1, 2, 3, 4, 5]]] and distribution.logps.exp().sum() == pytest.approx(1.0)
     read = reference.shortlists(prefix, written)
     assert int(read.ids.max()) < 20 and read.logps.exp().sum() == pytest.approx(1.0)
 

@@ -90,26 +90,26 @@ def test_an_engine_writes_the_same_tokens(tiny_engine, name):
     assert torch.equal(here.work.reference_B, there.work.reference_B)
 
 
-def test_the_kept_laws_are_those_of_the_transformers_backend(tiny_engine):
+def test_the_kept_distributions_are_those_of_the_transformers_backend(tiny_engine):
     seeds = row_seeds(0, [0, 1, 2], N)
     here, there = (ReferenceSampler(one).sample(PROMPTS, seeds) for one in tiny_engine.both(SAMPLING))
     mask = here.mask_BNT
-    assert torch.equal(here.law.ids[mask], there.law.ids[mask])
-    torch.testing.assert_close(here.law.logps[mask], there.law.logps[mask], atol=1e-4, rtol=0)
+    assert torch.equal(here.distribution.ids[mask], there.distribution.ids[mask])
+    torch.testing.assert_close(here.distribution.logps[mask], there.distribution.logps[mask], atol=1e-4, rtol=0)
 
 
-def test_laws_and_likelihoods_of_given_texts(tiny_engine):
+def test_distributions_and_likelihoods_of_given_texts(tiny_engine):
     here, there = tiny_engine.both(SAMPLING)
     written = ReferenceSampler(here).sample(PROMPTS, row_seeds(0, [0, 1, 2], N))
     foreign = written.with_tokens(torch.randint(6, 40, written.tokens_BNT.shape))  # off the list here and there
     for responses in (written, foreign):
         likelihoods = [one.logps(one.prefix(PROMPTS), responses) for one in (here, there)]
         torch.testing.assert_close(*likelihoods, atol=1e-4, rtol=0)
-        laws = [one.shortlists(one.prefix(PROMPTS), responses) for one in (here, there)]
+        distributions = [one.shortlists(one.prefix(PROMPTS), responses) for one in (here, there)]
         mask = responses.mask_BNT.flatten(0, 1)
-        torch.testing.assert_close(laws[0].logps[mask], laws[1].logps[mask], atol=1e-4, rtol=0)
-        assert torch.equal(laws[0].ids[mask], laws[1].ids[mask])
-    assert not torch.isinf(laws[0].logps[..., -1][mask]).all()
+        torch.testing.assert_close(distributions[0].logps[mask], distributions[1].logps[mask], atol=1e-4, rtol=0)
+        assert torch.equal(distributions[0].ids[mask], distributions[1].ids[mask])
+    assert not torch.isinf(distributions[0].logps[..., -1][mask]).all()
 
 
 def test_budgets_and_plain_requests_side_by_side(tiny_engine):
@@ -189,7 +189,7 @@ def test_a_text_that_fills_all_positions_but_the_one_that_is_reserved_is_read(ti
     torch.testing.assert_close(*likelihoods, atol=1e-4, rtol=0)
 
 
-def test_an_untruncated_law_is_refused(tiny_engine):
+def test_an_untruncated_distribution_is_refused(tiny_engine):
     with pytest.raises(ConfigError, match="top_k must be at least 1 with backend vllm"):
         EngineReference(tiny_engine.engine, load_skeleton(str(tiny_engine.folder)), SamplingSettings(top_k=0), (2,), 0)
 

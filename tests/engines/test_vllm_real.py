@@ -59,10 +59,10 @@ def test_samples_differ_only_where_two_tokens_are_tied(outcomes):
     (here, there), seeds_BN = outcomes
     mine, theirs = padded(here.originals), padded(there.originals)
     assert (mine == theirs).float().mean() >= 0.99
-    law = here.originals.law
+    distribution = here.originals.distribution
     for row in (mine != theirs).any(-1).nonzero().flatten().tolist():
         t = int((mine[row] != theirs[row]).nonzero()[0])
-        ids, logps = law.ids.flatten(0, 1)[row, t], law.logps.flatten(0, 1)[row, t]
+        ids, logps = distribution.ids.flatten(0, 1)[row, t], distribution.logps.flatten(0, 1)[row, t]
         scores = logps + gumbel_noise(seeds_BN.flatten()[row : row + 1], t, ids.unsqueeze(0))[0]
         assert float(scores.max() - scores[ids == theirs[row, t]]) < _TIE
 

@@ -11,13 +11,13 @@ SAMPLING = SamplingSettings(temperature=0.7, top_k=12, top_p=0.9, max_new_tokens
 ENDS = {"stop_token_ids": [2, 5], "stop": ["."], "ignore_eos": True}
 
 
-def test_a_law_comes_with_a_seed_that_vllm_takes():
+def test_a_distribution_comes_with_a_seed_that_vllm_takes():
     fields = request_fields(EngineRequest([1], 9, sampling=SAMPLING, seed=-1, eos_ids=(2, 5), stop=(".",)))
-    law = {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "seed": 2**63 - 1}
-    assert fields == {"max_tokens": 9, **law, **ENDS, "logit_bias": None, "prompt_logprobs": None}
+    distribution = {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "seed": 2**63 - 1}
+    assert fields == {"max_tokens": 9, **distribution, **ENDS, "logit_bias": None, "prompt_logprobs": None}
 
 
-def test_a_plan_picks_at_temperature_0_whatever_the_law():
+def test_a_plan_picks_at_temperature_0_whatever_the_distribution():
     [plan] = Draws(SAMPLING, torch.tensor([1])).plans(torch.tensor([0]), 9)
     for request in (EngineRequest([1], 9, plan=plan, sampling=SAMPLING, seed=3), EngineRequest([1], 9, seed=3)):
         fields = request_fields(request)

@@ -48,7 +48,7 @@ def parts():
     return reference, RewardModel.from_base(model, num_layers=2).freeze()
 
 
-def counted_and_formula(parts, arm, keep_laws=True):
+def counted_and_formula(parts, arm, keep_distributions=True):
     """FLOPs of sampling and of the policy as PyTorch counts them, and as the results table has them."""
     reference, value = parts
     reference._last_prefix = None  # the prompt is part of the bill
@@ -58,7 +58,9 @@ def counted_and_formula(parts, arm, keep_laws=True):
     seeds = row_seeds(0, [0], arm.num_particles)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         samples = sampler.sample([PROMPT], seeds)
-        outcome = policy.improve(samples if keep_laws else dataclasses.replace(samples, law=None), seeds)
+        outcome = policy.improve(
+            samples if keep_distributions else dataclasses.replace(samples, distribution=None), seeds
+        )
     assert (outcome.transported.lengths_BN == 16).all()
     sizes = Sizes.of(reference.model, value)
     sampled = float(outcome.originals.lengths_BN.sum())
@@ -91,9 +93,9 @@ def test_formula_agrees_with_the_operations_that_are_run(parts, name):
 
 
 @pytest.mark.parametrize("name", ["prior", "edit", "edit_greedy", "pivot", "block"])
-def test_a_text_without_laws_costs_one_forward_more(parts, name):
+def test_a_text_without_distributions_costs_one_forward_more(parts, name):
     arm = ARMS[name]
-    counted, formula = counted_and_formula(parts, arm, keep_laws=False)
-    with_laws, formula_with_laws = counted_and_formula(parts, arm)
+    counted, formula = counted_and_formula(parts, arm, keep_distributions=False)
+    with_distributions, formula_with_distributions = counted_and_formula(parts, arm)
     assert formula == pytest.approx(counted, rel=0.05)
-    assert formula - formula_with_laws == pytest.approx(counted - with_laws, rel=0.05)
+    assert formula - formula_with_distributions == pytest.approx(counted - with_distributions, rel=0.05)

@@ -41,7 +41,7 @@ def test_differences_pair_on_common_seeds_only():
     assert result["b"]["gold"]["low"] > 0
 
 
-def test_tables_hold_every_arm_and_a_dash_where_there_is_no_law(capsys):
+def test_tables_hold_every_arm_and_a_dash_where_there_is_no_distribution(capsys):
     rows = [row("base", 0, p, 0.1 * p) for p in range(3)] + [row("nearest", 0, p, 0.2, nats=None) for p in range(3)]
     summary = summarise(rows, ["base", "nearest"])
     assert summary["nearest"]["nats"] is None

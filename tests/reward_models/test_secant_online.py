@@ -5,7 +5,7 @@ import torch
 from reward_models.secant_online import draw_substitutions, secant_rows
 from reward_models.value_losses import secant_loss
 from tests.reward_models.test_secant import value_model
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.responses import Responses
 
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -18,7 +18,7 @@ def responses() -> Responses:
     return Responses(PROMPTS, tokens, mask, (EOS,), PAD)
 
 
-def law() -> Shortlist:
+def distribution() -> Shortlist:
     ids = torch.arange(10, 16).expand(4, 3, 6).clone()
     ids[..., 5] = EOS
     logps = torch.zeros(4, 3, 6)
@@ -28,24 +28,29 @@ def law() -> Shortlist:
 
 def test_pairs_are_allowed_different_and_drawn_by_the_seed():
     seeds = torch.tensor([1, 2, 3, 4])
-    t, v, mask = draw_substitutions(responses(), law(), seeds, 50)
+    t, v, mask = draw_substitutions(responses(), distribution(), seeds, 50)
     assert t.shape == (4, 18)  # T * K pairs there are
-    assert mask.sum(1).tolist() == [2 * 3, 3 + 3 + 4, 4, 3 * 4]  # 4 tokens of the law, less one's own; EOS stays
+    assert mask.sum(1).tolist() == [
+        2 * 3,
+        3 + 3 + 4,
+        4,
+        3 * 4,
+    ]  # 4 tokens of the distribution, less one's own; EOS stays
     tokens = responses().tokens_BNT.flatten(0, 1)
     for row in range(4):
         pairs = list(zip(t[row][mask[row]].tolist(), v[row][mask[row]].tolist(), strict=True))
         assert len(set(pairs)) == len(pairs)
         assert all(tokens[row, at] not in (new, EOS, PAD) and 10 <= new <= 13 for at, new in pairs)
-    again = draw_substitutions(responses(), law(), seeds, 2)
+    again = draw_substitutions(responses(), distribution(), seeds, 2)
     torch.testing.assert_close(again[1], v[:, :2])
-    assert not torch.equal(draw_substitutions(responses(), law(), seeds + 9, 50)[1], v)
+    assert not torch.equal(draw_substitutions(responses(), distribution(), seeds + 9, 50)[1], v)
 
 
 def test_targets_are_the_exact_changes_less_what_the_skip_knows(tiny_lm):
     value = value_model(tiny_lm)
     seeds = torch.tensor([[1, 2], [3, 4]])
-    rows = secant_rows(value, responses(), law(), seeds, 3, "skip")
-    t, v, _ = draw_substitutions(responses(), law(), seeds.flatten(), 3)
+    rows = secant_rows(value, responses(), distribution(), seeds, 3, "skip")
+    t, v, _ = draw_substitutions(responses(), distribution(), seeds.flatten(), 3)
     prefix, given = value.prefix(PROMPTS), responses()
     base = value.score(prefix, given.tokens_BNT, given.mask_BNT)
     for r in range(4):

@@ -12,7 +12,7 @@ from vgf_llm.evaluation.controls import flipped_gradient
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import BlockDecoder, Moved, PriorDecoder, TorchReference, row_seeds
-from vgf_llm.text.law import truncate
+from vgf_llm.text.distribution import truncate
 from vgf_llm.text.responses import Responses
 from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.text.tilt import calibrate_multiplier, tilt
@@ -37,10 +37,10 @@ def run(reference, value, budget, decoder=None, prompts=PROMPTS, seeds=None, **o
 
 
 @pytest.mark.parametrize("block_tokens", [1, 4, 20])
-@pytest.mark.parametrize("keep_laws", [True, False])
-def test_zero_displacement_gives_every_token_back(reference, value, block_tokens, keep_laws):
+@pytest.mark.parametrize("keep_distributions", [True, False])
+def test_zero_displacement_gives_every_token_back(reference, value, block_tokens, keep_distributions):
     samples = ReferenceSampler(reference).sample(PROMPTS, row_seeds(0, [0, 1, 2], 16))
-    samples = samples if keep_laws else dataclasses.replace(samples, law=None)
+    samples = samples if keep_distributions else dataclasses.replace(samples, distribution=None)
     still = torch.zeros(*samples.tokens_BNT.shape, value.embedding_table_VD.shape[1])
     move = make_move(value, samples, still, nats=3.0, seeds_BN=row_seeds(9, [0, 1, 2], 16))
     decoder = BlockDecoder(reference, value.embedding_table_VD, block_tokens=block_tokens)
@@ -49,7 +49,7 @@ def test_zero_displacement_gives_every_token_back(reference, value, block_tokens
     assert torch.equal(decoded.responses.mask_BNT, samples.mask_BNT)
     assert (decoded.nats_BN == 0).all()
     tokens_B = samples.lengths_BN.sum(-1).double()
-    torch.testing.assert_close(decoded.work.reference_B, tokens_B * (1 if keep_laws else 2))
+    torch.testing.assert_close(decoded.work.reference_B, tokens_B * (1 if keep_distributions else 2))
 
 
 def test_zero_nats_gives_every_token_back(reference, value):
@@ -122,7 +122,7 @@ def test_texts_end_at_the_first_eos_and_with_the_references_probability(referenc
     assert (decoded.nats_BN[0, ends_at_once] == 0).all()
 
 
-def test_blocks_of_one_token_follow_the_tilted_law_of_the_text_that_was_written(reference, value):
+def test_blocks_of_one_token_follow_the_tilted_distribution_of_the_text_that_was_written(reference, value):
     """Second tokens of rows whose draft was the original's, and of rows that were drafted anew.
 
     One direction for all, so q(. | w) is a distribution of the written w alone, with half of the nats each; of at least
@@ -143,11 +143,13 @@ def test_blocks_of_one_token_follow_the_tilted_law_of_the_text_that_was_written(
     new, old = decoded.responses.tokens_BNT[0], samples.tokens_BNT[0]
     first = new[:, 0].unique()
     logits = reference.model(torch.tensor([[*PROMPTS[0], token] for token in first.tolist()])).logits[:, -1]
-    law = truncate(logits, two.sampling)
-    bonus, no_eos = (table @ direction)[law.ids], torch.zeros_like(law.ids, dtype=torch.bool)
+    distribution = truncate(logits, two.sampling)
+    bonus, no_eos = (table @ direction)[distribution.ids], torch.zeros_like(distribution.ids, dtype=torch.bool)
     at_all = torch.ones(len(first), 1, dtype=torch.bool)
-    s = calibrate_multiplier(law.logps[:, None], bonus[:, None], no_eos[:, None], at_all, nats / 2, 5.0)
-    q = torch.zeros(len(first), len(table)).scatter_(1, law.ids, tilt(law.logps, bonus, s, no_eos).exp())
+    s = calibrate_multiplier(distribution.logps[:, None], bonus[:, None], no_eos[:, None], at_all, nats / 2, 5.0)
+    q = torch.zeros(len(first), len(table)).scatter_(
+        1, distribution.ids, tilt(distribution.logps, bonus, s, no_eos).exp()
+    )
     for changed in (False, True):
         here = (new[:, 0] != old[:, 0]) == changed
         assert here.sum() > 4_000

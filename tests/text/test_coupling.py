@@ -14,7 +14,7 @@ from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import PriorDecoder, TorchReference, row_seeds
 from vgf_llm.text.coupling import draft_noise, maximally_coupled
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.sampler import ReferenceSampler
 from vgf_llm.text.tilt import kl_divergence, tilt
@@ -37,18 +37,18 @@ def parts():
 
 
 @pytest.mark.parametrize("coupling", ["gumbel", "maximal"])
-def test_pairs_follow_both_laws_and_maximal_keeps_the_most(coupling):
+def test_pairs_follow_both_distributions_and_maximal_keeps_the_most(coupling):
     """p = (.5, .3, .2), q = (.2, .3, .5): sum min(p, q) = .2 + .3 + .2 = .7; the standard error is 0.0035."""
     p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
-    law = Shortlist(torch.tensor([7, 3, 9]).expand(ROWS, 3), p.log().expand(ROWS, 3))
+    distribution = Shortlist(torch.tensor([7, 3, 9]).expand(ROWS, 3), p.log().expand(ROWS, 3))
     seeds = row_seeds(0, [0], ROWS)[0]
-    column = (law.logps + gumbel_noise(combine_seeds(seeds, 1), 0, law.ids)).argmax(-1, keepdim=True)
-    token, logq = law.ids.gather(-1, column).squeeze(-1), q.log().expand(ROWS, 3)
+    column = (distribution.logps + gumbel_noise(combine_seeds(seeds, 1), 0, distribution.ids)).argmax(-1, keepdim=True)
+    token, logq = distribution.ids.gather(-1, column).squeeze(-1), q.log().expand(ROWS, 3)
     if coupling == "maximal":
-        new = maximally_coupled(logq, law, token, seeds, 0)
+        new = maximally_coupled(logq, distribution, token, seeds, 0)
     else:
-        noise = draft_noise(law, law, token, torch.ones(ROWS, dtype=torch.bool), seeds, 0)
-        new = law.ids.gather(-1, (logq + noise).argmax(-1, keepdim=True)).squeeze(-1)
+        noise = draft_noise(distribution, distribution, token, torch.ones(ROWS, dtype=torch.bool), seeds, 0)
+        new = distribution.ids.gather(-1, (logq + noise).argmax(-1, keepdim=True)).squeeze(-1)
     found = torch.stack([(new == v).float().mean() for v in (7, 3, 9)])
     torch.testing.assert_close(found, q, atol=0.014, rtol=0)
     kept = (new == token).float().mean().item()
@@ -56,14 +56,14 @@ def test_pairs_follow_both_laws_and_maximal_keeps_the_most(coupling):
 
 
 @pytest.mark.parametrize("coupling", ["gumbel", "maximal"])
-def test_equal_laws_give_the_token_back(coupling):
-    law = Shortlist(torch.arange(5).expand(500, 5), torch.randn(500, 5).log_softmax(-1))
+def test_equal_distributions_give_the_token_back(coupling):
+    distribution = Shortlist(torch.arange(5).expand(500, 5), torch.randn(500, 5).log_softmax(-1))
     seeds, token = row_seeds(0, [0], 500)[0], torch.randint(5, (500,))
     if coupling == "maximal":
-        assert torch.equal(maximally_coupled(law.logps, law, token, seeds, 3), token)
+        assert torch.equal(maximally_coupled(distribution.logps, distribution, token, seeds, 3), token)
     else:
-        noise = draft_noise(law, law, token, torch.ones(500, dtype=torch.bool), seeds, 3)
-        assert torch.equal((law.logps + noise).argmax(-1), token)
+        noise = draft_noise(distribution, distribution, token, torch.ones(500, dtype=torch.bool), seeds, 3)
+        assert torch.equal((distribution.logps + noise).argmax(-1), token)
 
 
 def first_tokens(parts, nats, **options):
@@ -77,19 +77,21 @@ def first_tokens(parts, nats, **options):
     decoder = PriorDecoder(one, table, **options)
     move = make_move(value, samples, delta, nats=nats, max_token_nats=10.0, seeds_BN=row_seeds(5, [0], ROWS))
     decoded = decoder.decode(decoder.prepare(PROMPTS[:1]), move)
-    law = Shortlist(samples.law.ids[0, 0, 0], samples.law.logps[0, 0, 0])
-    eos, low, high = torch.isin(law.ids, torch.tensor([2, 5])), 0.0, 100.0
+    distribution = Shortlist(samples.distribution.ids[0, 0, 0], samples.distribution.logps[0, 0, 0])
+    eos, low, high = torch.isin(distribution.ids, torch.tensor([2, 5])), 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        logq = tilt(law.logps, (table @ direction)[law.ids], torch.tensor(middle), eos)
-        low, high = (middle, high) if kl_divergence(logq, law.logps) < nats else (low, middle)
-    p, q = (torch.zeros(len(table)).scatter_add_(0, law.ids, logps.exp()) for logps in (law.logps, logq))
+        logq = tilt(distribution.logps, (table @ direction)[distribution.ids], torch.tensor(middle), eos)
+        low, high = (middle, high) if kl_divergence(logq, distribution.logps) < nats else (low, middle)
+    p, q = (
+        torch.zeros(len(table)).scatter_add_(0, distribution.ids, logps.exp()) for logps in (distribution.logps, logq)
+    )
     return samples.tokens_BNT.flatten(), decoded.responses.tokens_BNT.flatten(), p, q
 
 
 @pytest.mark.parametrize("coupling", ["gumbel", "maximal"])
 @pytest.mark.parametrize("multiplier", ["response", "token"])
-def test_one_token_follows_its_tilted_law(parts, multiplier, coupling):
+def test_one_token_follows_its_tilted_distribution(parts, multiplier, coupling):
     before, after, p, q = first_tokens(parts, 0.4, multiplier=multiplier, coupling=coupling)
     found = torch.bincount(after, minlength=len(q)) / ROWS
     assert (found - q).abs().max().item() < 0.015

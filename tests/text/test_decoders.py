@@ -42,7 +42,7 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(reference):
     assert together.lengths_BN[1, 2] == alone.lengths_BN[0, 0]
 
 
-def test_sampling_follows_the_law(reference):
+def test_sampling_follows_the_distribution(reference):
     """20,000 first tokens against the truncated softmax; the largest standard error is 0.0035."""
     samples = ReferenceSampler(dataclasses_replace_length(reference, 1)).sample(PROMPTS[:1], row_seeds(0, [0], 20_000))
     logits = reference.model(torch.tensor(PROMPTS[:1])).logits[0, -1]
@@ -110,7 +110,7 @@ def test_zero_nats_gives_every_token_back(reference, value):
     assert outcome.nats_BN.abs().max().item() < 1e-5
 
 
-def test_prior_follows_its_tilted_law(reference, value):
+def test_prior_follows_its_tilted_distribution(reference, value):
     """First tokens of 20,000 pairs: y ~ p and one direction for all imply y' ~ q; EOS keeps its probability."""
     one_token = dataclasses_replace_length(reference, 1)
     table = value.embedding_table_VD
@@ -122,18 +122,18 @@ def test_prior_follows_its_tilted_law(reference, value):
     move = make_move(value, samples, delta, nats=0.4, max_token_nats=10.0, seeds_BN=row_seeds(5, [0], 20_000))
     decoded = decoder.decode(decoder.prepare(PROMPTS[:1]), move)
     assert 0.3 < decoded.nats_BN[samples.movable_BNT[..., 0]].mean().item() < 0.41
-    law = one_token.shortlists(decoder.prepare(PROMPTS[:1]), samples)
-    eos = torch.isin(law.ids, torch.tensor([2, 5]))
+    distribution = one_token.shortlists(decoder.prepare(PROMPTS[:1]), samples)
+    eos = torch.isin(distribution.ids, torch.tensor([2, 5]))
     # b_v = <Delta, e_v> - <Delta, e_y>: the second term is the same for all v, so every moved row has the same q
-    bonus = (table @ direction)[law.ids[0, 0]]
+    bonus = (table @ direction)[distribution.ids[0, 0]]
     low, high = 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        q = tilt(law.logps[0, 0], bonus, torch.tensor(middle), eos[0, 0])
-        low, high = (middle, high) if kl_divergence(q, law.logps[0, 0]) < 0.4 else (low, middle)
-    size = int(law.ids.max()) + 1
-    p = torch.zeros(size).scatter_add_(0, law.ids[0, 0], law.logps[0, 0].exp())
-    q = torch.zeros(size).scatter_add_(0, law.ids[0, 0], q.exp())
+        q = tilt(distribution.logps[0, 0], bonus, torch.tensor(middle), eos[0, 0])
+        low, high = (middle, high) if kl_divergence(q, distribution.logps[0, 0]) < 0.4 else (low, middle)
+    size = int(distribution.ids.max()) + 1
+    p = torch.zeros(size).scatter_add_(0, distribution.ids[0, 0], distribution.logps[0, 0].exp())
+    q = torch.zeros(size).scatter_add_(0, distribution.ids[0, 0], q.exp())
     found = torch.bincount(decoded.responses.tokens_BNT.flatten(), minlength=size)[:size] / 20_000
     assert (found - q).abs().max().item() < 0.015
     assert abs(found[[2, 5]].sum().item() - p[[2, 5]].sum().item()) < 0.006

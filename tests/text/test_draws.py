@@ -63,8 +63,10 @@ def test_a_particle_that_was_not_moved_gives_its_original_and_a_fresh_sample(par
     outcome = run((one_token, value), TransportBudget(), prompts=PROMPTS[:1], n=ROWS, draws=2, gradient=no_gradient())
     first, second = outcome.transported.tokens_BNT[0, :, 0].view(ROWS, 2).unbind(1)
     assert torch.equal(first, outcome.originals.tokens_BNT[0, :, 0])
-    law = outcome.originals.law
-    p = torch.zeros(len(value.embedding_table_VD)).scatter_(0, law.ids[0, 0, 0], law.logps[0, 0, 0].exp())
+    distribution = outcome.originals.distribution
+    p = torch.zeros(len(value.embedding_table_VD)).scatter_(
+        0, distribution.ids[0, 0, 0], distribution.logps[0, 0, 0].exp()
+    )
     assert (torch.bincount(second, minlength=len(p)) / ROWS - p).abs().max().item() < 0.015
     assert (first == second).float().mean().item() == pytest.approx(p.square().sum().item(), abs=0.012)
     assert (outcome.nats_BN == 0).all()

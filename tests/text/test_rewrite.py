@@ -6,7 +6,7 @@ from torch.nn.functional import pad
 
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import TorchReference, row_seeds
-from vgf_llm.text.law import truncate
+from vgf_llm.text.distribution import truncate
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.sampler import ReferenceSampler
 
@@ -27,9 +27,9 @@ def picker(reference, seeds_BN, forced_RT=None, keep_R=None):
     """Sample with hashed noise, whether rows share their position or not; optionally forced to begin with a text."""
 
     def choose(logits_RV, position):
-        law = truncate(logits_RV, reference.sampling)
-        noise = gumbel_noise(combine_seeds(seeds_BN.flatten(), position), 0, law.ids)
-        token_R = law.ids.gather(-1, (law.logps + noise).argmax(-1, keepdim=True)).squeeze(-1)
+        distribution = truncate(logits_RV, reference.sampling)
+        noise = gumbel_noise(combine_seeds(seeds_BN.flatten(), position), 0, distribution.ids)
+        token_R = distribution.ids.gather(-1, (distribution.logps + noise).argmax(-1, keepdim=True)).squeeze(-1)
         return token_R if forced_RT is None else torch.where(position < keep_R, forced_RT[:, position], token_R)
 
     return choose

@@ -74,8 +74,8 @@ def test_a_trained_adapter_gives_the_trainers_log_probabilities_in_plain_peft(tm
     trainer.train()
     trainer.save_model()
     prompts = [PromptRow(0, [5, 9, 12], "x")]
-    with trainer.distributions.particles() as law:
-        responses = sample(law, prompts, trainer.distributions.seeds(prompts, trainer.state.global_step))
+    with trainer.distributions.particles() as distribution:
+        responses = sample(distribution, prompts, trainer.distributions.seeds(prompts, trainer.state.global_step))
     rows = policy_rows(responses, torch.ones(1, 4, dtype=torch.bool))
     inputs = rows.policy_inputs
     trainer.model.eval()

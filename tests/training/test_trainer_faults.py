@@ -83,8 +83,8 @@ def test_rewards_called_alike_are_all_counted(tmp_path):
     names = [reward_folder(tmp_path / part / "reward", scale) for part, scale in (("a", 1.0), ("b", 3.0))]
     trainer = tiny_trainer(tmp_path, rewards=names, value="reward")
     prompts = list(trainer.train_dataset)[:2]
-    with trainer.distributions.particles() as law:
-        responses = sample(law, prompts, trainer.distributions.seeds(prompts, 0))
+    with trainer.distributions.particles() as distribution:
+        responses = sample(distribution, prompts, trainer.distributions.seeds(prompts, 0))
     scores = load_rewards(names, [1.0, 0.5], tokenizer)([p.text for p in prompts], responses)
     assert {"reward_reward_0", "reward_reward_1"} <= set(scores)
     expected = scores["reward_reward_0"] + 0.5 * scores["reward_reward_1"]

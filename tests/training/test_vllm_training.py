@@ -177,8 +177,8 @@ def test_after_some_steps_the_engine_has_the_trainers_log_probabilities(folder: 
             prompts = trainer.prompts[:2]
             own = trainer.distributions.policy()
             responses = sample(own, prompts, trainer.distributions.seeds(prompts, trainer.state.global_step, 7))
-            with trainer.distributions.particles() as law:
-                theirs = law.logps(law.prefix(responses.prompts), responses)
+            with trainer.distributions.particles() as distribution:
+                theirs = distribution.logps(distribution.prefix(responses.prompts), responses)
             mine = own.logps(own.prefix(responses.prompts), responses)
             apart.append(float((mine - theirs).abs().max()))
 

@@ -25,7 +25,7 @@ from vgf_llm.errors import ConfigError
 from vgf_llm.models.architecture import vocabulary_rows
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.choosing import TokenPicker
-from vgf_llm.text.law import Shortlist, normalised
+from vgf_llm.text.distribution import Shortlist, normalised
 from vgf_llm.text.responses import Responses
 
 MOST_SPARE = 8  # rows of a table's padding that may be among the most probable of an engine's list
@@ -59,7 +59,9 @@ def check_truncated(sampling: SamplingSettings) -> None:
         ConfigError: If ``top_k`` is 0.
     """
     if not sampling.top_k:
-        raise ConfigError("top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a law")
+        raise ConfigError(
+            "top_k must be at least 1 with backend vllm, got 0: an engine reports the top k of a distribution"
+        )
 
 
 class EngineReference:
@@ -156,11 +158,11 @@ class EngineReference:
             self._read(prefix, responses, self._asked(columns)), self._texts(prefix, responses), strict=True
         ):
             ids_TK, logps_TK = self._known(read.ids_TK, read.logps_TK, columns)
-            law = normalised(ids_TK, logps_TK / sampling.temperature, sampling.top_p)
+            distribution = normalised(ids_TK, logps_TK / sampling.temperature, sampling.top_p)
             gap_T = (read.own_T - logps_TK[:, 0]) / sampling.temperature
-            law = law.including_gap(torch.tensor(tokens), gap_T).padded(length)
-            ids.append(law.ids)
-            logps.append(law.logps)
+            distribution = distribution.including_gap(torch.tensor(tokens), gap_T).padded(length)
+            ids.append(distribution.ids)
+            logps.append(distribution.logps)
         return Shortlist(torch.stack(ids).to(self.device), torch.stack(logps).to(self.device))
 
     def logps(self, prefix: EnginePrefix, responses: Responses) -> Tensor:
@@ -266,8 +268,8 @@ class EngineReference:
             if not is_done
         }
         written = self.engine.run(list(requests.values()))
-        tokens_RT, inside_RT, law = self._laid_out(dict(zip(requests, written, strict=True)), len(done))
-        self._follow(choose, law, tokens_RT, inside_RT, start_R.to(self.device), same_place=same_place)
+        tokens_RT, inside_RT, distribution = self._laid_out(dict(zip(requests, written, strict=True)), len(done))
+        self._follow(choose, distribution, tokens_RT, inside_RT, start_R.to(self.device), same_place=same_place)
         return tokens_RT, inside_RT
 
     def _laid_out(self, texts: dict[int, EngineText], number: int) -> tuple[Tensor, Tensor, Shortlist]:
@@ -284,14 +286,14 @@ class EngineReference:
             written = reported(text.written, self.engine.name)
             ids_RTK[row, here], raw_RTK[row, here] = written.ids_TK, written.logps_TK
         ids_RTK, raw_RTK = self._known(ids_RTK, raw_RTK, self.columns)
-        law = normalised(ids_RTK, raw_RTK / self.sampling.temperature, self.sampling.top_p)
-        law = Shortlist(law.ids.to(self.device), law.logps.to(self.device))
-        return tokens_RT.to(self.device), inside_RT.to(self.device), law
+        distribution = normalised(ids_RTK, raw_RTK / self.sampling.temperature, self.sampling.top_p)
+        distribution = Shortlist(distribution.ids.to(self.device), distribution.logps.to(self.device))
+        return tokens_RT.to(self.device), inside_RT.to(self.device), distribution
 
     def _follow(
         self,
         choose: TokenPicker,
-        law: Shortlist,
+        distribution: Shortlist,
         tokens_RT: Tensor,
         inside_RT: Tensor,
         start_R: Tensor,
@@ -302,7 +304,7 @@ class EngineReference:
         strays = torch.zeros((), dtype=torch.int64, device=self.device)
         for offset in range(tokens_RT.shape[1]):
             position = int(start_R[0]) + offset if same_place else start_R + offset
-            here = Shortlist(law.ids[:, offset], law.logps[:, offset])
+            here = Shortlist(distribution.ids[:, offset], distribution.logps[:, offset])
             own_R = choose.follow(here, position, tokens_RT[:, offset], inside_RT[:, offset])
             strays += ((own_R != tokens_RT[:, offset]) & inside_RT[:, offset]).sum()
         tokens = int(inside_RT.sum())

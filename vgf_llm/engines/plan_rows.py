@@ -19,8 +19,8 @@ from torch import Tensor
 
 from vgf_llm.errors import DataError
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.law import truncate
-from vgf_llm.text.plans import LAW_RULE, PlannedRows, PlanTensor, RowPlan
+from vgf_llm.text.distribution import truncate
+from vgf_llm.text.plans import DISTRIBUTION_RULE, PlannedRows, PlanTensor, RowPlan
 
 _VOCABULARY = "vocabulary"  # the one entry that any rule may have: tokens of the tokenizer, where the table has more
 
@@ -83,7 +83,7 @@ class PlannedRow:
         columns = min(self.sampling.top_k or limit, limit)
         if kind.width is not None and tensors[kind.width].shape[-1] < columns:
             found = tensors[kind.width].shape[-1]
-            raise DataError(f"{kind.width} of a row has {found} columns, its law at least {columns}")
+            raise DataError(f"{kind.width} of a row has {found} columns, its distribution at least {columns}")
         for name in (name for name, one in kind.tensors.items() if one.is_token):
             ids = tensors[name]
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
@@ -110,14 +110,14 @@ def _checked_rule(plan: RowPlan) -> SamplingSettings:
     kind, rule = plan.kind, plan.rule
     if set(rule) - {_VOCABULARY} != set(kind.rule):
         raise DataError(f"the rule of a {kind.name} row holds {reprlib.repr(sorted(rule))}, it must hold {kind.rule}")
-    for name in LAW_RULE:
+    for name in DISTRIBUTION_RULE:
         if type(rule[name]) not in ((int,) if name == "top_k" else (int, float)):
             seen = reprlib.repr(rule[name])
             raise DataError(f"{name} in the rule of a {kind.name} row must be a number, got {seen}")
     try:
         if not math.isfinite(rule["temperature"]):
             raise ValueError(f"temperature must be finite, got {rule['temperature']}")
-        sampling = SamplingSettings(*(rule[name] for name in LAW_RULE))
+        sampling = SamplingSettings(*(rule[name] for name in DISTRIBUTION_RULE))
         if kind.check_rule is not None:
             kind.check_rule(rule)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -173,11 +173,13 @@ def step(rows: Sequence[PlannedRow], offsets: Sequence[int], logits_RV: Tensor, 
     table_VD = logits_RV.new_empty((0, 0)) if table_VD is None else table_VD
     if kind.needs_table:  # a token that the table does not know has no embedding to be tilted by
         logits_RV = logits_RV[:, : len(table_VD)]
-    law = truncate(logits_RV[:, : first.plan.rule.get(_VOCABULARY)], first.sampling)
+    distribution = truncate(logits_RV[:, : first.plan.rule.get(_VOCABULARY)], first.sampling)
     pairs = list(zip(rows, offsets, strict=True))
     position_R = torch.tensor([row.start + offset for row, offset in pairs], device=logits_RV.device)
     before = [None if kind.start is None else row.states[offset] for row, offset in pairs]
-    token_R, after = kind.step(PlannedRows([row.plan for row in rows], offsets, before, table_VD), law, position_R)
+    token_R, after = kind.step(
+        PlannedRows([row.plan for row in rows], offsets, before, table_VD), distribution, position_R
+    )
     if kind.start is not None:
         for (row, offset), state in zip(pairs, after, strict=True):
             row.states[offset + 1 :] = [state]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vgf_llm.engines.engine import EngineRequest, engine_seed
-from vgf_llm.text.plans import law_rule
+from vgf_llm.text.plans import distribution_rule
 
 PROCESSOR = "vgf_llm.engines.vllm_processor:PlanProcessor"
 WORKER = "vgf_llm.engines.vllm_worker.FolderWorker"
@@ -30,5 +30,5 @@ def request_fields(request: EngineRequest) -> dict[str, Any]:
         "prompt_logprobs": request.prompt_logprobs,
     }
     if request.plan is None and own is not None:
-        fields |= {**law_rule(own), "seed": engine_seed(request.seed)}
+        fields |= {**distribution_rule(own), "seed": engine_seed(request.seed)}
     return fields

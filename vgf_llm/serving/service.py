@@ -150,13 +150,13 @@ class Service:
             value = StoppedValue(value, own.tokenizer, self._tokenizer_turn, question.stop)
         sampling = GuardedEngine(engine, guard, "sample")
         sampler: Sampler = PlainSampler(sampling, own.reference, question)
-        law = own.reference  # of no account where nothing is moved
+        distribution = own.reference  # of no account where nothing is moved
         if not question.is_plain:
-            sampler = ReferenceSampler(self._law(question, sampling))
-            law = self._law(question, GuardedEngine(engine, guard, "decode"))
+            sampler = ReferenceSampler(self._distribution(question, sampling))
+            distribution = self._distribution(question, GuardedEngine(engine, guard, "decode"))
         return make_policy(
             StoppedPolicy if question.stop else ImplicitPolicy,
-            law,
+            distribution,
             value,
             question.budget,
             question.decoder,
@@ -168,7 +168,7 @@ class Service:
             sampler=sampler,
         )
 
-    def _law(self, question: AnswerRequest, engine: Engine) -> EngineReference:
+    def _distribution(self, question: AnswerRequest, engine: Engine) -> EngineReference:
         like = self.pipeline.reference
         return EngineReference(
             engine,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.law import Shortlist, ends_here, truncate
+from vgf_llm.text.distribution import Shortlist, ends_here, truncate
 from vgf_llm.text.noise import gumbel_noise
-from vgf_llm.text.plans import PlanKind, PlannedRows, PlanTensor, RowPlan, law_rule
+from vgf_llm.text.plans import PlanKind, PlannedRows, PlanTensor, RowPlan, distribution_rule
 from vgf_llm.text.responses import is_any_of
 
 
@@ -34,11 +34,11 @@ class TokenPicker(Protocol):
         """Return the plan of each row for at most ``tokens`` tokens from its place ``start_R`` in the response on."""
         ...
 
-    def follow(self, law: Shortlist, position: Any, token_R: Tensor, live_R: Tensor, /) -> Tensor:
+    def follow(self, distribution: Shortlist, position: Any, token_R: Tensor, live_R: Tensor, /) -> Tensor:
         """Take over the tokens that were picked at ``position``; returns those that this picker would have picked.
 
         Args:
-            law: The reference's distribution [R, K] there.
+            distribution: The reference's distribution [R, K] there.
             position: As in a call.
             token_R: What was picked.
             live_R: bool, rows that were written to; the others are left alone.
@@ -46,25 +46,27 @@ class TokenPicker(Protocol):
         ...
 
 
-def drawn_token(law: Shortlist, seeds_R: Tensor, position: int | Tensor, ends_first: Sequence[int] = ()) -> Tensor:
+def drawn_token(
+    distribution: Shortlist, seeds_R: Tensor, position: int | Tensor, ends_first: Sequence[int] = ()
+) -> Tensor:
     """Return argmax_v(log p(v) + g_v), int64 [R], with the noise hashed from seed, position and token.
 
     Args:
-        law: p [R, K].
+        distribution: p [R, K].
         seeds_R: int64, one seed a row.
         position: Place in the response: one for all rows, or int64 [R].
         ends_first: EOS ids, where whether a row ends is to be decided by noise of its own, before the text is.
     """
-    scores_RK = law.logps + gumbel_noise(seeds_R, position, law.ids)
+    scores_RK = distribution.logps + gumbel_noise(seeds_R, position, distribution.ids)
     if ends_first:
-        is_eos_RK = is_any_of(law.ids, ends_first)
-        barred_RK = is_eos_RK != ends_here(law, is_eos_RK, seeds_R, position).unsqueeze(-1)
+        is_eos_RK = is_any_of(distribution.ids, ends_first)
+        barred_RK = is_eos_RK != ends_here(distribution, is_eos_RK, seeds_R, position).unsqueeze(-1)
         scores_RK = scores_RK.masked_fill(barred_RK, -torch.inf)
-    return law.ids.gather(-1, scores_RK.argmax(-1, keepdim=True)).squeeze(-1)
+    return distribution.ids.gather(-1, scores_RK.argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def _step(rows: PlannedRows, law: Shortlist, position_R: Tensor) -> tuple[Tensor, list[None]]:
-    return drawn_token(law, rows.own("seed"), position_R, rows.rule("ends_first")), [None] * len(rows.plans)
+def _step(rows: PlannedRows, distribution: Shortlist, position_R: Tensor) -> tuple[Tensor, list[None]]:
+    return drawn_token(distribution, rows.own("seed"), position_R, rows.rule("ends_first")), [None] * len(rows.plans)
 
 
 DRAW = PlanKind(
@@ -84,14 +86,14 @@ class Draws:
         seeds_R: int64, one seed a row.
         ends_first: As for :func:`drawn_token`.
         kept_columns: A longer shortlist is not kept.
-        laws: What was met.
+        distributions: What was met.
     """
 
     sampling: SamplingSettings
     seeds_R: Tensor
     ends_first: tuple[int, ...] = ()
     kept_columns: int = 512  # 12 bytes a column and token
-    laws: list[Shortlist] = field(default_factory=list)
+    distributions: list[Shortlist] = field(default_factory=list)
 
     def __call__(self, logits_RV: Tensor, position: int) -> Tensor:
         """Draw the next token of every row."""
@@ -99,22 +101,25 @@ class Draws:
 
     def plans(self, start_R: Tensor, tokens: int) -> list[RowPlan]:
         """Return a seed and a place for each row."""
-        rule = {**law_rule(self.sampling), "ends_first": list(self.ends_first)}
+        rule = {**distribution_rule(self.sampling), "ends_first": list(self.ends_first)}
         where = zip(self.seeds_R.cpu(), start_R.cpu().long(), strict=True)
         return [RowPlan(DRAW, rule, {"seed": seed, "start": start}) for seed, start in where]
 
-    def follow(self, law: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:
+    def follow(self, distribution: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:
         """Keep the distribution; see :class:`TokenPicker`."""
-        return self._drawn(law, position)
+        return self._drawn(distribution, position)
 
-    def _drawn(self, law: Shortlist, position: int) -> Tensor:
-        if law.ids.shape[-1] <= self.kept_columns:
-            self.laws.append(law)
-        return drawn_token(law, self.seeds_R, position, self.ends_first)
+    def _drawn(self, distribution: Shortlist, position: int) -> Tensor:
+        if distribution.ids.shape[-1] <= self.kept_columns:
+            self.distributions.append(distribution)
+        return drawn_token(distribution, self.seeds_R, position, self.ends_first)
 
-    def law(self) -> Shortlist | None:
+    def distribution(self) -> Shortlist | None:
         """Return the distributions [R, T, K] of what was written; None where they were not kept."""
-        if not self.laws:
+        if not self.distributions:
             return None
-        ids, logps = [law.ids for law in self.laws], [law.logps for law in self.laws]
+        ids, logps = (
+            [distribution.ids for distribution in self.distributions],
+            [distribution.logps for distribution in self.distributions],
+        )
         return Shortlist(torch.stack(ids, 1), torch.stack(logps, 1))

@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.noise import gumbel_noise, maximum_noise, posterior_gumbel_noise
 
 _KEEPS = -3  # the noise of "is the token kept", beside that of the tokens
 
 
 def draft_noise(
-    law: Shortlist,
-    draft_law: Shortlist,
+    distribution: Shortlist,
+    draft_distribution: Shortlist,
     draft_token_R: Tensor,
     known_R: Tensor,
     seeds_R: Tensor,
@@ -30,42 +30,42 @@ def draft_noise(
     """Return the Gumbel noise of the draft's own sampling where the draft had a token on its list, fresh elsewhere.
 
     Args:
-        law: The distribution [R, K] that is drawn from now.
-        draft_law: The distribution [R, K'] that the draft's token was drawn from; ``-inf`` on columns without known
-            noise.
+        distribution: The distribution [R, K] that is drawn from now.
+        draft_distribution: The distribution [R, K'] that the draft's token was drawn from; ``-inf`` on columns without
+            known noise.
         draft_token_R: The token that won.
         known_R: bool, rows whose noise is the draft's; the others' is fresh.
         seeds_R: int64, one seed a row.
         position: Place in the response: one for all rows, or int64 [R].
     """
     known_RK = posterior_gumbel_noise(
-        draft_law.logps,
-        draft_law.column_of(draft_token_R),
-        gumbel_noise(seeds_R, position, draft_law.ids),
+        draft_distribution.logps,
+        draft_distribution.column_of(draft_token_R),
+        gumbel_noise(seeds_R, position, draft_distribution.ids),
         maximum_noise(seeds_R, position),
     )
-    known_RJ = ~torch.isinf(draft_law.logps) & known_R.unsqueeze(-1)
-    same_RKJ = (law.ids.unsqueeze(-1) == draft_law.ids.unsqueeze(-2)) & known_RJ.unsqueeze(-2)
+    known_RJ = ~torch.isinf(draft_distribution.logps) & known_R.unsqueeze(-1)
+    same_RKJ = (distribution.ids.unsqueeze(-1) == draft_distribution.ids.unsqueeze(-2)) & known_RJ.unsqueeze(-2)
     found_RK, where_RK = same_RKJ.any(-1), same_RKJ.long().argmax(-1)
-    return torch.where(found_RK, known_RK.gather(-1, where_RK), gumbel_noise(seeds_R, position, law.ids))
+    return torch.where(found_RK, known_RK.gather(-1, where_RK), gumbel_noise(seeds_R, position, distribution.ids))
 
 
 def maximally_coupled(
-    logq_RK: Tensor, law: Shortlist, token_R: Tensor, seeds_R: Tensor, position: int | Tensor
+    logq_RK: Tensor, distribution: Shortlist, token_R: Tensor, seeds_R: Tensor, position: int | Tensor
 ) -> Tensor:
     """Return y' ~ q, int64 [R], that equals y ~ p as often as any coupling can.
 
     Args:
-        logq_RK: log q over the columns of ``law``.
-        law: p [R, K], y among its columns.
+        logq_RK: log q over the columns of ``distribution``.
+        distribution: p [R, K], y among its columns.
         token_R: y.
         seeds_R: int64, one seed a row.
         position: Place in the response: one for all rows, or int64 [R].
     """
-    own_R1 = law.column_of(token_R).unsqueeze(-1)
-    log_ratio_R = (logq_RK - law.logps).gather(-1, own_R1).squeeze(-1)
-    residual_RK = (logq_RK.exp() - law.logps.exp()).clamp(min=0)
+    own_R1 = distribution.column_of(token_R).unsqueeze(-1)
+    log_ratio_R = (logq_RK - distribution.logps).gather(-1, own_R1).squeeze(-1)
+    residual_RK = (logq_RK.exp() - distribution.logps.exp()).clamp(min=0)
     log_uniform_R = -torch.exp(-gumbel_noise(seeds_R, position, torch.full_like(own_R1, _KEEPS)).squeeze(-1))
     kept_R = (log_uniform_R <= log_ratio_R) | (residual_RK == 0).all(-1)
-    drawn_R1 = (residual_RK.log() + gumbel_noise(seeds_R, position, law.ids)).argmax(-1, keepdim=True)
-    return torch.where(kept_R, token_R, law.ids.gather(-1, drawn_R1).squeeze(-1))
+    drawn_R1 = (residual_RK.log() + gumbel_noise(seeds_R, position, distribution.ids)).argmax(-1, keepdim=True)
+    return torch.where(kept_R, token_R, distribution.ids.gather(-1, drawn_R1).squeeze(-1))

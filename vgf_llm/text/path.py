@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.protocols import Prefix, Reference, Work
 from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import linear_bonus
@@ -23,11 +23,11 @@ class Path:
     """The sampling distribution along B x N responses.
 
     Attributes:
-        law: Shortlist [B, N, T, K]; the response's own token is on it.
+        distribution: Shortlist [B, N, T, K]; the response's own token is on it.
         own_BNT: Log-probability of each token of the response; 0 at padding.
     """
 
-    law: Shortlist
+    distribution: Shortlist
     own_BNT: Tensor
 
     @property
@@ -38,42 +38,45 @@ class Path:
     def take(self, index_BM: Tensor) -> Path:
         """Return the paths of M responses of each prompt by their index in N (int64, [B, M])."""
         batch_B1 = torch.arange(len(index_BM), device=index_BM.device).unsqueeze(1)
-        return Path(self.law.take(index_BM), self.own_BNT[batch_B1, index_BM])
+        return Path(self.distribution.take(index_BM), self.own_BNT[batch_B1, index_BM])
 
     def where(self, use_BN: Tensor, other: Path) -> Path:
         """Return this path, and ``other`` where ``use_BN``."""
         use_BNT = use_BN.unsqueeze(-1)
         use_BNT1 = use_BNT.unsqueeze(-1)
-        law = Shortlist(
-            torch.where(use_BNT1, other.law.ids, self.law.ids), torch.where(use_BNT1, other.law.logps, self.law.logps)
+        distribution = Shortlist(
+            torch.where(use_BNT1, other.distribution.ids, self.distribution.ids),
+            torch.where(use_BNT1, other.distribution.logps, self.distribution.logps),
         )
-        return Path(law, torch.where(use_BNT, other.own_BNT, self.own_BNT))
+        return Path(distribution, torch.where(use_BNT, other.own_BNT, self.own_BNT))
 
 
 def path_of(reference: Reference, context: Prefix, responses: Responses) -> tuple[Path, Work]:
     """Return the path of responses, and its cost: one forward, or none where the sampler kept the distributions."""
-    if responses.law is not None:
-        law = Shortlist(pad(responses.law.ids, (0, 1)), pad(responses.law.logps, (0, 1), value=-torch.inf))
-        return Path(law, own_logps(law, responses)), Work.none(len(responses.prompts))
+    if responses.distribution is not None:
+        distribution = Shortlist(
+            pad(responses.distribution.ids, (0, 1)), pad(responses.distribution.logps, (0, 1), value=-torch.inf)
+        )
+        return Path(distribution, own_logps(distribution, responses)), Work.none(len(responses.prompts))
     found = reference.shortlists(context, responses)
     shape = (*responses.tokens_BNT.shape, -1)
-    law = Shortlist(found.ids.view(shape), found.logps.view(shape))
-    return Path(law, own_logps(law, responses)), Work.of(responses.lengths_BN, reference=1)
+    distribution = Shortlist(found.ids.view(shape), found.logps.view(shape))
+    return Path(distribution, own_logps(distribution, responses)), Work.of(responses.lengths_BN, reference=1)
 
 
-def own_logps(law: Shortlist, responses: Responses) -> Tensor:
+def own_logps(distribution: Shortlist, responses: Responses) -> Tensor:
     """Return the log-probability of each token of the responses under their distributions, [B, N, T]; 0 at padding."""
-    same = (law.ids == responses.tokens_BNT.unsqueeze(-1)) & ~torch.isinf(law.logps)
-    own_BNT = law.logps.masked_fill(~same, -torch.inf).amax(-1)
+    same = (distribution.ids == responses.tokens_BNT.unsqueeze(-1)) & ~torch.isinf(distribution.logps)
+    own_BNT = distribution.logps.masked_fill(~same, -torch.inf).amax(-1)
     return own_BNT.masked_fill(~responses.mask_BNT, 0)
 
 
-def is_on_list(law: Shortlist, responses: Responses) -> Tensor:
+def is_on_list(distribution: Shortlist, responses: Responses) -> Tensor:
     """Return whether every token of a response can be drawn from the truncated distribution, bool [B, N].
 
     A distribution that had to be widened for the response's own token has that token in its last column.
     """
-    return (torch.isinf(law.logps[..., -1]) | ~responses.mask_BNT).all(-1)
+    return (torch.isinf(distribution.logps[..., -1]) | ~responses.mask_BNT).all(-1)
 
 
 def edit_scores(table_VD: Tensor, path: Path, responses: Responses, displacement_BNTD: Tensor) -> Tensor:
@@ -81,11 +84,11 @@ def edit_scores(table_VD: Tensor, path: Path, responses: Responses, displacement
 
     ``-inf`` where there is no edit: v is the token that stands there or ends a response, or t may not be changed.
     """
-    ids = path.law.ids
+    ids = path.distribution.ids
     bonus = linear_bonus(table_VD, displacement_BNTD, responses.tokens_BNT, ids)
     own = ids == responses.tokens_BNT.unsqueeze(-1)
     barred = own | is_any_of(ids, responses.eos_ids) | ~responses.movable_BNT.unsqueeze(-1)
-    return (bonus + path.law.logps - path.own_BNT.unsqueeze(-1)).masked_fill(barred, -torch.inf)
+    return (bonus + path.distribution.logps - path.own_BNT.unsqueeze(-1)).masked_fill(barred, -torch.inf)
 
 
 def with_token(responses: Responses, position_BN: Tensor, token_BN: Tensor) -> Responses:

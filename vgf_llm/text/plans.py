@@ -25,9 +25,9 @@ from torch import Tensor
 
 from vgf_llm.errors import DataError
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 
-LAW_RULE = ("temperature", "top_k", "top_p")
+DISTRIBUTION_RULE = ("temperature", "top_k", "top_p")
 """Entries of every rule, in the order of :class:`SamplingSettings`: the reference's distribution."""
 
 
@@ -117,7 +117,7 @@ class PlanKind:
     @property
     def rule(self) -> tuple[str, ...]:
         """Entries of the rule, all of which a plan must hold."""
-        return (*LAW_RULE, self.eos_rule, *self.options)
+        return (*DISTRIBUTION_RULE, self.eos_rule, *self.options)
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,6 @@ class RowPlan:
         return cls(kinds[kind], rule, tensors)
 
 
-def law_rule(sampling: SamplingSettings) -> dict[str, Any]:
+def distribution_rule(sampling: SamplingSettings) -> dict[str, Any]:
     """Return the part of a plan's rule that states the reference's distribution."""
-    return {name: getattr(sampling, name) for name in LAW_RULE}
+    return {name: getattr(sampling, name) for name in DISTRIBUTION_RULE}

@@ -14,7 +14,7 @@ from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.choosing import TokenPicker
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.responses import Responses
 
 

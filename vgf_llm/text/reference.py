@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from vgf_llm.models.architecture import decoder_of, vocabulary_rows
 from vgf_llm.models.prefix import PromptPrefix, compute_prefix
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.law import Shortlist, truncate
+from vgf_llm.text.distribution import Shortlist, truncate
 from vgf_llm.text.responses import Responses, is_any_of, mask_after_eos
 
 ChooseToken = Callable[[Tensor, int], Tensor]

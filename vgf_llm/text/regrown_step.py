@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.plans import PlanKind, PlannedRows, PlanTensor
 from vgf_llm.text.responses import is_any_of
@@ -24,7 +24,7 @@ from vgf_llm.text.tilt import capped_multiplier, linear_bonus, tilt
 
 
 def regrown_token(
-    law: Shortlist,
+    distribution: Shortlist,
     displacement_RD: Tensor,
     old_token_R: Tensor,
     is_tilted_R: Tensor,
@@ -37,7 +37,7 @@ def regrown_token(
     """Draw every row's next token, int64 [R]: tilted at and after the pivot, then by the reference's distribution.
 
     Args:
-        law: The reference's distribution [R, K] here.
+        distribution: The reference's distribution [R, K] here.
         displacement_RD: Delta of the old text here; 0 beyond its end.
         old_token_R: What stands here in the old text.
         is_tilted_R: Whether this position is one of the tilted.
@@ -47,37 +47,37 @@ def regrown_token(
         eos_ids: Ids that end a response.
         cap_R: Largest KL at one token, in nats.
     """
-    tilted = tilted_law(law, displacement_RD, old_token_R, table_VD, eos_ids, cap_R)
-    logps_RK = torch.where(is_tilted_R.unsqueeze(-1), tilted.logps, law.logps)
-    noise_RK = gumbel_noise(combine_seeds(seeds_R, position_R), 0, law.ids)
-    return law.ids.gather(-1, (logps_RK + noise_RK).argmax(-1, keepdim=True)).squeeze(-1)
+    tilted = tilted_distribution(distribution, displacement_RD, old_token_R, table_VD, eos_ids, cap_R)
+    logps_RK = torch.where(is_tilted_R.unsqueeze(-1), tilted.logps, distribution.logps)
+    noise_RK = gumbel_noise(combine_seeds(seeds_R, position_R), 0, distribution.ids)
+    return distribution.ids.gather(-1, (logps_RK + noise_RK).argmax(-1, keepdim=True)).squeeze(-1)
 
 
-def tilted_law(
-    law: Shortlist, displacement: Tensor, token: Tensor, table_VD: Tensor, eos_ids: Sequence[int], cap: Tensor
+def tilted_distribution(
+    distribution: Shortlist, displacement: Tensor, token: Tensor, table_VD: Tensor, eos_ids: Sequence[int], cap: Tensor
 ) -> Shortlist:
     """Return q at positions [...].
 
     Args:
-        law: p [..., K].
+        distribution: p [..., K].
         displacement: Delta [..., D].
         token: y, int64 [...].
         table_VD: Input embeddings that the particles live in.
         eos_ids: Ids that end a response.
         cap: Largest KL at a position, in nats, [...].
     """
-    bonus = linear_bonus(table_VD, displacement, token, law.ids)
-    is_eos = is_any_of(law.ids, eos_ids)
-    multiplier = capped_multiplier(law.logps, bonus, torch.ones_like(law.logps[..., 0]), is_eos, cap)
-    return Shortlist(law.ids, tilt(law.logps, bonus, multiplier, is_eos))
+    bonus = linear_bonus(table_VD, displacement, token, distribution.ids)
+    is_eos = is_any_of(distribution.ids, eos_ids)
+    multiplier = capped_multiplier(distribution.logps, bonus, torch.ones_like(distribution.logps[..., 0]), is_eos, cap)
+    return Shortlist(distribution.ids, tilt(distribution.logps, bonus, multiplier, is_eos))
 
 
-def _step(rows: PlannedRows, law: Shortlist, position_R: Tensor) -> tuple[Tensor, list[None]]:
+def _step(rows: PlannedRows, distribution: Shortlist, position_R: Tensor) -> tuple[Tensor, list[None]]:
     lengths = [len(plan.tensors["token"]) for plan in rows.plans]
     inside = [offset < length for offset, length in zip(rows.offsets, lengths, strict=True)]
     within = [min(offset, length - 1) for offset, length in zip(rows.offsets, lengths, strict=True)]
     token_R = regrown_token(
-        law,
+        distribution,
         rows.here("displacement", within),
         rows.here("token", within),
         torch.tensor(inside, device=position_R.device),

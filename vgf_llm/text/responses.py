@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Responses:
         mask_BNT: bool, true on every token of a response, its EOS included.
         eos_ids: Ids that end a response.
         pad_id: Id that fills the tail.
-        law: The shortlist [B, N, T, K] that each token was drawn from, where the sampler kept it.
+        distribution: The shortlist [B, N, T, K] that each token was drawn from, where the sampler kept it.
     """
 
     prompts: list[list[int]]
@@ -30,7 +30,7 @@ class Responses:
     mask_BNT: Tensor
     eos_ids: tuple[int, ...]
     pad_id: int
-    law: Shortlist | None = None
+    distribution: Shortlist | None = None
 
     @property
     def lengths_BN(self) -> Tensor:
@@ -63,13 +63,19 @@ class Responses:
             self.mask_BNT.gather(1, index_BMT),
             self.eos_ids,
             self.pad_id,
-            None if self.law is None else self.law.take(index_BM),
+            None if self.distribution is None else self.distribution.take(index_BM),
         )
 
     def first(self, n: int) -> Responses:
         """Return the first ``n`` responses of each prompt."""
-        law = None if self.law is None else Shortlist(self.law.ids[:, :n], self.law.logps[:, :n])
-        return Responses(self.prompts, self.tokens_BNT[:, :n], self.mask_BNT[:, :n], self.eos_ids, self.pad_id, law)
+        distribution = (
+            None
+            if self.distribution is None
+            else Shortlist(self.distribution.ids[:, :n], self.distribution.logps[:, :n])
+        )
+        return Responses(
+            self.prompts, self.tokens_BNT[:, :n], self.mask_BNT[:, :n], self.eos_ids, self.pad_id, distribution
+        )
 
     def texts(self, tokenizer: Any) -> list[list[str]]:
         """Decode every response to text, special tokens dropped."""
@@ -92,11 +98,15 @@ def concatenate(parts: Sequence[Responses]) -> Responses:
         torch.nn.functional.pad(p.tokens_BNT, (0, length - p.tokens_BNT.shape[-1]), value=p.pad_id) for p in parts
     ]
     masks = [torch.nn.functional.pad(p.mask_BNT, (0, length - p.mask_BNT.shape[-1]), value=False) for p in parts]
-    laws = [part.law.padded(length) for part in parts if part.law is not None]
-    law = None
-    if len(laws) == len(parts):
-        law = Shortlist(torch.cat([one.ids for one in laws], 1), torch.cat([one.logps for one in laws], 1))
-    return Responses(first.prompts, torch.cat(tokens, 1), torch.cat(masks, 1), first.eos_ids, first.pad_id, law)
+    distributions = [part.distribution.padded(length) for part in parts if part.distribution is not None]
+    distribution = None
+    if len(distributions) == len(parts):
+        distribution = Shortlist(
+            torch.cat([one.ids for one in distributions], 1), torch.cat([one.logps for one in distributions], 1)
+        )
+    return Responses(
+        first.prompts, torch.cat(tokens, 1), torch.cat(masks, 1), first.eos_ids, first.pad_id, distribution
+    )
 
 
 def changed_tokens(before: Responses, after: Responses) -> Tensor:

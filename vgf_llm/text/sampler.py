@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from vgf_llm.text.choosing import Draws
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.protocols import Reference
 from vgf_llm.text.responses import Responses
 
@@ -47,5 +47,9 @@ class ReferenceSampler:
         seeds_R = seeds_BN.flatten().to(self.reference.device)
         draws = Draws(self.reference.sampling, seeds_R, kept_columns=_KEPT_COLUMNS)
         written = self.reference.write(self.reference.prefix(prompts), seeds_BN.shape[1], draws)
-        law, shape = draws.law(), (*written.tokens_BNT.shape, -1)
-        return written if law is None else replace(written, law=Shortlist(law.ids.view(shape), law.logps.view(shape)))
+        distribution, shape = draws.distribution(), (*written.tokens_BNT.shape, -1)
+        return (
+            written
+            if distribution is None
+            else replace(written, distribution=Shortlist(distribution.ids.view(shape), distribution.logps.view(shape)))
+        )

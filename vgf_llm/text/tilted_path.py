@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgf_llm.text.law import Shortlist, truncate
-from vgf_llm.text.plans import RowPlan, law_rule
+from vgf_llm.text.distribution import Shortlist, truncate
+from vgf_llm.text.plans import RowPlan, distribution_rule
 from vgf_llm.text.protocols import Move, Prefix, Reference, Work
 from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import calibrate_multiplier, linear_bonus
 from vgf_llm.text.tilted_step import TILT, DraftTokens, TiltedRows, TiltOptions, tilted_token
 
 
-def laws_of(reference: Reference, context: Prefix, responses: Responses) -> tuple[Shortlist, Work]:
+def distributions_of(reference: Reference, context: Prefix, responses: Responses) -> tuple[Shortlist, Work]:
     """Return the distributions [R, T, K] of responses, and their cost: one forward where the sampler kept none."""
-    law, work = responses.law, Work.none(len(responses.prompts))
-    if law is None:
-        law = reference.shortlists(context, responses)
+    distribution, work = responses.distribution, Work.none(len(responses.prompts))
+    if distribution is None:
+        distribution = reference.shortlists(context, responses)
         work = Work.of(responses.lengths_BN, reference=1)
-    return Shortlist(law.ids.flatten(0, -3), law.logps.flatten(0, -3)), work
+    return Shortlist(distribution.ids.flatten(0, -3), distribution.logps.flatten(0, -3)), work
 
 
 class TiltedPath:
@@ -40,12 +40,17 @@ class TiltedPath:
         reference: The frozen base model and its distribution.
         table_VD: Input embeddings that the particles live in.
         move: What is asked for; its responses are the first drafts.
-        law: Their distributions [R, T, K].
+        distribution: Their distributions [R, T, K].
         options: How to tilt and couple; those of ``prior`` by default.
     """
 
     def __init__(
-        self, reference: Reference, table_VD: Tensor, move: Move, law: Shortlist, options: TiltOptions | None = None
+        self,
+        reference: Reference,
+        table_VD: Tensor,
+        move: Move,
+        distribution: Shortlist,
+        options: TiltOptions | None = None,
     ) -> None:
         responses, self.options = move.responses, options or TiltOptions()
         longest = max(reference.sampling.max_new_tokens, responses.tokens_BNT.shape[-1])
@@ -56,7 +61,7 @@ class TiltedPath:
         self.inside_RT = pad(responses.mask_BNT.flatten(0, 1), (0, missing), value=False)
         self.movable_RT = pad(responses.movable_BNT.flatten(0, 1), (0, missing), value=False)
         self.displacement_RTD = pad(move.displacement_BNTD.flatten(0, 1), (0, 0, 0, missing))
-        self.law = law.padded(longest)
+        self.distribution = distribution.padded(longest)
         self.seeds_R = move.seeds_BN.flatten().to(self.tokens_RT.device)
         self.coupled_R = move.coupled_BN.flatten()
         self.unchanged_R = torch.ones_like(self.coupled_R)
@@ -66,11 +71,13 @@ class TiltedPath:
 
     def calibrate(self, columns: slice, nats: Tensor | float) -> None:
         """Set the multiplier of each row so that it spends ``nats`` (a number or [R]) over the draft's columns."""
-        law = Shortlist(self.law.ids[:, columns], self.law.logps[:, columns])
+        distribution = Shortlist(self.distribution.ids[:, columns], self.distribution.logps[:, columns])
         self.multiplier_R = calibrate_multiplier(
-            law.logps,
-            linear_bonus(self.table_VD, self.displacement_RTD[:, columns], self.tokens_RT[:, columns], law.ids),
-            is_any_of(law.ids, self.eos_ids),
+            distribution.logps,
+            linear_bonus(
+                self.table_VD, self.displacement_RTD[:, columns], self.tokens_RT[:, columns], distribution.ids
+            ),
+            is_any_of(distribution.ids, self.eos_ids),
             self.movable_RT[:, columns],
             nats,
             self.max_token_nats,
@@ -80,15 +87,15 @@ class TiltedPath:
         """Pick every row's next token: an end by the reference's distribution, else text by the tilted one."""
         return self._step(truncate(logits_RV, self.sampling), position, None)
 
-    def follow(self, law: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:
+    def follow(self, distribution: Shortlist, position: int, token_R: Tensor, live_R: Tensor) -> Tensor:
         """Take over what an engine wrote; see :class:`vgf_llm.text.choosing.TokenPicker`."""
         self.done_R = self.done_R | ~live_R
-        return self._step(law, position, token_R)
+        return self._step(distribution, position, token_R)
 
-    def _step(self, law: Shortlist, position: int, given_R: Tensor | None) -> Tensor:
+    def _step(self, distribution: Shortlist, position: int, given_R: Tensor | None) -> Tensor:
         """Pick a token, and go on from it, or from the one that is given."""
         picked = tilted_token(
-            law, self._draft(position), self._rows(), position, self.table_VD, self.eos_ids, self.options
+            distribution, self._draft(position), self._rows(), position, self.table_VD, self.eos_ids, self.options
         )
         token_R = picked.token_R if given_R is None else given_R
         self.nats_R += picked.nats_R.masked_fill(self.done_R, 0)
@@ -103,7 +110,7 @@ class TiltedPath:
             self.inside_RT[:, position],
             self.movable_RT[:, position],
             self.displacement_RTD[:, position],
-            Shortlist(self.law.ids[:, position], self.law.logps[:, position]),
+            Shortlist(self.distribution.ids[:, position], self.distribution.logps[:, position]),
         )
 
     def _rows(self) -> TiltedRows:
@@ -119,10 +126,14 @@ class TiltedPath:
 
     def plans(self, start_R: Tensor, tokens: int) -> list[RowPlan]:
         """Return each row's draft from ``start_R`` on, its displacement, multiplier, noise and nats that are left."""
-        rule = {**law_rule(self.sampling), "eos_ids": list(self.eos_ids), **asdict(self.options)}
+        rule = {**distribution_rule(self.sampling), "eos_ids": list(self.eos_ids), **asdict(self.options)}
         rows, plans = self._rows(), []
         whole = {"token": self.tokens_RT.int(), "inside": self.inside_RT, "movable": self.movable_RT}
-        whole |= {"displacement": self.displacement_RTD, "law_ids": self.law.ids.int(), "law_logps": self.law.logps}
+        whole |= {
+            "displacement": self.displacement_RTD,
+            "distribution_ids": self.distribution.ids.int(),
+            "distribution_logps": self.distribution.logps,
+        }
         for row, start in enumerate(start_R.tolist()):
             columns = slice(start, start + tokens)
             numbers = (rows.multiplier_R[row], rows.left_R[row], rows.cap_R[row], rows.share_R[row])

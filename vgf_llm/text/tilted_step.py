@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vgf_llm.text.coupling import draft_noise, maximally_coupled
-from vgf_llm.text.law import Shortlist, ends_here
+from vgf_llm.text.distribution import Shortlist, ends_here
 from vgf_llm.text.noise import gumbel_noise
 from vgf_llm.text.plans import PlanKind, PlannedRows, PlanTensor
 from vgf_llm.text.responses import is_any_of
@@ -65,14 +65,14 @@ class DraftTokens:
         inside_R: Whether the draft has a token here.
         movable_R: Whether that token is text: not an EOS.
         displacement_RD: Delta_t; 0 where nothing moved.
-        law: The shortlist [R, K] that y_t was drawn from; ``-inf`` beyond the draft's end.
+        distribution: The shortlist [R, K] that y_t was drawn from; ``-inf`` beyond the draft's end.
     """
 
     token_R: Tensor
     inside_R: Tensor
     movable_R: Tensor
     displacement_RD: Tensor
-    law: Shortlist
+    distribution: Shortlist
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class TiltedToken:
 
 
 def tilted_token(
-    law: Shortlist,
+    distribution: Shortlist,
     draft: DraftTokens,
     rows: TiltedRows,
     position: int | Tensor,
@@ -118,8 +118,8 @@ def tilted_token(
     """Pick every row's next token: an end by the reference's distribution, else text by the tilted one.
 
     Args:
-        law: The reference's distribution here, [R, K']; K' is at most the K of the drafts' distribution. Rows that
-            still equal their draft take the one that the draft comes with.
+        distribution: The reference's distribution here, [R, K']; K' is at most the K of the drafts' distribution. Rows
+            that still equal their draft take the one that the draft comes with.
         draft: What the drafts hold here.
         rows: The rows.
         position: Place in the response: one for all rows, or int64 [R].
@@ -128,37 +128,44 @@ def tilted_token(
         options: How to tilt and couple.
     """
     as_draft_R = rows.unchanged_R & rows.coupled_R & draft.inside_R
-    law = _law_here(law, draft.law, as_draft_R)
-    is_eos_RK = is_any_of(law.ids, eos_ids)
-    logq_RK, nats_R = _tilted(law, is_eos_RK, draft, rows, table_VD, options)
-    fresh_ends_R = ends_here(law, is_eos_RK, rows.seeds_R, position)
+    distribution = _distribution_here(distribution, draft.distribution, as_draft_R)
+    is_eos_RK = is_any_of(distribution.ids, eos_ids)
+    logq_RK, nats_R = _tilted(distribution, is_eos_RK, draft, rows, table_VD, options)
+    fresh_ends_R = ends_here(distribution, is_eos_RK, rows.seeds_R, position)
     ends_R = torch.where(as_draft_R, ~draft.movable_R, fresh_ends_R)
     allowed_RK = is_eos_RK == ends_R.unsqueeze(-1)
-    scores_RK = (logq_RK + _noise(law, draft, rows, position, eos_ids, options)).masked_fill(~allowed_RK, -torch.inf)
-    token_R = law.ids.gather(-1, scores_RK.argmax(-1, keepdim=True)).squeeze(-1)
+    scores_RK = (logq_RK + _noise(distribution, draft, rows, position, eos_ids, options)).masked_fill(
+        ~allowed_RK, -torch.inf
+    )
+    token_R = distribution.ids.gather(-1, scores_RK.argmax(-1, keepdim=True)).squeeze(-1)
     if options.coupling == "maximal":
-        coupled_R = maximally_coupled(logq_RK, law, draft.token_R, rows.seeds_R, position)
+        coupled_R = maximally_coupled(logq_RK, distribution, draft.token_R, rows.seeds_R, position)
         token_R = torch.where(as_draft_R & ~ends_R, coupled_R, token_R)
     return TiltedToken(torch.where(as_draft_R & ends_R, draft.token_R, token_R), nats_R)
 
 
-def _law_here(law: Shortlist, draft_law: Shortlist, as_draft_R: Tensor) -> Shortlist:
-    use_R1, missing = as_draft_R.unsqueeze(-1), draft_law.ids.shape[-1] - law.ids.shape[-1]
+def _distribution_here(distribution: Shortlist, draft_distribution: Shortlist, as_draft_R: Tensor) -> Shortlist:
+    use_R1, missing = as_draft_R.unsqueeze(-1), draft_distribution.ids.shape[-1] - distribution.ids.shape[-1]
     return Shortlist(
-        torch.where(use_R1, draft_law.ids, pad(law.ids, (0, missing))),
-        torch.where(use_R1, draft_law.logps, pad(law.logps, (0, missing), value=-torch.inf)),
+        torch.where(use_R1, draft_distribution.ids, pad(distribution.ids, (0, missing))),
+        torch.where(use_R1, draft_distribution.logps, pad(distribution.logps, (0, missing), value=-torch.inf)),
     )
 
 
 def _tilted(
-    law: Shortlist, is_eos_RK: Tensor, draft: DraftTokens, rows: TiltedRows, table_VD: Tensor, options: TiltOptions
+    distribution: Shortlist,
+    is_eos_RK: Tensor,
+    draft: DraftTokens,
+    rows: TiltedRows,
+    table_VD: Tensor,
+    options: TiltOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return log q [R, K] and the KL spent at this position [R], within the cap and within what is left."""
-    bonus_RK = linear_bonus(table_VD, draft.displacement_RD, draft.token_R, law.ids)
+    bonus_RK = linear_bonus(table_VD, draft.displacement_RD, draft.token_R, distribution.ids)
     wanted_R = rows.multiplier_R
     left_R = torch.minimum(rows.left_R.clamp(min=0), rows.cap_R)
     if options.multiplier == "token":  # as far as a token's own share of the nats allows
-        barred_RK = is_eos_RK | torch.isinf(law.logps)
+        barred_RK = is_eos_RK | torch.isinf(distribution.logps)
         bonus_RK = bonus_RK.masked_fill(barred_RK, 0)
         largest_R = bonus_RK.abs().amax(-1)
         wanted_R = _LARGEST_TILT / largest_R.clamp(min=1e-30) * (largest_R > 0) * (rows.share_R > 0)
@@ -166,13 +173,13 @@ def _tilted(
     wanted_R = wanted_R * draft.movable_R
     if options.after_change == "drop":
         wanted_R = wanted_R * rows.unchanged_R
-    multiplier_R = capped_multiplier(law.logps, bonus_RK, wanted_R, is_eos_RK, left_R)
-    logq_RK = tilt(law.logps, bonus_RK, multiplier_R, is_eos_RK)
-    return logq_RK, kl_divergence(logq_RK, law.logps)
+    multiplier_R = capped_multiplier(distribution.logps, bonus_RK, wanted_R, is_eos_RK, left_R)
+    logq_RK = tilt(distribution.logps, bonus_RK, multiplier_R, is_eos_RK)
+    return logq_RK, kl_divergence(logq_RK, distribution.logps)
 
 
 def _noise(
-    law: Shortlist,
+    distribution: Shortlist,
     draft: DraftTokens,
     rows: TiltedRows,
     position: int | Tensor,
@@ -181,10 +188,10 @@ def _noise(
 ) -> Tensor:
     """Gumbel noise that picks the text: the draft's own, or fresh where the coupling has no use for it."""
     if options.coupling == "maximal":
-        return gumbel_noise(rows.seeds_R, position, law.ids)
-    without_RK = is_any_of(draft.law.ids, eos_ids) | ~draft.movable_R.unsqueeze(-1)
-    draft_law = Shortlist(draft.law.ids, draft.law.logps.masked_fill(without_RK, -torch.inf))
-    return draft_noise(law, draft_law, draft.token_R, rows.coupled_R, rows.seeds_R, position)
+        return gumbel_noise(rows.seeds_R, position, distribution.ids)
+    without_RK = is_any_of(draft.distribution.ids, eos_ids) | ~draft.movable_R.unsqueeze(-1)
+    draft_distribution = Shortlist(draft.distribution.ids, draft.distribution.logps.masked_fill(without_RK, -torch.inf))
+    return draft_noise(distribution, draft_distribution, draft.token_R, rows.coupled_R, rows.seeds_R, position)
 
 
 class _State(NamedTuple):
@@ -198,7 +205,7 @@ def _start(tensors: Mapping[str, Tensor]) -> _State:
     return _State(0.0, bool(tensors["unchanged"]))
 
 
-def _step(rows: PlannedRows, law: Shortlist, position_R: Tensor) -> tuple[Tensor, list[_State]]:
+def _step(rows: PlannedRows, distribution: Shortlist, position_R: Tensor) -> tuple[Tensor, list[_State]]:
     device = position_R.device
     spent_R = torch.tensor([state.spent for state in rows.states], device=device)
     unchanged_R = torch.tensor([state.unchanged for state in rows.states], device=device)
@@ -208,13 +215,13 @@ def _step(rows: PlannedRows, law: Shortlist, position_R: Tensor) -> tuple[Tensor
         rows.here("inside"),
         rows.here("movable"),
         rows.here("displacement"),
-        Shortlist(rows.here("law_ids"), rows.here("law_logps")),
+        Shortlist(rows.here("distribution_ids"), rows.here("distribution_logps")),
     )
     state = TiltedRows(
         rows.own("seed"), rows.own("coupled"), unchanged_R, multiplier_R, left_R - spent_R, cap_R, share_R
     )
     options = _options({name: rows.rule(name) for name in _OPTIONS})
-    picked = tilted_token(law, draft, state, position_R, rows.table_VD, rows.rule("eos_ids"), options)
+    picked = tilted_token(distribution, draft, state, position_R, rows.table_VD, rows.rule("eos_ids"), options)
     unchanged_R = unchanged_R & draft.inside_R & (picked.token_R == draft.token_R)
     after = zip((spent_R + picked.nats_R).tolist(), unchanged_R.tolist(), strict=True)
     return picked.token_R, [_State(spent, unchanged) for spent, unchanged in after]
@@ -231,8 +238,8 @@ TILT = PlanKind(
         "inside": PlanTensor(1, torch.bool),
         "movable": PlanTensor(1, torch.bool),
         "displacement": PlanTensor(2, is_finite=True),
-        "law_ids": PlanTensor(2, torch.int64, is_token=True),
-        "law_logps": PlanTensor(2, like="law_ids"),
+        "distribution_ids": PlanTensor(2, torch.int64, is_token=True),
+        "distribution_logps": PlanTensor(2, like="distribution_ids"),
         "seed": PlanTensor(0, torch.int64),
         "start": PlanTensor(0, torch.int64),
         "coupled": PlanTensor(0, torch.bool),
@@ -246,6 +253,6 @@ TILT = PlanKind(
     check_rule=_options,
     needs_table=True,
     lasts="token",
-    width="law_ids",
+    width="distribution_ids",
 )
 """Tensors hold the draft from the row's first token on, as :class:`DraftTokens` and :class:`TiltedRows` name them."""

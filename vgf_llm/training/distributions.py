@@ -68,8 +68,8 @@ class Distributions:
         elif self.method.particles_from == "policy":
             yield self.policy()
         else:
-            with self.reference() as law:
-                yield law
+            with self.reference() as distribution:
+                yield distribution
 
     def seeds(self, prompts: Sequence[PromptRow], step: int, stream: int = 0) -> Tensor:
         """Return one seed per particle, int64 [B, N].
@@ -84,6 +84,6 @@ class Distributions:
         return row_seeds(seed, [prompt.index for prompt in prompts], self.method.num_particles)
 
 
-def sample(law: Reference, prompts: Sequence[PromptRow], seeds_BN: Tensor) -> Responses:
+def sample(distribution: Reference, prompts: Sequence[PromptRow], seeds_BN: Tensor) -> Responses:
     """Draw N responses to each of B prompts."""
-    return ReferenceSampler(law).sample([prompt.ids for prompt in prompts], seeds_BN)
+    return ReferenceSampler(distribution).sample([prompt.ids for prompt in prompts], seeds_BN)

@@ -17,7 +17,7 @@ from reward_models.secant import SecantHead, save_secant_head, secant_gradient
 from reward_models.secant_online import SecantRows, secant_rows
 from reward_models.value_losses import secant_loss, td_lambda_targets, value_loss
 from reward_models.value_model import EmaTarget
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.responses import Responses
 from vgf_llm.training.batch import Counts, TrainBatch, ValueBatch, policy_rows
@@ -78,16 +78,20 @@ class LearnedValue:
         mask_RT1 = torch.nn.functional.pad(mask_RT, (1, 0), value=True)
         return ValueBatch(inputs, targets_RT1, mask_RT1)
 
-    def secant_batch(self, head: SecantHead, responses: Responses, law: Shortlist, seeds_BN: Tensor) -> SecantRows:
+    def secant_batch(
+        self, head: SecantHead, responses: Responses, distribution: Shortlist, seeds_BN: Tensor
+    ) -> SecantRows:
         """Return exact changes that the secant head learns from.
 
         Args:
             head: The secant head.
             responses: B x N originals.
-            law: Their tokens' shortlists, [..., T, K].
+            distribution: Their tokens' shortlists, [..., T, K].
             seeds_BN: Of the substitutions drawn.
         """
-        return secant_rows(self.reward_model, responses, law, seeds_BN, self.settings.secant_substitutions, head.base)
+        return secant_rows(
+            self.reward_model, responses, distribution, seeds_BN, self.settings.secant_substitutions, head.base
+        )
 
     def loss(
         self, values_RS: Tensor, directions_RSD: Tensor | None, batch: TrainBatch, counts: Counts

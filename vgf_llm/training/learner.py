@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.responses import Responses
 from vgf_llm.training.batch import Counts, Rows, TrainBatch
 from vgf_llm.training.distillation import Distillation
@@ -108,11 +108,11 @@ class Learner:
 
     def _shortlists(self, originals: Responses) -> Shortlist:
         """Return the likeliest tokens at every position of the originals: those the sampler kept, or by a forward."""
-        if originals.law is not None:
-            return originals.law
-        with self.distributions.particles() as law:
+        if originals.distribution is not None:
+            return originals.distribution
+        with self.distributions.particles() as distribution:
             sampling = dataclasses.replace(self.distributions.sampling, top_k=_SHORTLIST)
-            return law.shortlists(law.prefix(originals.prompts), originals, sampling)
+            return distribution.shortlists(distribution.prefix(originals.prompts), originals, sampling)
 
     def _autocast(self) -> AbstractContextManager[None]:
         found: AbstractContextManager[None] = self.accelerator.autocast()

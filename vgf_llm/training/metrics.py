@@ -108,8 +108,10 @@ def rollout_metrics(rollout: Rollout) -> dict[str, Tensor | float]:
     found["length/transported"] = outcome.transported.lengths_BN.float()
     found["eos/original"] = outcome.originals.eos_BNT.any(-1).float()
     found["eos/transported"] = outcome.transported.eos_BNT.any(-1).float()
-    if (law := outcome.originals.law) is not None:
-        entropy_BNT = -(law.logps.exp() * law.logps.masked_fill(law.logps == -torch.inf, 0)).sum(-1)
+    if (distribution := outcome.originals.distribution) is not None:
+        entropy_BNT = -(
+            distribution.logps.exp() * distribution.logps.masked_fill(distribution.logps == -torch.inf, 0)
+        ).sum(-1)
         found["entropy"] = entropy_BNT[outcome.originals.mask_BNT]
     found["zero_variance_share"] = (rollout.original_scores["reward"].std(1) < 1e-8).float()
     return found | {f"seconds/{name}": seconds for name, seconds in rollout.seconds.items()}

@@ -75,16 +75,16 @@ class Observer:
         prompts, sums = rollout.prompts, self.metrics
         seeds_BN = self.distributions.seeds(prompts, step, _POLICY_STREAM)[:, :_OWN_SAMPLES]
         own = sample(self.distributions.policy(), prompts, seeds_BN)
-        law = self.distributions.policy(
+        distribution = self.distributions.policy(
             dataclasses.replace(self.distributions.sampling, temperature=1.0, top_k=0, top_p=1.0)
         )
-        free = sample(law, prompts, seeds_BN)
-        free_logps_BNT = law.logps(law.prefix(free.prompts), free)
+        free = sample(distribution, prompts, seeds_BN)
+        free_logps_BNT = distribution.logps(distribution.prefix(free.prompts), free)
         outcome = rollout.outcome
         parts = {"original": outcome.originals, "transported": outcome.transported, "policy": own, "free": free}
-        with self.distributions.reference() as law:
-            prefix = law.prefix(own.prompts)
-            logps = {name: law.logps(prefix, part) for name, part in parts.items()}
+        with self.distributions.reference() as distribution:
+            prefix = distribution.prefix(own.prompts)
+            logps = {name: distribution.logps(prefix, part) for name, part in parts.items()}
         kl_BN = kl_estimate(free_logps_BNT, logps.pop("free"))
         for name, logps_BNT in logps.items():
             sums.add(f"nll/{name}", nll_a_token(logps_BNT.flatten(0, 1), parts[name].mask_BNT.flatten(0, 1)))

@@ -51,9 +51,9 @@ class RolloutWorker:
             ModelError: A reward is not.
         """
         seeds_BN = self.distributions.seeds(prompts, step)
-        with self.distributions.particles() as law:
-            originals, sample_sec = _timed(lambda: sample(law, prompts, seeds_BN))
-            policy = self.implicit_policy(law)
+        with self.distributions.particles() as distribution:
+            originals, sample_sec = _timed(lambda: sample(distribution, prompts, seeds_BN))
+            policy = self.implicit_policy(distribution)
             outcome, transport_sec = _timed(lambda: policy.improve(originals, seeds_BN))
         (original_scores, transported_scores), score_sec = _timed(lambda: self.score(prompts, outcome))
         seconds = {"sample": sample_sec, "transport": transport_sec, "score": score_sec}
@@ -62,14 +62,14 @@ class RolloutWorker:
         self.metrics.total("tokens", responses_tokens(outcome.originals, outcome.transported))
         return done
 
-    def implicit_policy(self, law: Reference) -> ObservedPolicy:
+    def implicit_policy(self, distribution: Reference) -> ObservedPolicy:
         """Return the policy that the training budget implies."""
         value, gradient = self.flow()
         if self._length_unit is None:
             self._length_unit = token_spacing(value.embedding_table_VD)
         return make_policy(
             ObservedPolicy,
-            law,
+            distribution,
             value,
             self.method.budget,
             self.method.decoder,

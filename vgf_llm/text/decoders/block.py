@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vgf_llm.text.choosing import Draws
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.noise import combine_seeds
 from vgf_llm.text.protocols import Decoded, Move, Prefix, Reference, Work
 from vgf_llm.text.responses import Responses, is_any_of, mask_after_eos
-from vgf_llm.text.tilted_path import TiltedPath, laws_of
+from vgf_llm.text.tilted_path import TiltedPath, distributions_of
 
 _DRAFT_STREAM = 0xD4AF7
 
@@ -63,8 +63,8 @@ class BlockDecoder:
     def decode(self, context: Prefix, move: Move) -> Decoded:
         """Write every response again, a block at a time."""
         n, longest = move.responses.tokens_BNT.shape[1], self.reference.sampling.max_new_tokens
-        law, work = laws_of(self.reference, context, move.responses)
-        text = _Text(self, move, law)
+        distribution, work = distributions_of(self.reference, context, move.responses)
+        text = _Text(self, move, distribution)
         rows = context.select(torch.arange(len(text.written_RT), device=text.written_RT.device) // n)
         for start in range(0, longest, self.block_tokens):
             block = range(start, min(start + self.block_tokens, longest))
@@ -86,9 +86,9 @@ class _Text:
     The drafts are columns of ``path``: those of the originals to begin with, replaced a block at a time.
     """
 
-    def __init__(self, decoder: BlockDecoder, move: Move, law: Shortlist) -> None:
+    def __init__(self, decoder: BlockDecoder, move: Move, distribution: Shortlist) -> None:
         self.decoder, self.move = decoder, move
-        self.path = TiltedPath(decoder.reference, decoder.table_VD, move, law)
+        self.path = TiltedPath(decoder.reference, decoder.table_VD, move, distribution)
         self.written_RT = torch.full_like(self.path.tokens_RT, move.responses.pad_id)
         self.mask_RT = torch.zeros_like(self.path.inside_RT)
         self.lengths_R = move.responses.lengths_BN.flatten()
@@ -106,15 +106,17 @@ class _Text:
         if len(rows_X) == 0:
             return
         seeds_X = combine_seeds(path.seeds_R[rows_X], _DRAFT_STREAM)
-        draws = Draws(path.sampling, seeds_X, ends_first=path.eos_ids, kept_columns=path.law.ids.shape[-1])
+        draws = Draws(path.sampling, seeds_X, ends_first=path.eos_ids, kept_columns=path.distribution.ids.shape[-1])
         tokens_XT, _ = self.decoder.reference.extend(rows.select(rows_X), block, draws)
         inside_XT = mask_after_eos(tokens_XT, path.eos_ids)
         missing = len(block) - tokens_XT.shape[1]
-        law = draws.law()
-        assert law is not None  # one is kept that is as long as the drafts'
-        columns_missing = path.law.ids.shape[-1] - law.ids.shape[-1]
-        path.law.ids[rows_X, columns] = pad(law.ids, (0, columns_missing, 0, missing))
-        path.law.logps[rows_X, columns] = pad(law.logps, (0, columns_missing, 0, missing), value=-torch.inf)
+        distribution = draws.distribution()
+        assert distribution is not None  # one is kept that is as long as the drafts'
+        columns_missing = path.distribution.ids.shape[-1] - distribution.ids.shape[-1]
+        path.distribution.ids[rows_X, columns] = pad(distribution.ids, (0, columns_missing, 0, missing))
+        path.distribution.logps[rows_X, columns] = pad(
+            distribution.logps, (0, columns_missing, 0, missing), value=-torch.inf
+        )
         path.tokens_RT[rows_X, columns] = pad(tokens_XT, (0, missing), value=self.move.responses.pad_id)
         path.inside_RT[rows_X, columns] = pad(inside_XT, (0, missing), value=False)
         path.movable_RT[rows_X, columns] = pad(inside_XT & ~is_any_of(tokens_XT, path.eos_ids), (0, missing))

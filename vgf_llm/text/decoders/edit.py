@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgf_llm.text.law import Shortlist
+from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.path import Path, chosen, edit_scores, is_on_list, path_of, with_token
 from vgf_llm.text.protocols import Decoded, Move, Prefix, Reference, Work, check_no_kernel
@@ -64,7 +64,7 @@ class EditDecoder:
         seeds_BN = move.seeds_BN.to(responses.tokens_BNT.device)
         t_BN = _uniform_position(responses, seeds_BN)
         forward_BNK = _at(edit_scores(self.table_VD, path, responses, move.displacement_BNTD), t_BN).log_softmax(-1)
-        ids_BNK = _at(path.law.ids, t_BN)
+        ids_BNK = _at(path.distribution.ids, t_BN)
         noise_RK = gumbel_noise(combine_seeds(seeds_BN.flatten(), _TOKEN), 0, ids_BNK.flatten(0, 1))
         new_BN1 = (forward_BNK + noise_RK.view(ids_BNK.shape)).argmax(-1, keepdim=True)
         edited = with_token(responses, t_BN, ids_BNK.gather(-1, new_BN1).squeeze(-1))
@@ -73,9 +73,9 @@ class EditDecoder:
 
         # The way back: the same context and distribution at t, the displacement of y', and v as the token that stands
         # there.
-        logp_new_BN = _at(path.law.logps, t_BN).gather(-1, new_BN1).squeeze(-1)
+        logp_new_BN = _at(path.distribution.logps, t_BN).gather(-1, new_BN1).squeeze(-1)
         own_BNT = path.own_BNT.scatter(-1, t_BN.unsqueeze(-1), logp_new_BN.unsqueeze(-1))
-        back = edit_scores(self.table_VD, Path(path.law, own_BNT), edited, there.displacement_BNTD)
+        back = edit_scores(self.table_VD, Path(path.distribution, own_BNT), edited, there.displacement_BNTD)
         backward_BNK = _at(back, t_BN).log_softmax(-1)
         is_old_BNK = (ids_BNK == _at(responses.tokens_BNT, t_BN).unsqueeze(-1)) & ~torch.isinf(backward_BNK)
         log_a1_BN = (
@@ -105,7 +105,7 @@ class EditDecoder:
         rows_X = wanted_BN.flatten().nonzero().squeeze(-1)
         if len(rows_X) == 0:
             return path
-        n, shape = wanted_BN.shape[1], path.law.ids.shape
+        n, shape = wanted_BN.shape[1], path.distribution.ids.shape
         some = Responses(
             [edited.prompts[row // n] for row in rows_X.tolist()],
             edited.tokens_BNT.flatten(0, 1)[rows_X].unsqueeze(1),
@@ -114,10 +114,14 @@ class EditDecoder:
             edited.pad_id,
         )
         found, _ = path_of(self.reference, context.select(rows_X // n), some)
-        own_X1T = found.own_BNT.masked_fill(~is_on_list(found.law, some).unsqueeze(-1), -torch.inf)
-        ids_RTK, logps_RTK = path.law.ids.flatten(0, 1).clone(), path.law.logps.flatten(0, 1).clone()
+        own_X1T = found.own_BNT.masked_fill(~is_on_list(found.distribution, some).unsqueeze(-1), -torch.inf)
+        ids_RTK, logps_RTK = path.distribution.ids.flatten(0, 1).clone(), path.distribution.logps.flatten(0, 1).clone()
         own_RT = path.own_BNT.flatten(0, 1).clone()
-        ids_RTK[rows_X], logps_RTK[rows_X], own_RT[rows_X] = found.law.ids[:, 0], found.law.logps[:, 0], own_X1T[:, 0]
+        ids_RTK[rows_X], logps_RTK[rows_X], own_RT[rows_X] = (
+            found.distribution.ids[:, 0],
+            found.distribution.logps[:, 0],
+            own_X1T[:, 0],
+        )
         return Path(Shortlist(ids_RTK.view(shape), logps_RTK.view(shape)), own_RT.view(shape[:-1]))
 
 

@@ -55,22 +55,22 @@ class EditGreedyDecoder:
         responses, path, work = move.responses, move.state, Work.none(len(move.responses.prompts))
         if path is None:
             path, work = path_of(self.reference, context, responses)
-        b, n, _, k = path.law.ids.shape
+        b, n, _, k = path.distribution.ids.shape
         scores_BNX = edit_scores(self.table_VD, path, responses, move.displacement_BNTD).flatten(2)
         m = min(self.proposals, scores_BNX.shape[-1])
         c = min(self.checked, m)
         pair_BNm = _draw(scores_BNX, move.seeds_BN.to(scores_BNX.device), m)
         possible_BNm = ~torch.isinf(scores_BNX.gather(-1, pair_BNm))
-        local_BNm = path.law.logps.flatten(2).gather(-1, pair_BNm) - path.own_BNT.gather(-1, pair_BNm // k)
+        local_BNm = path.distribution.logps.flatten(2).gather(-1, pair_BNm) - path.own_BNT.gather(-1, pair_BNm // k)
         origin_BM = torch.arange(n, device=pair_BNm.device).repeat_interleave(m).expand(b, -1)
-        token_BNm = path.law.ids.flatten(2).gather(-1, pair_BNm)
+        token_BNm = path.distribution.ids.flatten(2).gather(-1, pair_BNm)
         edits = with_token(responses.take(origin_BM), (pair_BNm // k).flatten(1), token_BNm.flatten(1))
         gain_BNm = move.score(edits).view(b, n, m) - move.moved.values_BN.unsqueeze(-1)
         promise_BNm = (gain_BNm / move.budget.temperature + local_BNm).masked_fill(~possible_BNm, -torch.inf)
         best_BNc = promise_BNm.topk(c, dim=-1).indices
         tried = edits.take((best_BNc + m * torch.arange(n, device=best_BNc.device)[:, None]).flatten(1))
         tried_path, _ = path_of(self.reference, context, tried)
-        on_list_BNc = is_on_list(tried_path.law, tried).view(b, n, c) & possible_BNm.gather(-1, best_BNc)
+        on_list_BNc = is_on_list(tried_path.distribution, tried).view(b, n, c) & possible_BNm.gather(-1, best_BNc)
         likelier_BNc = tried_path.total_BN.view(b, n, c) - path.total_BN.unsqueeze(-1)
         rise_BNc = gain_BNm.gather(-1, best_BNc) / move.budget.temperature + likelier_BNc
         rise_BN, winner_BN = rise_BNc.masked_fill(~on_list_BNc, -torch.inf).max(-1)

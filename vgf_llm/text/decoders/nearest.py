@@ -50,6 +50,6 @@ class NearestDecoder:
         ]
         result_BNT = tokens_BNT.clone()
         result_BNT[moved_BNT] = torch.cat(nearest) if nearest else tokens_BNT.new_empty(0)
-        no_law_BN = torch.full(tokens_BNT.shape[:2], torch.nan, device=tokens_BNT.device)
+        no_distribution_BN = torch.full(tokens_BNT.shape[:2], torch.nan, device=tokens_BNT.device)
         work = Work.of(moved_BNT.sum(-1), table=1)
-        return Decoded(move.responses.with_tokens(result_BNT), no_law_BN, work)
+        return Decoded(move.responses.with_tokens(result_BNT), no_distribution_BN, work)

@@ -37,12 +37,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vgf_llm.text.law import Shortlist, truncate
+from vgf_llm.text.distribution import Shortlist, truncate
 from vgf_llm.text.noise import combine_seeds, gumbel_noise
 from vgf_llm.text.path import Path, chosen, own_logps, path_of
-from vgf_llm.text.plans import RowPlan, law_rule
+from vgf_llm.text.plans import RowPlan, distribution_rule
 from vgf_llm.text.protocols import Decoded, Move, Moved, Prefix, Reference, Work, check_no_kernel
-from vgf_llm.text.regrown_step import REGROW, regrown_token, tilted_law
+from vgf_llm.text.regrown_step import REGROW, regrown_token, tilted_distribution
 from vgf_llm.text.responses import Responses
 
 _UNIFORM_SHARE = 0.2
@@ -77,25 +77,25 @@ class PivotDecoder:
         responses, path, work = _padded(move.responses, length), move.state, Work.none(len(move.responses.prompts))
         if path is None:
             path, work = path_of(self.reference, context, responses)
-            path = Path(path.law.padded(length), pad(path.own_BNT, (0, length - path.own_BNT.shape[-1])))
+            path = Path(path.distribution.padded(length), pad(path.own_BNT, (0, length - path.own_BNT.shape[-1])))
         here = _padded_moved(move.moved, length)
         seeds_BN = move.seeds_BN.to(responses.tokens_BNT.device)
-        rho_BNT = _position_law(path, responses, here.displacement_BNTD)
+        rho_BNT = _position_distribution(path, responses, here.displacement_BNTD)
         pivot_BN = _draw(rho_BNT, combine_seeds(seeds_BN, _POSITION))
-        regrowth = _Regrowth(self, move, responses, here.displacement_BNTD, path.law, pivot_BN, seeds_BN)
+        regrowth = _Regrowth(self, move, responses, here.displacement_BNTD, path.distribution, pivot_BN, seeds_BN)
         written = self.reference.rewrite(context, responses, pivot_BN, regrowth)
-        new_path = Path(regrowth.law, own_logps(regrowth.law, written))
+        new_path = Path(regrowth.distribution, own_logps(regrowth.distribution, written))
         there = _padded_moved(move.flow(written), length)
         work += Work.of(written.lengths_BN, reference=1, value=move.flow_passes)
 
-        forward_BN = self._tilted_logps(move, responses, here, new_path.law, written, pivot_BN)
-        backward_BN = self._tilted_logps(move, written, there, path.law, responses, pivot_BN)
+        forward_BN = self._tilted_logps(move, responses, here, new_path.distribution, written, pivot_BN)
+        backward_BN = self._tilted_logps(move, written, there, path.distribution, responses, pivot_BN)
         tilted_BNT = self._is_tilted(pivot_BN, length)
         log_a_BN = (
             (new_path.own_BNT - path.own_BNT).masked_fill(~tilted_BNT, 0).sum(-1)
             + (backward_BN - forward_BN)
             + (
-                _log_at(_position_law(new_path, written, there.displacement_BNTD), pivot_BN)
+                _log_at(_position_distribution(new_path, written, there.displacement_BNTD), pivot_BN)
                 - _log_at(rho_BNT, pivot_BN)
             )
             + (there.values_BN - here.values_BN) / move.budget.temperature
@@ -118,20 +118,24 @@ class PivotDecoder:
         return (offset_BNT >= 0) & (offset_BNT < self.tilted_tokens)
 
     def _tilted_logps(
-        self, move: Move, start: Responses, moved: Moved, law: Shortlist, end: Responses, pivot_BN: Tensor
+        self, move: Move, start: Responses, moved: Moved, distribution: Shortlist, end: Responses, pivot_BN: Tensor
     ) -> Tensor:
-        """Log-probability of the tilted tokens of ``end`` when regrown from ``start``; ``law`` is along ``end``."""
+        """Log-probability of the tilted tokens of ``end`` regrown from ``start``; ``distribution`` is along ``end``."""
         some_BNT = self._is_tilted(pivot_BN, end.tokens_BNT.shape[-1]) & end.mask_BNT
-        law_XK = Shortlist(law.ids[some_BNT], law.logps[some_BNT])
-        tilted_XK = self.tilted_law(move, law_XK, moved.displacement_BNTD[some_BNT], start.tokens_BNT[some_BNT])
-        same_XK = (law_XK.ids == end.tokens_BNT[some_BNT].unsqueeze(-1)) & ~torch.isinf(law_XK.logps)
+        distribution_XK = Shortlist(distribution.ids[some_BNT], distribution.logps[some_BNT])
+        tilted_XK = self.tilted_distribution(
+            move, distribution_XK, moved.displacement_BNTD[some_BNT], start.tokens_BNT[some_BNT]
+        )
+        same_XK = (distribution_XK.ids == end.tokens_BNT[some_BNT].unsqueeze(-1)) & ~torch.isinf(distribution_XK.logps)
         own_X = tilted_XK.logps.masked_fill(~same_XK, -torch.inf).amax(-1)
-        return torch.zeros_like(law.logps[..., 0]).masked_scatter(some_BNT, own_X).sum(-1)
+        return torch.zeros_like(distribution.logps[..., 0]).masked_scatter(some_BNT, own_X).sum(-1)
 
-    def tilted_law(self, move: Move, law: Shortlist, displacement: Tensor, token: Tensor) -> Shortlist:
+    def tilted_distribution(
+        self, move: Move, distribution: Shortlist, displacement: Tensor, token: Tensor
+    ) -> Shortlist:
         """Return q at positions [...]: the distribution tilted by the displacement, within the cap a token."""
-        cap = torch.full_like(law.logps[..., 0], move.budget.max_token_nats)
-        return tilted_law(law, displacement, token, self.table_VD, move.responses.eos_ids, cap)
+        cap = torch.full_like(distribution.logps[..., 0], move.budget.max_token_nats)
+        return tilted_distribution(distribution, displacement, token, self.table_VD, move.responses.eos_ids, cap)
 
 
 @dataclass
@@ -142,38 +146,42 @@ class _Regrowth:
     move: Move
     start: Responses
     displacement_BNTD: Tensor
-    old_law: Shortlist
+    old_distribution: Shortlist
     pivot_BN: Tensor
     seeds_BN: Tensor
-    law: Shortlist = field(init=False)
+    distribution: Shortlist = field(init=False)
 
     def __post_init__(self) -> None:
         # What is kept keeps its distributions; the rest is filled in as it is written.
         before_BNT1 = (
-            torch.arange(self.old_law.ids.shape[2], device=self.pivot_BN.device) < self.pivot_BN.unsqueeze(-1)
+            torch.arange(self.old_distribution.ids.shape[2], device=self.pivot_BN.device) < self.pivot_BN.unsqueeze(-1)
         ).unsqueeze(-1)
-        self.law = Shortlist(self.old_law.ids.clone(), self.old_law.logps.masked_fill(~before_BNT1, -torch.inf))
+        self.distribution = Shortlist(
+            self.old_distribution.ids.clone(), self.old_distribution.logps.masked_fill(~before_BNT1, -torch.inf)
+        )
         self.text_seeds_R = combine_seeds(self.seeds_BN.flatten(), _TEXT)
 
     def __call__(self, logits_RV: Tensor, position_R: Tensor) -> Tensor:
         """Draw every row's next token, from the tilted distribution at the pivot and the reference's after it."""
         return self._drawn(truncate(logits_RV, self.decoder.reference.sampling), position_R, None)
 
-    def follow(self, law: Shortlist, position_R: Tensor, token_R: Tensor, live_R: Tensor) -> Tensor:
+    def follow(self, distribution: Shortlist, position_R: Tensor, token_R: Tensor, live_R: Tensor) -> Tensor:
         """Take over the distributions that an engine met; see :class:`vgf_llm.text.choosing.TokenPicker`."""
-        return self._drawn(law, position_R, live_R)
+        return self._drawn(distribution, position_R, live_R)
 
-    def _drawn(self, law: Shortlist, position_R: Tensor, live_R: Tensor | None) -> Tensor:
-        missing = self.old_law.ids.shape[-1] - law.ids.shape[-1]
-        law = Shortlist(pad(law.ids, (0, missing)), pad(law.logps, (0, missing), value=-torch.inf))
-        inside_R = position_R < self.old_law.ids.shape[2]
+    def _drawn(self, distribution: Shortlist, position_R: Tensor, live_R: Tensor | None) -> Tensor:
+        missing = self.old_distribution.ids.shape[-1] - distribution.ids.shape[-1]
+        distribution = Shortlist(
+            pad(distribution.ids, (0, missing)), pad(distribution.logps, (0, missing), value=-torch.inf)
+        )
+        inside_R = position_R < self.old_distribution.ids.shape[2]
         live_R = inside_R if live_R is None else inside_R & live_R
-        position_R = position_R.clamp(max=self.old_law.ids.shape[2] - 1)
+        position_R = position_R.clamp(max=self.old_distribution.ids.shape[2] - 1)
         rows_R = torch.arange(len(position_R), device=position_R.device)
-        self.law.ids.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = law.ids[live_R]
-        self.law.logps.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = law.logps[live_R]
+        self.distribution.ids.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = distribution.ids[live_R]
+        self.distribution.logps.flatten(0, 1)[rows_R[live_R], position_R[live_R]] = distribution.logps[live_R]
         return regrown_token(
-            law,
+            distribution,
             self.displacement_BNTD.flatten(0, 1)[rows_R, position_R],
             self.start.tokens_BNT.flatten(0, 1)[rows_R, position_R],
             position_R - self.pivot_BN.flatten() < self.decoder.tilted_tokens,
@@ -181,12 +189,12 @@ class _Regrowth:
             position_R,
             self.decoder.table_VD,
             self.move.responses.eos_ids,
-            torch.full_like(law.logps[..., 0], self.move.budget.max_token_nats),
+            torch.full_like(distribution.logps[..., 0], self.move.budget.max_token_nats),
         )
 
     def plans(self, start_R: Tensor, tokens: int) -> list[RowPlan]:
         """Return the displacement and the old tokens of each row's tilted positions, its noise and its cap."""
-        rule = {**law_rule(self.decoder.reference.sampling), "eos_ids": list(self.move.responses.eos_ids)}
+        rule = {**distribution_rule(self.decoder.reference.sampling), "eos_ids": list(self.move.responses.eos_ids)}
         displacement_RTD, tokens_RT = self.displacement_BNTD.flatten(0, 1), self.start.tokens_BNT.flatten(0, 1).int()
         tilted, plans = min(self.decoder.tilted_tokens, tokens), []
         for row, start in enumerate(start_R.tolist()):
@@ -201,9 +209,9 @@ class _Regrowth:
         return plans
 
 
-def _position_law(path: Path, responses: Responses, displacement_BNTD: Tensor) -> Tensor:
+def _position_distribution(path: Path, responses: Responses, displacement_BNTD: Tensor) -> Tensor:
     """Return rho(i | y), [B, N, T]; 0 beyond the response."""
-    logps = path.law.logps
+    logps = path.distribution.logps
     entropy_BNT = -(logps.exp() * logps.masked_fill(torch.isinf(logps), 0)).sum(-1)
     weight_BNT = (entropy_BNT * displacement_BNTD.float().norm(dim=-1)).masked_fill(~responses.mask_BNT, 0)
     total_BN1 = weight_BNT.sum(-1, keepdim=True)
@@ -234,7 +242,7 @@ def _padded(responses: Responses, length: int) -> Responses:
         pad(responses.mask_BNT, (0, missing), value=False),
         responses.eos_ids,
         responses.pad_id,
-        None if responses.law is None else responses.law.padded(length),
+        None if responses.distribution is None else responses.distribution.padded(length),
     )
 
 

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from vgf_llm.text.protocols import Decoded, Move, Prefix, Reference, Work
-from vgf_llm.text.tilted_path import TiltedPath, laws_of
+from vgf_llm.text.tilted_path import TiltedPath, distributions_of
 from vgf_llm.text.tilted_step import TiltOptions
 
 
@@ -77,8 +77,8 @@ class PriorDecoder:
     def decode(self, context: Prefix, move: Move) -> Decoded:
         """Write every response again under the tilted distribution."""
         n = move.responses.tokens_BNT.shape[1]
-        law, work = laws_of(self.reference, context, move.responses)
-        path = TiltedPath(self.reference, self.table_VD, move, law, self.options)
+        distribution, work = distributions_of(self.reference, context, move.responses)
+        path = TiltedPath(self.reference, self.table_VD, move, distribution, self.options)
         path.calibrate(slice(None), move.nats)
         written = self.reference.write(context, n, path)
         return Decoded(written, path.nats_R.view(-1, n), work + Work.of(written.lengths_BN, reference=1))

@@ -71,7 +71,7 @@ def enumerated(reference, value):
     return table
 
 
-def law(table, alpha, lengths=None):
+def distribution(table, alpha, lengths=None):
     """p exp(R / alpha), normalised; with ``lengths`` (shares by length) within each length."""
     weight = {y: math.exp(logp + r / alpha) for y, (logp, r) in table.items()}
     if lengths is None:
@@ -120,10 +120,10 @@ def of_each_length(table, originals):
     shares = dict.fromkeys(range(LENGTH + 1), 0.0)
     for y, share in originals.items():
         shares[movable(y)] += share
-    return law(table, ALPHA, shares)
+    return distribution(table, ALPHA, shares)
 
 
-def test_samples_follow_the_enumerated_law(parts):
+def test_samples_follow_the_enumerated_distribution(parts):
     table = enumerated(*parts)
     assert sum(math.exp(logp) for logp, _ in table.values()) == pytest.approx(1, abs=1e-5)
     samples = ReferenceSampler(parts[0]).sample([PROMPT], row_seeds(0, [0], 20_000))
@@ -136,7 +136,7 @@ def test_a_few_rounds_go_most_of_the_way(parts, decoder):
     """From 0.35 away to within 0.09, of which the sampling noise of 3,000 chains is 0.05."""
     table = enumerated(*parts)
     before, after = run(parts, decoder(parts[0], parts[1].embedding_table_VD), chains=3_000, burn_in=25)
-    target = law(table, ALPHA) if decoder is PivotDecoder else of_each_length(table, before)
+    target = distribution(table, ALPHA) if decoder is PivotDecoder else of_each_length(table, before)
     assert total_variation(before, target) > 0.25
     assert total_variation(after, target) < 0.09
 
@@ -165,7 +165,7 @@ def test_pivot_reaches_the_kl_regularised_optimum(parts, tilted_tokens):
     """Total variation below 0.02, where the start is 0.35 away."""
     decoder = PivotDecoder(parts[0], parts[1].embedding_table_VD, tilted_tokens=tilted_tokens)
     before, after = run(parts, decoder, chains=6_000, burn_in=50, more=12)
-    target = law(enumerated(*parts), ALPHA)
+    target = distribution(enumerated(*parts), ALPHA)
     assert total_variation(before, target) > 0.25
     assert total_variation(after, target) < 0.02
 

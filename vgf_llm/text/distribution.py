@@ -38,7 +38,7 @@ class Shortlist:
         Args:
             token: int64 [...], -1 where nothing is to be added.
             logits: The untruncated logits [..., V].
-            temperature: The law's temperature.
+            temperature: The distribution's temperature.
         """
         token_1 = token.clamp(min=0).unsqueeze(-1)
         scaled = logits.float() / temperature
@@ -46,7 +46,7 @@ class Shortlist:
         return self.including_gap(token, gap_1.squeeze(-1))
 
     def including_gap(self, token: Tensor, gap: Tensor) -> Shortlist:
-        """As :meth:`including`, given log p(token) - log p(first column) [...] at the law's temperature."""
+        """As :meth:`including`, given log p(token) - log p(first column) [...] at the distribution's temperature."""
         token_1 = token.clamp(min=0).unsqueeze(-1)
         known = ((self.ids == token_1) & ~torch.isinf(self.logps)).any(-1, keepdim=True)
         own = gap.unsqueeze(-1) + self.logps[..., :1]
@@ -91,9 +91,9 @@ def normalised(ids: Tensor, values: Tensor, top_p: float) -> Shortlist:
     return Shortlist(ids, logps)
 
 
-def ends_here(law: Shortlist, is_eos_RK: Tensor, seeds_R: Tensor, position: int | Tensor) -> Tensor:
+def ends_here(distribution: Shortlist, is_eos_RK: Tensor, seeds_R: Tensor, position: int | Tensor) -> Tensor:
     """Decide by fresh noise, with the reference's probability of EOS, whether a row ends here; bool [R]."""
     noise_R2 = gumbel_noise(seeds_R, position, seeds_R.new_tensor([_ENDS, _GOES_ON]).expand(len(seeds_R), 2))
-    end_R = law.logps.masked_fill(~is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 0]
-    go_on_R = law.logps.masked_fill(is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 1]
+    end_R = distribution.logps.masked_fill(~is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 0]
+    go_on_R = distribution.logps.masked_fill(is_eos_RK, -torch.inf).logsumexp(-1) + noise_R2[:, 1]
     return end_R > go_on_R
