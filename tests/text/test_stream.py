@@ -123,7 +123,8 @@ def test_the_end_keeps_its_probability_whatever_its_bonus(reference):
     n = 4000
     sampler = StreamSampler(reference, TableBonus(BONUS_V), Steering(2.0, 2.0))
     first = sampler.stream([PROMPT], row_seeds(2, [0], n)).responses.tokens_BNT[0, :, 0]
-    logits_V = reference.model(torch.tensor([PROMPT])).logits[0, -1]
+    with torch.no_grad():
+        logits_V = reference.model(torch.tensor([PROMPT])).logits[0, -1]
     values, ids = logits_V.topk(5)
     probability = float(values.softmax(-1)[ids == EOS].sum())
     assert float((first == EOS).float().mean()) == pytest.approx(probability, abs=0.03)
@@ -133,3 +134,31 @@ def test_steering_by_hand():
     s_R = steered_multiplier(torch.tensor([2.0, 0.0, 1.0]), 4.0, torch.tensor([0.25, 1.0, 0.0]))
     assert s_R.tolist() == pytest.approx([2.0, 0.0, 0.0])
     assert expected_left(torch.tensor([1, 3, 3]), 4).tolist() == pytest.approx([7 / 3, 2.0, 1.0, 1.0])
+
+
+def test_a_bonus_sees_what_the_output_layer_reads(reference):
+    seen = []
+
+    class Source:
+        reads_hidden, passes = True, 0.0
+
+        def begin(self, prompts, rows_per_prompt):
+            def bonus(shortlist, hidden_RD, last_token_R):
+                seen.append((hidden_RD.clone(), None if last_token_R is None else last_token_R.clone()))
+                return torch.zeros_like(shortlist.logps)
+
+            return bonus
+
+    streamed = StreamSampler(reference, Source(), Steering(1.0, 1.0)).stream([PROMPT], row_seeds(3, [0], 4))
+    tokens_NT, mask_NT = streamed.responses.tokens_BNT[0], streamed.responses.mask_BNT[0]
+    assert seen[0][1] is None
+    for t, (hidden_ND, last_N) in enumerate(seen):
+        for row in range(4):
+            if t and not mask_NT[row, t - 1] or t and int(tokens_NT[row, t - 1]) == EOS:
+                assert int(last_N[row]) == -1
+                continue
+            text = tokens_NT[row, :t].tolist()
+            with torch.no_grad():
+                whole = reference.model.model(torch.tensor([PROMPT + text])).last_hidden_state[0, -1]
+            torch.testing.assert_close(hidden_ND[row], whole, atol=1e-5, rtol=1e-4)
+            assert last_N is None or int(last_N[row]) == text[-1]

@@ -17,6 +17,7 @@ the tilt saturates or a cap binds. A token spends at most ``max_token_nats`` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -80,8 +81,8 @@ class TiltedDraws:
         eos_ids: Ids that end a response.
         bonus: Of these rows.
         steering: How the nats are spent.
+        reads_hidden: Whether the bonus reads the reference's hidden states.
         nats_R: KL spent so far.
-        hidden_RD: What the reference's output layer reads now, where the bonus asks for it.
     """
 
     sampling: SamplingSettings
@@ -89,8 +90,9 @@ class TiltedDraws:
     eos_ids: tuple[int, ...]
     bonus: Bonus
     steering: Steering
+    reads_hidden: bool = False
     nats_R: Tensor = field(init=False)
-    hidden_RD: Tensor | None = None
+    _hidden_RD: Tensor | None = None
     _last_R: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ class TiltedDraws:
         p = truncate(logits_RV, self.sampling)
         is_eos_RK = is_any_of(p.ids, self.eos_ids)
         text = Shortlist(p.ids, p.logps.masked_fill(is_eos_RK, -torch.inf))
-        bonus_RK = self.bonus(text, self.hidden_RD, self._last_R).masked_fill(is_eos_RK, 0)
+        bonus_RK = self.bonus(text, self._hidden_RD, self._last_R).masked_fill(is_eos_RK, 0)
         own_R = bonus_variance(p.logps, bonus_RK, is_eos_RK)
         variance_R = torch.where(self._weight_R > 0, self._variance_R, own_R)
         left_R = (self.steering.nats - self.nats_R).clamp(min=0)
@@ -122,6 +124,14 @@ class TiltedDraws:
         self._done_R = self._done_R | is_any_of(token_R, self.eos_ids)
         self._last_R = token_R.masked_fill(self._done_R, -1)
         return token_R
+
+    @property
+    def see_hidden(self) -> Callable[[Tensor], None] | None:
+        """Takes what the reference's output layer reads; None where nothing needs it."""
+        return self._see_hidden if self.reads_hidden else None
+
+    def _see_hidden(self, hidden_RD: Tensor) -> None:
+        self._hidden_RD = hidden_RD
 
     def _to_come(self, position: int) -> float:
         left_T = self.steering.left_T
@@ -170,6 +180,7 @@ class StreamSampler:
             tuple(self.reference.eos_ids),
             self.source.begin(prompts, seeds_BN.shape[1]),
             self.steering,
+            self.source.reads_hidden,
         )
         written = self.reference.write(self.reference.prefix(prompts), seeds_BN.shape[1], draws)
         return Streamed(written, draws.nats_R.view(seeds_BN.shape))
