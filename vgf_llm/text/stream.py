@@ -32,6 +32,7 @@ from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import capped_multiplier, kl_divergence, tilt
 
 _PRIOR_TOKENS = 4.0  # how many tokens the variance from elsewhere counts for
+_BISECTIONS = 14  # a cap is met to within this many halvings of the multiplier, from below
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class TiltedDraws:
         left_R = (self.steering.nats - self.nats_R).clamp(min=0)
         wanted_R = steered_multiplier(left_R, self._to_come(position), variance_R)
         cap_R = left_R.clamp(max=self.steering.max_token_nats)
-        multiplier_R = capped_multiplier(p.logps, bonus_RK, wanted_R, is_eos_RK, cap_R)
+        multiplier_R = capped_multiplier(p.logps, bonus_RK, wanted_R, is_eos_RK, cap_R, _BISECTIONS)
         logq_RK = tilt(p.logps, bonus_RK, multiplier_R, is_eos_RK)
         nats_R = kl_divergence(logq_RK, p.logps)
         self._learn(nats_R, wanted_R, own_R)
