@@ -84,6 +84,7 @@ class TiltedDraws:
         steering: How the nats are spent.
         reads_hidden: Whether the bonus reads the reference's hidden states.
         nats_R: KL spent so far.
+        variance_R: Mean so far of 2 KL / s^2; at 0 nats, of the variance of the bonus.
     """
 
     sampling: SamplingSettings
@@ -93,6 +94,7 @@ class TiltedDraws:
     steering: Steering
     reads_hidden: bool = False
     nats_R: Tensor = field(init=False)
+    variance_R: Tensor = field(init=False)
     _hidden_RD: Tensor | None = None
     _last_R: Tensor | None = None
 
@@ -102,7 +104,7 @@ class TiltedDraws:
         self._done_R = torch.zeros_like(self.seeds_R, dtype=torch.bool)
         known = self.steering.variance is not None
         self._weight_R = torch.full_like(self.nats_R, _PRIOR_TOKENS if known else 0.0)
-        self._variance_R = torch.full_like(self.nats_R, self.steering.variance or 0.0)
+        self.variance_R = torch.full_like(self.nats_R, self.steering.variance or 0.0)
 
     def __call__(self, logits_RV: Tensor, position: int) -> Tensor:
         """Draw the next token of every row."""
@@ -111,7 +113,7 @@ class TiltedDraws:
         text = Shortlist(p.ids, p.logps.masked_fill(is_eos_RK, -torch.inf))
         bonus_RK = self.bonus(text, self._hidden_RD, self._last_R).masked_fill(is_eos_RK, 0)
         own_R = bonus_variance(p.logps, bonus_RK, is_eos_RK)
-        variance_R = torch.where(self._weight_R > 0, self._variance_R, own_R)
+        variance_R = torch.where(self._weight_R > 0, self.variance_R, own_R)
         left_R = (self.steering.nats - self.nats_R).clamp(min=0)
         wanted_R = steered_multiplier(left_R, self._to_come(position), variance_R)
         cap_R = left_R.clamp(max=self.steering.max_token_nats)
@@ -143,8 +145,9 @@ class TiltedDraws:
     def _learn(self, nats_R: Tensor, wanted_R: Tensor, own_R: Tensor) -> None:
         """Add this token to the mean of 2 KL / s^2; where nothing was wanted, its variance."""
         seen_R = torch.where(wanted_R > 0, 2 * nats_R / wanted_R.square().clamp(min=1e-30), own_R)
-        self._weight_R = self._weight_R + 1
-        self._variance_R = self._variance_R + (seen_R - self._variance_R) / self._weight_R
+        live_R = (~self._done_R).float()
+        self._weight_R = self._weight_R + live_R
+        self.variance_R = self.variance_R + live_R * (seen_R - self.variance_R) / self._weight_R.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,21 @@ class StreamSampler:
             seeds_BN: int64, one seed a response, which alone decides it with its prompt. At 0 nats it is the response
                 that the sampler of the reference draws from the same seed.
         """
-        draws = TiltedDraws(
+        draws = self._draws(prompts, seeds_BN)
+        written = self.reference.write(self.reference.prefix(prompts), seeds_BN.shape[1], draws)
+        return Streamed(written, draws.nats_R.view(seeds_BN.shape))
+
+    def calibrated(self, prompts: list[list[int]], seeds_BN: Tensor) -> StreamSampler:
+        """Return the same, steered by the variance of the bonus and the lengths of N plain samples to each prompt."""
+        plain = self.at(0.0)
+        draws = plain._draws(prompts, seeds_BN)
+        written = self.reference.write(self.reference.prefix(prompts), seeds_BN.shape[1], draws)
+        left_T = expected_left(written.lengths_BN.flatten(), self.reference.sampling.max_new_tokens)
+        steering = replace(self.steering, variance=float(draws.variance_R.mean()), left_T=left_T)
+        return StreamSampler(self.reference, self.source, steering)
+
+    def _draws(self, prompts: list[list[int]], seeds_BN: Tensor) -> TiltedDraws:
+        return TiltedDraws(
             self.reference.sampling,
             seeds_BN.flatten().to(self.reference.device),
             tuple(self.reference.eos_ids),
@@ -183,8 +200,6 @@ class StreamSampler:
             self.steering,
             self.source.reads_hidden,
         )
-        written = self.reference.write(self.reference.prefix(prompts), seeds_BN.shape[1], draws)
-        return Streamed(written, draws.nats_R.view(seeds_BN.shape))
 
     def sample(self, prompts: list[list[int]], seeds_BN: Tensor) -> Responses:
         """Return the responses alone; see :class:`vgf_llm.text.sampler.Sampler`."""
