@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.bonus import Bonus, BonusSource
 from vgf_llm.text.distribution import Shortlist, truncate
@@ -117,6 +118,8 @@ class TiltedDraws:
         left_R = (self.steering.nats - self.nats_R).clamp(min=0)
         wanted_R = steered_multiplier(left_R, self._to_come(position), variance_R)
         cap_R = left_R.clamp(max=self.steering.max_token_nats)
+        if self.steering.variance is None and position < _PRIOR_TOKENS:  # the first tokens say little of the others
+            cap_R = torch.minimum(cap_R, 2 * left_R / self._to_come(position))
         multiplier_R = capped_multiplier(p.logps, bonus_RK, wanted_R, is_eos_RK, cap_R, _BISECTIONS)
         logq_RK = tilt(p.logps, bonus_RK, multiplier_R, is_eos_RK)
         nats_R = kl_divergence(logq_RK, p.logps)
@@ -206,8 +209,13 @@ class StreamSampler:
         return self.stream(prompts, seeds_BN).responses
 
     def at(self, nats: float) -> StreamSampler:
-        """Return the same with another budget."""
+        """Return the same with another number of nats."""
         return StreamSampler(self.reference, self.source, replace(self.steering, nats=nats))
+
+    def within(self, budget: TransportBudget) -> StreamSampler:
+        """Return the same with a budget's nats and their cap at a token; the rest of a budget is of no use here."""
+        steering = replace(self.steering, nats=budget.nats, max_token_nats=budget.max_token_nats)
+        return StreamSampler(self.reference, self.source, steering)
 
 
 def expected_left(lengths_N: Tensor, longest: int) -> Tensor:
