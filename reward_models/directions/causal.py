@@ -100,7 +100,7 @@ class CausalDirection:
     @classmethod
     def of(cls, head: CausalHead, table_VD: Tensor) -> CausalDirection:
         """Join a head and a table."""
-        return cls(head, table_VD, table_scale(table_VD))
+        return cls(head, table_VD.detach(), table_scale(table_VD))
 
     def begin(self, prompts: list[list[int]], rows_per_prompt: int) -> Bonus:
         """Return the bonus, which keeps no state."""

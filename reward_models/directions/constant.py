@@ -67,6 +67,7 @@ def fit_constant(targets: BonusTargets, table_VD: Tensor) -> ConstantFit:
     return ConstantFit(direction_D, bonus_V, PENALTIES[best], error)
 
 
+@torch.no_grad()
 def table_scale(table_VD: Tensor) -> float:
     """Return the root mean square of an embedding table."""
     return max(float(table_VD.float().square().mean().sqrt()), 1e-12)

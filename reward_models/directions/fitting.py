@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.directions.agreement import Agreement, measure_direction, whole_position_changes
 from reward_models.directions.causal import CausalDirection, fit_causal
 from reward_models.directions.constant import ConstantFit, fit_constant
-from reward_models.directions.positions import Positions, read_positions, sample_positions
+from reward_models.directions.positions import Positions, join_positions, read_positions, sample_positions
 from reward_models.directions.regrown import regrown_changes
 from reward_models.directions.reward import CountedReward, ModelReward, TextPrompt, read_reward
 from reward_models.directions.saving import Direction, Kind
@@ -154,36 +154,46 @@ def fit_direction(
     sampled = sample_positions(ground.reference, encoded, script.responses, script.shortlist, script.seed)
     clock.lap("sample")
     more = _swaps(ground, read_guided(ground, guided, script.shortlist), script, training) if guided else None
-    constant, figures, direction = None, {}, None
     if script.kind == "table":
-        most = training.table_calls // training.contexts
-        vocabulary = ground.reference.vocabulary or len(ground.table_VD)
-        tokens_V = candidate_tokens(sampled, ground.tokenizer, vocabulary, most)
-        seen = observe_tokens(ground.reward, sampled, tokens_V, training.contexts, script.seed)
-        seen = seen.and_more(observations_of(*more)) if more else seen
-        clock.lap("score")
-        table = fit_table(seen, len(ground.table_VD))
-        direction = TableBonus(table.bonus_V)
-        figures = {
-            "tokens": int((table.count_V > 0).sum()),
-            "observations": len(seen.token_O),
-            "shrink": table.shrink,
-            "held_back_error": table.held_back_error,
-        }
-    else:
-        changes = _changes(ground, sampled, script, training)
-        targets = from_changes(sampled, changes)
-        targets = targets.and_more(from_changes(*more)) if more else targets
-        clock.lap("score")
-        line = fit_constant(targets, ground.table_VD)
-        constant, figures = TableBonus(line.bonus_V), _constant_figures(line, targets)
-        direction = constant
-        if script.kind == "causal":
-            head, of_head = fit_causal(targets, ground.table_VD, training, line.direction_D)
-            direction, figures = CausalDirection.of(head, ground.table_VD), figures | of_head
+        return _fit_table(ground, script, training, sampled, more, clock)
+    targets = from_changes(sampled, _changes(ground, sampled, script, training))
+    targets = targets.and_more(from_changes(*more)) if more else targets
+    clock.lap("score")
+    line = fit_constant(targets, ground.table_VD)
+    constant, figures = TableBonus(line.bonus_V), _constant_figures(line, targets)
+    if script.kind == "constant":
+        clock.lap("fit")
+        return Fitted(constant, "constant", None, ground.reward.calls, clock.seconds, figures)
+    head, of_head = fit_causal(targets, ground.table_VD, training, line.direction_D)
     clock.lap("fit")
-    kind: Kind = script.kind  # type: ignore[assignment]
-    return Fitted(direction, kind, constant if kind == "causal" else None, ground.reward.calls, clock.seconds, figures)
+    direction = CausalDirection.of(head, ground.table_VD)
+    return Fitted(direction, "causal", constant, ground.reward.calls, clock.seconds, figures | of_head)
+
+
+def _fit_table(
+    ground: Ground,
+    script: DirectionScript,
+    training: DirectionTraining,
+    sampled: Positions,
+    more: tuple[Positions, list[ExactChanges]] | None,
+    clock: _Clock,
+) -> Fitted:
+    """Spend a table's calls and fit it, to guided substitutions too where there are any."""
+    most = training.table_calls // training.contexts
+    vocabulary = ground.reference.vocabulary or len(ground.table_VD)
+    tokens_V = candidate_tokens(sampled, ground.tokenizer, vocabulary, most)
+    seen = observe_tokens(ground.reward, sampled, tokens_V, training.contexts, script.seed)
+    seen = seen.and_more(observations_of(*more)) if more else seen
+    clock.lap("score")
+    table = fit_table(seen, len(ground.table_VD))
+    clock.lap("fit")
+    figures = {
+        "tokens": int((table.count_V > 0).sum()),
+        "observations": len(seen.token_O),
+        "shrink": table.shrink,
+        "held_back_error": table.held_back_error,
+    }
+    return Fitted(TableBonus(table.bonus_V), "table", None, ground.reward.calls, clock.seconds, figures)
 
 
 def measure_fitted(
@@ -219,8 +229,6 @@ def read_guided(ground: Ground, guided: Sequence[PromptText], shortlist: int) ->
     Raises:
         DataError: A row has no response, or one without tokens.
     """
-    from reward_models.directions.positions import join_positions
-
     reference, parts = ground.reference, []
     encoded = ground.encode(guided, source=" of the guided responses")
     longest = reference.sampling.max_new_tokens

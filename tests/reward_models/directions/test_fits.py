@@ -100,7 +100,9 @@ def test_the_causal_loss_is_what_its_header_says():
     found, rms = row_losses(head, targets, table, 1.5), 1.5
     for x in (0, 7):
         w, g = targets.weights_XK[x], head(targets.hidden_XD[x])
-        apart = [(g @ table[v]).detach() / rms - a for v, a in zip(targets.ids_XK[x], targets.targets_XK[x], strict=True)]
+        apart = [
+            (g @ table[v]).detach() / rms - a for v, a in zip(targets.ids_XK[x], targets.targets_XK[x], strict=True)
+        ]
         mean = sum(wk * one for wk, one in zip(w, apart, strict=True))
         left = [float((one - mean).abs()) / 2.0 for one in apart]
         slow = sum(float(wk) * (0.5 * d * d if d < 1 else d - 0.5) for wk, d in zip(w, left, strict=True))
