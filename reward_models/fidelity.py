@@ -161,7 +161,7 @@ def exact_changes(
             tokens_T, mask_T = tokens_BNT[b, n], mask_BNT[b, n].bool()
             t_S, v_S = sample_substitutions(tokens_T, mask_T, shortlist_BNTK[b, n], substitutions, generator, eos_ids)
             if len(t_S):
-                scores_S = _substituted_scores(value, one, tokens_T, mask_T, t_S, v_S)
+                scores_S = substituted_scores(value, one, tokens_T, mask_T, t_S, v_S)
                 found.append(ExactChanges(b, n, t_S, v_S, scores_S - base_BN[b, n]))
     return found
 
@@ -184,7 +184,7 @@ def compare_changes(value: Any, tokens_BNT: Tensor, changes: Sequence[ExactChang
             old_S = tokens_BNT[change.b, change.n, change.t_S]
             step_SD = (value.embed(change.v_S) - value.embed(old_S)).detach().float()
             predicted_S = (gradient_BNTD[change.b, change.n, change.t_S].float() * step_SD).sum(-1)
-            rows.append(_compare(predicted_S.cpu(), change.exact_S.cpu()))
+            rows.append(compare_ranks(predicted_S.cpu(), change.exact_S.cpu()))
     table = torch.tensor([row for row in rows if row[0] == row[0]], dtype=torch.float64)
     if len(table) == 0:
         raise ValueError(
@@ -259,16 +259,25 @@ def _average_ranks(x_S: Tensor) -> Tensor:
     return ranks_U[inverse_S]
 
 
-def _compare(predicted_S: Tensor, exact_S: Tensor) -> tuple[float, float, float, float]:
-    """Return (Spearman, gain of the predicted top, gain of the true top, mean gain)."""
+def compare_ranks(predicted_S: Tensor, exact_S: Tensor) -> tuple[float, float, float, float]:
+    """Return (Spearman, gain of the predicted top 8, gain of the true top 8, mean gain) of S > 8 substitutions."""
     top = exact_S[predicted_S.topk(_TOP).indices].mean().item()
     best = exact_S.topk(_TOP).values.mean().item()
     return spearman_correlation(predicted_S, exact_S), top, best, exact_S.mean().item()
 
 
 @torch.no_grad()
-def _substituted_scores(value: Any, prefix: Any, tokens_T: Tensor, mask_T: Tensor, t_S: Tensor, v_S: Tensor) -> Tensor:
-    """Score the response with one token replaced, for all S replacements."""
+def substituted_scores(value: Any, prefix: Any, tokens_T: Tensor, mask_T: Tensor, t_S: Tensor, v_S: Tensor) -> Tensor:
+    """Score a response with one token replaced, for all S replacements: [S].
+
+    Args:
+        value: anything that scores token ids (`score`).
+        prefix: `value.prefix` of the one prompt.
+        tokens_T: the response, right padded.
+        mask_T: bool, True on its tokens; at least one.
+        t_S: position of each replacement, int64.
+        v_S: its token.
+    """
     length = int(mask_T.nonzero().max()) + 1
     rows_ST = tokens_T[:length].repeat(len(t_S), 1)
     rows_ST[torch.arange(len(t_S), device=t_S.device), t_S] = v_S

@@ -25,6 +25,7 @@ _BESIDE = (
     CARD_NAME,
     "secant.json",
     "secant.safetensors",
+    "directions",
 )
 _MODEL_TYPE = "vgf_reward"  # of RewardModelConfig
 METRICS_NAME = "metrics.jsonl"

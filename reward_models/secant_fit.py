@@ -13,7 +13,7 @@ steps * batch_size * 6 head parameters for the fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,29 @@ def sample_reference(
     """
     from reward_models.fidelity import reference_shortlist
 
-    sampler = ReferenceSampler(reference)
     rows = reference.model.get_output_embeddings().weight.shape[0]
     k = min(shortlist, reference.vocabulary or rows)
     parts = []
+    for responses in sample_in_batches(reference, prompts, a_prompt, seed):
+        found = reference_shortlist(
+            reference.model, responses.prompts, responses.tokens_BNT, k, reference.pad_id, reference.vocabulary
+        )
+        parts.append((responses, found))
+    return Sampled(join_prompts([r for r, _ in parts]), join_padded([s for _, s in parts], 0))
+
+
+def sample_in_batches(
+    reference: TorchReference, prompts: Sequence[list[int]], a_prompt: int, seed: int
+) -> Iterator[Responses]:
+    """Yield the reference's responses to a few prompts at a time; a response depends on seed and prompt number alone.
+
+    Args:
+        reference: base model and distribution.
+        prompts: B lists of token ids.
+        a_prompt: responses per prompt, at least 1.
+        seed: of the samples.
+    """
+    sampler = ReferenceSampler(reference)
     for start in track(
         range(0, len(prompts), _PROMPTS_A_BATCH),
         "sampling the base",
@@ -88,28 +107,29 @@ def sample_reference(
         size=lambda start: min(_PROMPTS_A_BATCH, len(prompts) - start),
     ):
         group = list(prompts[start : start + _PROMPTS_A_BATCH])
-        responses = sampler.sample(group, row_seeds(seed, list(range(start, start + len(group))), a_prompt))
-        found = reference_shortlist(
-            reference.model, group, responses.tokens_BNT, k, reference.pad_id, reference.vocabulary
-        )
-        parts.append((responses, found))
-    longest = max(responses.tokens_BNT.shape[-1] for responses, _ in parts)
+        yield sampler.sample(group, row_seeds(seed, list(range(start, start + len(group))), a_prompt))
 
-    def joined(tensors: list[Tensor], fill: Any) -> Tensor:
-        padded = []
-        for tensor in tensors:
-            room = tensor.new_full((*tensor.shape[:2], longest - tensor.shape[2], *tensor.shape[3:]), fill)
-            padded.append(torch.cat([tensor, room], dim=2))
-        return torch.cat(padded)
 
-    together = Responses(
-        list(prompts),
-        joined([r.tokens_BNT for r, _ in parts], reference.pad_id),
-        joined([r.mask_BNT for r, _ in parts], False),
-        tuple(reference.eos_ids),
-        reference.pad_id,
+def join_padded(tensors: Sequence[Tensor], fill: Any) -> Tensor:
+    """Join tensors [B, N, T, ...] along B, filled up at the end of T to the longest."""
+    longest = max(tensor.shape[2] for tensor in tensors)
+    padded = []
+    for tensor in tensors:
+        room = tensor.new_full((*tensor.shape[:2], longest - tensor.shape[2], *tensor.shape[3:]), fill)
+        padded.append(torch.cat([tensor, room], dim=2))
+    return torch.cat(padded)
+
+
+def join_prompts(parts: Sequence[Responses]) -> Responses:
+    """Join responses to different prompts, padded to one length; their distributions are dropped."""
+    first = parts[0]
+    return Responses(
+        [prompt for part in parts for prompt in part.prompts],
+        join_padded([part.tokens_BNT for part in parts], first.pad_id),
+        join_padded([part.mask_BNT for part in parts], False),
+        tuple(first.eos_ids),
+        first.pad_id,
     )
-    return Sampled(together, joined([s for _, s in parts], 0))
 
 
 def score_substitutions(

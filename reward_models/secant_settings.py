@@ -10,11 +10,9 @@ from vgf_llm.settings import BaseModelSettings, DtypeName
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecantScript(BaseModelSettings):
-    """Reward model, prompts and output."""
+class SubstitutionSettings(BaseModelSettings):
+    """Prompts, samples and measurement of what is fitted to exact changes of token substitutions."""
 
-    reward_model: str
-    """Folder of the trained reward model (or adapter) whose changes are fitted."""
     model_name_or_path: str = "default"
     """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
     reward_outputs: dict[str, float] = field(default_factory=dict)
@@ -55,6 +53,14 @@ class SecantScript(BaseModelSettings):
         for key in ("num_prompts", "num_validation_prompts"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "null or at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecantScript(SubstitutionSettings):
+    """Reward model, prompts and output."""
+
+    reward_model: str
+    """Folder of the trained reward model (or adapter) whose changes are fitted."""
 
 
 @dataclass(frozen=True)

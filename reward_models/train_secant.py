@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from reward_models.inputs import check_reward_model
-from reward_models.secant_settings import SecantScript, SecantTraining
+from reward_models.secant_settings import SecantScript, SecantTraining, SubstitutionSettings
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries, working
@@ -34,6 +34,7 @@ from vgf_llm.settings.parse import parse
 if TYPE_CHECKING:
     from reward_models.fidelity import Fidelity
     from reward_models.secant_fit import Sampled
+    from vgf_llm.data.dialogue import PromptText
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     check_reward_model(script.reward_model)
     check_base_model(script.model_name_or_path)
     folder = check_writable(script.reward_model)
-    fit_prompts, unseen_prompts = _prompts(script)
+    fit_prompts, unseen_prompts = read_prompts(script)
     load_libraries("reward_models.loading", "reward_models.secant_fit")
     script = with_dtype(script)
     from reward_models.loading import load_reward_model
@@ -113,16 +114,22 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     return figures
 
 
-def _prompts(script: SecantScript) -> tuple[list[Any], list[Any]]:
-    """Read both prompt files and refuse a prompt that is in both."""
-    from vgf_llm.data.prompts import load_prompts
+def read_prompts(script: SubstitutionSettings) -> tuple[list[PromptText], list[PromptText]]:
+    """Read the prompts to fit on and those to measure on, with the other columns of their rows.
+
+    Raises:
+        DataError: A file cannot be read, or a prompt is in both.
+    """
+    from vgf_llm.data.prompts import load_prompt_texts
 
     column, system = script.prompt_column, script.system_column
-    fitted = load_prompts(script.prompts, column, limit=script.num_prompts, system_column=system)
-    unseen = load_prompts(script.validation_prompts, column, limit=script.num_validation_prompts, system_column=system)
-    known = {json.dumps(prompt) for prompt in fitted}
-    for row, prompt in enumerate(unseen):
-        if json.dumps(prompt) in known:
+    fitted = load_prompt_texts(script.prompts, column, limit=script.num_prompts, system_column=system)
+    unseen = load_prompt_texts(
+        script.validation_prompts, column, limit=script.num_validation_prompts, system_column=system
+    )
+    known = {json.dumps(text.prompt) for text in fitted}
+    for row, text in enumerate(unseen):
+        if json.dumps(text.prompt) in known:
             raise DataError(
                 f"{script.validation_prompts}, prompt {row} is in {script.prompts} too, so fidelity would be measured "
                 "on what was fitted; give other prompts"

@@ -34,7 +34,7 @@ def test_no_command_and_an_unknown_one(capsys):
     assert main([]) == 2
     assert main(["evalute"]) == 2
     told = capsys.readouterr().err
-    assert "unknown command 'evalute'; commands: demo, reward, value, secant, train, " in told
+    assert "unknown command 'evalute'; commands: demo, reward, value, secant, direction, " in told
 
 
 def test_a_fault_of_the_input_is_one_line_and_exit_code_2(capsys):

@@ -27,6 +27,7 @@ COMMANDS = {  # commands that stay where `python -m` finds them
     "reward_models.train",
     "reward_models.train_value",
     "reward_models.train_secant",
+    "reward_models.train_direction",
     "vgf_llm.control.train",
     "vgf_llm.control.report",
     "vgf_llm.control.collect",

@@ -46,6 +46,7 @@ def folder(tmp_path_factory):
         "pairs": {"question": "the sea", "chosen": "it is blue", "rejected": "it is bad"},
         "prompts": {"question": "the sea"},
         "good": {"prompt": "the sea"},
+        "unseen": {"prompt": "the rain"},
         "logged": {"prompt": "the sea", "response": "it is blue", "score": 1.0},
     }
     for name, row in rows.items():
@@ -58,6 +59,7 @@ def cases(folder: Path) -> list[tuple[str, list[str], str]]:
     """Return (module, arguments, start or part of the message)."""
     base, reward, good = f"{folder}/base", f"{folder}/reward", f"{folder}/good.jsonl"
     pairs, prompts, new = f"{folder}/pairs.jsonl", f"{folder}/prompts.jsonl", f"{folder}/new"
+    unseen = f"{folder}/unseen.jsonl"
 
     def train_reward(*more: str) -> list[str]:
         return ["--model_name_or_path", base, "--train_dataset", pairs, "--output_dir", new, *more]
@@ -67,6 +69,10 @@ def cases(folder: Path) -> list[tuple[str, list[str], str]]:
 
     def fine_tune(*more: str) -> list[str]:
         required = ["--prompts", good, "--rewards", "length_words", "--output_dir", new, "--value", "learned"]
+        return ["--model_name_or_path", base, *required, *more]
+
+    def direction(*more: str) -> list[str]:
+        required = ["--kind", "causal", "--reward", reward, "--prompts", good, "--validation_prompts", unseen]
         return ["--model_name_or_path", base, *required, *more]
 
     return [
@@ -107,6 +113,11 @@ def cases(folder: Path) -> list[tuple[str, list[str], str]]:
             ],
             "no column 'prompt'; columns: question",
         ),
+        ("reward_models.train_direction", direction("--reward", "lenght"), "reward function 'lenght' does not exist"),
+        ("reward_models.train_direction", direction("--reward", "brevity"), "which has no folder; set output_dir"),
+        ("reward_models.train_direction", direction("--prompts", prompts), "no column 'prompt'; columns: question"),
+        ("reward_models.train_direction", direction("--guided", good), "no text in column 'response', got None"),
+        ("reward_models.train_direction", direction("--gold", f"{folder}/empty"), "has no config.json"),
         ("vgf_llm.train", fine_tune("--rewards", "mine:good"), "module 'mine' cannot be imported"),
         ("vgf_llm.train", fine_tune("--rewards", "outputs/none"), "rewards: 'outputs/none' is not a folder"),
         ("vgf_llm.train", fine_tune("--gold", "vader"), "reward function 'vader' does not exist"),

@@ -20,6 +20,7 @@ COMMANDS = {
     "reward": ("reward_models.train", "train a reward model on preference pairs"),
     "value": ("reward_models.train_value", "train a token-level value from logged responses and their rewards"),
     "secant": ("reward_models.train_secant", "fit a head whose direction predicts what token changes do to a reward"),
+    "direction": ("reward_models.train_direction", "fit a bonus for every token that needs no original, to any reward"),
     "train": ("vgf_llm.train", "fine-tune a model on transported responses"),
     "verify-resume": ("vgf_llm.verify_resume", "resume a checkpoint twice and compare the results bit for bit"),
     "generate": ("vgf_llm.generate", "answer prompts under a transport budget"),

@@ -7,12 +7,13 @@ an interval is the same on every call.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 RESAMPLES = 10_000
 _Z = 1.96  # of a normal distribution's 95%
@@ -55,6 +56,29 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Estimate:
     means_S = sample_P[draws_SP].mean(1)
     low, high = torch.quantile(means_S, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(float(sample_P.mean()), low, high)
+
+
+def bootstrap_of_sums(parts_PF: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0) -> Estimate:
+    """Return a statistic of sums over prompts, a ratio say, with its 95% interval (10,000 resamples of the prompts).
+
+    Args:
+        parts_PF: What each of P prompts adds to F sums; at least one prompt.
+        statistic: Maps sums [..., F] to [...].
+        seed: Of the resamples (torch's generator).
+
+    Raises:
+        ValueError: If there is no prompt.
+    """
+    import torch
+
+    if not len(parts_PF):
+        raise ValueError("bootstrap_of_sums needs at least one prompt, got none")
+    parts_PF = parts_PF.double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    draws_SP = torch.randint(len(parts_PF), (RESAMPLES, len(parts_PF)), generator=generator)
+    found_S = statistic(parts_PF[draws_SP].sum(1))
+    low, high = torch.quantile(found_S, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(float(statistic(parts_PF.sum(0))), low, high)
 
 
 def bootstrap_within_seeds(values_SE: np.ndarray, seed: int = 0) -> Estimate:
