@@ -126,9 +126,10 @@ def bonuses_along(source: BonusSource, positions: Positions) -> Tensor:
         positions: B x N responses.
     """
     responses, shape = positions.responses, positions.distribution.ids.shape
-    bonus = source.begin([list(prompt) for prompt in responses.prompts], shape[1])
+    bonus = source.begin(responses.prompts, shape[1])
     ids_RTK, logps_RTK = positions.distribution.ids.flatten(0, 1), positions.distribution.logps.flatten(0, 1)
-    tokens_RT, hidden_RTD = responses.tokens_BNT.flatten(0, 1), positions.hidden_BNTD.flatten(0, 1)
+    tokens_RT = responses.tokens_BNT.masked_fill(~responses.movable_BNT, -1).flatten(0, 1)
+    hidden_RTD = positions.hidden_BNTD.flatten(0, 1)
     found = []
     for t in range(shape[2]):
         hidden_RD = hidden_RTD[:, t] if source.reads_hidden else None

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.functions import RewardFunction, call_function
 from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.answering.one_pass import Directions
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.controls import flipped_gradient, no_gradient, random_gradient
@@ -61,6 +62,8 @@ class Experiment:
     gold: RewardFunction
     sizes: Sizes
     gradient: GradientSource = exact_gradient
+    reward_model: str | None = None
+    """Folder of the reward model, where fitted directions are looked for."""
 
     @cached_property
     def length_unit(self) -> float:
@@ -86,7 +89,9 @@ class Experiment:
                 index, text = prompts.indices[error.group], prompts.texts[error.group]
                 message = f"arm {arm.name!r}, prompt {index} ({text!r}): {error}"
                 raise NonFiniteError(message, group=index, step=error.step) from error
-            seconds = time.perf_counter() - started + samples.seconds_by_count[arm.num_particles]
+            seconds = time.perf_counter() - started
+            if not outcome.one_pass:
+                seconds += samples.seconds_by_count[arm.num_particles]
             if arm.is_plain_base:  # one sample, nothing scored: its share of the batch's sampling
                 seconds = samples.seconds_by_count[arm.num_particles] / arm.num_particles
             if arm.transport.is_none:  # nothing was written that has not been measured
@@ -127,6 +132,7 @@ class Experiment:
             select=arm.select,
             gradient=directions[arm.direction],
             length_unit=self.length_unit,
+            directions=Directions(self.tokenizer, self.reward_model),
         )
 
     def _rows(
@@ -134,7 +140,8 @@ class Experiment:
     ) -> list[Row]:
         """Return one row a prompt; the cloud's n responses come first, the last column is the selected one."""
         cloud, n = cloud_and_selected(outcome), outcome.transported.tokens_BNT.shape[1]
-        particles_BN = (torch.arange(n) // (n // arm.num_particles)).expand(len(prompts.ids), -1)
+        a_particle = n // outcome.originals.tokens_BNT.shape[1]
+        particles_BN = (torch.arange(n) // a_particle).expand(len(prompts.ids), -1)
         sources = outcome.originals.take(particles_BN.to(outcome.originals.tokens_BNT.device))
         changed_BN = changed_tokens(sources, outcome.transported)
         sampled_B = outcome.originals.lengths_BN.sum(-1)

@@ -43,7 +43,15 @@ def work(
     with closing(pipeline):
         ids, texts = encode_prompts(pipeline, [prompt.prompt for prompt in prompts]), prompts
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)
-        experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
+        experiment = Experiment(
+            pipeline.reference,
+            pipeline.value,
+            pipeline.tokenizer,
+            gold,
+            sizes,
+            pipeline.gradient,
+            models.reward_model,
+        )
         left = sum(len(indices) * len(arms) for _, indices, arms in todo)
         stage(f"evaluating {len(prompts)} prompts under {len(settings.all_arms())} arms")
         with Bar("evaluating", left, "answers") as bar:
