@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from vgf_llm.errors import ModelError
 from vgf_llm.models.architecture import (
     cut_config,
+    decoder_class,
     decoder_of,
     difference,
     evaluating,
@@ -27,6 +28,7 @@ from vgf_llm.models.architecture import (
     num_layers,
     tolerance,
 )
+from vgf_llm.models.attention import caps_scores
 
 _WRAPPERS = (".base_layer", ".original_module")  # where PEFT keeps the layer that it wraps
 
@@ -210,3 +212,11 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         kind.register_parameter = register
+
+
+def body_attention(wanted: str | None, body_config: PreTrainedConfig) -> str | None:
+    """Return the attention that a body is built with: what was wanted, where the body can do that."""
+    if wanted == "sdpa":
+        found = decoder_class(body_config)
+        return "eager" if caps_scores(body_config) or not getattr(found, "_supports_sdpa", True) else "sdpa"
+    return wanted

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reward_models.body import (
+    body_attention,
     check_cut,
     copy_weights,
     parameters_on_meta,
@@ -35,8 +36,8 @@ from reward_models.configuration import RewardModelConfig
 from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
 from vgf_llm.data.encoding import EncodedPrompt, encode_prompt
 from vgf_llm.errors import ModelError
-from vgf_llm.models.architecture import check_config, decoder_class, input_table, text_config
-from vgf_llm.models.attention import caps_scores, settle_attention
+from vgf_llm.models.architecture import check_config, input_table, text_config
+from vgf_llm.models.attention import settle_attention
 from vgf_llm.models.prefix import PromptPrefix, compute_prefix, forward_with_prefix, positions_from_mask
 from vgf_llm.models.probe import check_decoder
 from vgf_llm.models.whole import loaded_whole
@@ -59,7 +60,9 @@ class RewardModel(PreTrainedModel):
         super().__init__(config)
         body_config = config.build_body_config()
         check_config(body_config, config.base_name)
-        self.body = AutoModel.from_config(body_config, attn_implementation=_attention(config, body_config))
+        self.body = AutoModel.from_config(
+            body_config, attn_implementation=body_attention(config._attn_implementation, body_config)
+        )
         embedding_width = config.embedding_width or body_config.hidden_size
         self.head = nn.Linear(config.output_width or body_config.hidden_size, 1)
         self.skip_head = nn.Linear(embedding_width, 1, bias=False) if config.input_skip else None
@@ -359,6 +362,14 @@ class RewardModel(PreTrainedModel):
         check_pooled(mask_RT)
         return (pool_last if self.config.pooling == "last" else pool_mean)(hidden_RTD, mask_RT)
 
+    def read_tokens(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """Return what the heads read at single tokens, float32 [...], of hidden states and embeddings [..., D].
+
+        Under mean pooling a response's value is the mean of its tokens' reads.
+        """
+        reads = self._read(hidden.float())
+        return reads if self.skip_head is None else reads + self._read_skip(embeddings.float())
+
     def _read(self, pooled: Tensor) -> Tensor:
         """Apply the head in float32 to [..., D]."""
         with torch.autocast(pooled.device.type, enabled=False):
@@ -382,15 +393,6 @@ class RewardModel(PreTrainedModel):
         if self._scale is None:
             self._scale = float(self.embedding_table_VD.float().square().mean().sqrt())
         return self._scale
-
-
-def _attention(config: RewardModelConfig, body_config: PreTrainedConfig) -> str | None:
-    """Return what the body is built with: what was resolved for the reward model, where the body can do that."""
-    wanted: str | None = config._attn_implementation
-    if wanted == "sdpa":
-        found = decoder_class(body_config)
-        return "eager" if caps_scores(body_config) or not getattr(found, "_supports_sdpa", True) else "sdpa"
-    return wanted
 
 
 CONFIG_MAPPING.register(RewardModelConfig.model_type, RewardModelConfig, exist_ok=True)

@@ -22,6 +22,7 @@ from vgf_llm.text.particles import GradientSource, exact_gradient, move_particle
 from vgf_llm.text.protocols import Decoder, Move, Moved, Value, Work
 from vgf_llm.text.responses import Responses, concatenate
 from vgf_llm.text.sampler import Sampler
+from vgf_llm.text.stream import StreamSampler
 
 Selection = Literal["max", "softmax", "random"]
 _ROUND_STREAM, _SELECTION_STREAM, _DRAW_STREAM = 0x10000, 0x20000, 0x30000
@@ -43,6 +44,8 @@ class Outcome:
         selected_values_B: Its value.
         selected_index_B: Its index in the pool; below N it is an original, then follow the rounds in order.
         work: Tokens run through the models for all of this, the sampling of the originals and the prompts left out.
+        one_pass: Whether the texts were drawn from the tilted distribution at once. There are no originals then:
+            ``originals`` are the texts themselves.
     """
 
     originals: Responses
@@ -55,6 +58,7 @@ class Outcome:
     selected_values_B: Tensor
     selected_index_B: Tensor
     work: Work
+    one_pass: bool = False
 
     @property
     def nats_BN(self) -> Tensor:
@@ -73,7 +77,8 @@ class ImplicitPolicy:
     Args:
         sampler: Draws from the reference distribution.
         value: Differentiable value; moves the particles and selects.
-        decoder: Turns moved particles into tokens.
+        decoder: Turns moved particles into tokens; or draws transported texts in one pass, N * draws a prompt, with
+            the budget's nats.
         budget: Transport budget; :meth:`TransportBudget.none` is best-of-N.
         select: ``max`` by value, ``softmax`` of value / ``budget.temperature``, or ``random`` in the pool.
         gradient: Where the flow's direction comes from; the value's exact gradient by default.
@@ -86,7 +91,7 @@ class ImplicitPolicy:
         self,
         sampler: Sampler,
         value: Value,
-        decoder: Decoder,
+        decoder: Decoder | StreamSampler,
         budget: TransportBudget,
         *,
         select: Selection = "max",
@@ -114,6 +119,8 @@ class ImplicitPolicy:
             prompts: B lists of token ids.
             seeds_BN: int64, one seed a response (:func:`vgf_llm.text.noise.row_seeds`).
         """
+        if isinstance(self.decoder, StreamSampler) and not self.budget.is_none:
+            return self._one_pass(self.decoder, prompts, seeds_BN)
         return self.improve(self.sampler.sample(prompts, seeds_BN), seeds_BN)
 
     def improve(self, originals: Responses, seeds_BN: Tensor) -> Outcome:
@@ -125,14 +132,15 @@ class ImplicitPolicy:
         value_prefix = self.value.prefix(originals.prompts)
         if self.budget.is_none:
             return self._nothing_moved(value_prefix, originals, seeds_BN)
+        if isinstance(self.decoder, StreamSampler):
+            return self._one_pass(self.decoder, originals.prompts, seeds_BN)
         flow, score = partial(self.transport, value_prefix), partial(self._score, value_prefix)
         context = self.decoder.prepare(originals.prompts)
         first = flow(originals)
         work = Work.of(originals.lengths_BN, value=self.passes_a_flow)
         pool, values = [originals], [first.values_BN]
         particle_BM, draw_BM = self._texts(originals)
-        coupled_BM, seeds_BM = draw_BM == 0, seeds_BN.repeat_interleave(self.draws, 1)
-        seeds_BM = torch.where(coupled_BM.cpu(), seeds_BM, combine_seeds(seeds_BM, _DRAW_STREAM + draw_BM.cpu()))
+        coupled_BM, seeds_BM = draw_BM == 0, self._text_seeds(seeds_BN)
         current, state = originals.take(particle_BM), None
         known: Moved | None = first.take(particle_BM)
         nats: list[Tensor] = []
@@ -176,6 +184,33 @@ class ImplicitPolicy:
             selected_index_B=index_B,
             work=work,
         )
+
+    def _one_pass(self, stream: StreamSampler, prompts: list[list[int]], seeds_BN: Tensor) -> Outcome:
+        """Draw N * draws transported texts at once, and select; nothing is sampled before."""
+        seeds_BM = self._text_seeds(seeds_BN)
+        streamed = stream.within(self.budget).stream(prompts, seeds_BM)
+        texts = streamed.responses
+        values_BM = self._score(self.value.prefix(prompts), texts)
+        selected, selected_values_B, index_B = self.select(texts, values_BM, seeds_BN)
+        return Outcome(
+            originals=texts,
+            transported=texts,
+            original_values_BN=values_BM,
+            transported_values_BN=values_BM,
+            nats_RBN=streamed.nats_BN.unsqueeze(0),
+            displacement_RBN=torch.zeros_like(values_BM).unsqueeze(0),
+            selected=selected,
+            selected_values_B=selected_values_B,
+            selected_index_B=index_B + texts.tokens_BNT.shape[1],
+            work=Work.of(texts.lengths_BN, value=1 + stream.source.passes),
+            one_pass=True,
+        )
+
+    def _text_seeds(self, seeds_BN: Tensor) -> Tensor:
+        """Return the seeds of the M = N * draws texts: an original's own for its first text, then others."""
+        draw_M = torch.arange(seeds_BN.shape[1] * self.draws) % self.draws
+        seeds_BM = seeds_BN.repeat_interleave(self.draws, 1)
+        return torch.where(draw_M == 0, seeds_BM, combine_seeds(seeds_BM, _DRAW_STREAM + draw_M))
 
     @property
     def passes_a_flow(self) -> float:

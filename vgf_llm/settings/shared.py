@@ -9,7 +9,7 @@ from typing import Any, Literal
 from vgf_llm.errors import ConfigError, require, require_sampling_seed
 from vgf_llm.flow.budget import TransportBudget
 
-DecoderName = Literal["prior", "block", "edit", "edit_greedy", "pivot", "nearest"]
+DecoderName = Literal["prior", "stream", "block", "edit", "edit_greedy", "pivot", "nearest"]
 
 DECODER_OPTIONS: dict[DecoderName, tuple[str, ...]] = {
     "prior": ("multiplier", "coupling", "after_change"),

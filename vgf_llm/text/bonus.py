@@ -8,7 +8,7 @@ of a candidate v is known before the token is written, from the text before it a
     causal            b_t(v) = <g(h_t), e_v>, g a head on the reference's own hidden state h_t before the token
     lookahead         b_t(v) = t (V(x, y_<t, v) - mean), V the value of the text with the candidate
 
-A :class:`BonusSource` is what is fitted and saved. ``begin`` gives a :class:`Bonus` for rows that are being written, which
+A :class:`BonusSource` is what is fitted and saved. Its ``begin`` gives a :class:`Bonus` for rows being written, which
 may keep a state (a cache of the value's keys, say).
 """
 

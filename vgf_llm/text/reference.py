@@ -8,7 +8,9 @@ Prompts are run once and shared by all of their responses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +183,8 @@ class TorchReference:
         Args:
             rows: R texts, a prompt and what has been written after it; left as they are.
             positions: Places in the response that the tokens go to.
-            choose: Maps (logits_RV, position) to the next token of every row.
+            choose: Maps (logits_RV, position) to the next token of every row. One with a ``see_hidden`` is shown what
+                the output layer reads [R, D] before each call.
             done_R: bool, rows that have ended before; none when not given.
 
         Returns:
@@ -191,20 +194,21 @@ class TorchReference:
         done_R = torch.zeros_like(token_R, dtype=torch.bool) if done_R is None else done_R
         lengths_R = rows.prefix.lengths_B
         written: list[Tensor] = []
-        for position in positions:
-            mask_RS = torch.cat([mask_RS, _column(token_R)], 1)
-            logits_RV = self.model(
-                input_ids=token_R.unsqueeze(1),
-                attention_mask=mask_RS,
-                position_ids=(lengths_R + len(written)).unsqueeze(1),
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1, : self.vocabulary]
-            token_R = choose(logits_RV, position).masked_fill(done_R, self.pad_id)
-            written.append(token_R)
-            done_R = done_R | is_any_of(token_R, self.eos_ids)
-            if bool(done_R.all()):
-                break
+        with _showing_hidden(self.model, choose):
+            for position in positions:
+                mask_RS = torch.cat([mask_RS, _column(token_R)], 1)
+                logits_RV = self.model(
+                    input_ids=token_R.unsqueeze(1),
+                    attention_mask=mask_RS,
+                    position_ids=(lengths_R + len(written)).unsqueeze(1),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1, : self.vocabulary]
+                token_R = choose(logits_RV, position).masked_fill(done_R, self.pad_id)
+                written.append(token_R)
+                done_R = done_R | is_any_of(token_R, self.eos_ids)
+                if bool(done_R.all()):
+                    break
         prefix = PromptPrefix.of(cache, mask_RS.bool())
         return torch.stack(written, 1), TorchPrefix(prefix, token_R, rows.prompts)
 
@@ -271,6 +275,21 @@ class TorchReference:
         shape = (-1, n, longest)
         result_RT = result_RT.masked_fill(~mask_RT, self.pad_id)
         return Responses(prefix.prompts, result_RT.view(shape), mask_RT.view(shape), self.eos_ids, self.pad_id)
+
+
+@contextmanager
+def _showing_hidden(model: PreTrainedModel, choose: Any) -> Iterator[None]:
+    """Show a picker that has a ``see_hidden`` what the output layer reads, for the duration."""
+    see = getattr(choose, "see_hidden", None)
+    if see is None:
+        yield
+        return
+    output: Any = model.get_output_embeddings()
+    handle = output.register_forward_pre_hook(lambda _, inputs: see(inputs[0][:, -1]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _right_aligned(cache: DynamicCache, mask_RS: Tensor, gaps_R: Tensor) -> tuple[DynamicCache, Tensor]:

@@ -64,9 +64,17 @@ def kl_divergence(logq: Tensor, logp: Tensor) -> Tensor:
 
 
 def capped_multiplier(
-    logps: Tensor, bonus: Tensor, multiplier: Tensor, is_eos: Tensor, max_nats: Tensor | float
+    logps: Tensor,
+    bonus: Tensor,
+    multiplier: Tensor,
+    is_eos: Tensor,
+    max_nats: Tensor | float,
+    bisections: int = _BISECTIONS,
 ) -> Tensor:
-    """Return the largest multiplier, at most ``multiplier``, whose KL at a position is within its cap; [...]."""
+    """Return the largest multiplier, at most ``multiplier``, whose KL at a position is within its cap; [...].
+
+    It is found to within ``multiplier`` / 2 ** ``bisections``, from below.
+    """
     max_nats = torch.as_tensor(max_nats, dtype=logps.dtype, device=logps.device).expand(multiplier.shape)
     over = kl_divergence(tilt(logps, bonus, multiplier, is_eos), logps) > max_nats
     if not bool(over.any()):
@@ -74,7 +82,7 @@ def capped_multiplier(
     logps_XK, bonus_XK, is_eos_XK, max_nats_X = logps[over], bonus[over], is_eos[over], max_nats[over]
     high_X = multiplier[over]
     low_X = torch.zeros_like(high_X)
-    for _ in range(_BISECTIONS):
+    for _ in range(bisections):
         middle_X = (low_X + high_X) / 2
         too_far_X = kl_divergence(tilt(logps_XK, bonus_XK, middle_X, is_eos_XK), logps_XK) > max_nats_X
         low_X, high_X = torch.where(too_far_X, low_X, middle_X), torch.where(too_far_X, middle_X, high_X)
