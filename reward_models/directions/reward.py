@@ -36,6 +36,10 @@ class TextPrompt(EncodedPrompt):
         super().__init__(ids, text.prompt)
         self.text = text
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive pickling."""
+        return TextPrompt, (list(self), self.text)
+
 
 class CountedReward(Protocol):
     """A reward of token ids.
