@@ -76,9 +76,8 @@ def may_pass(error: BaseException) -> bool:
 
 def wait_sec(attempt: int, error: BaseException) -> float:
     """Return the seconds between an attempt, from 0, and the next: they double, and a server may ask for more."""
-    own = min(_FIRST_WAIT_SEC * 2**attempt, _LONGEST_WAIT_SEC)
-    asked = getattr(error, "after_sec", None)
-    return own if asked is None else min(max(own, asked), _LONGEST_WAIT_SEC)
+    asked = error.after_sec if isinstance(error, MayPassError) and error.after_sec is not None else 0.0
+    return min(max(_FIRST_WAIT_SEC * 2.0**attempt, asked), _LONGEST_WAIT_SEC)
 
 
 def ended_calls(calls: Sequence[Callable[[], Any]], limits: Limits) -> Iterator[Ended]:

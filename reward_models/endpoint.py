@@ -37,7 +37,7 @@ _GRACE_SEC = 5.0  # the caller's limit ends a call first; this closes the connec
 _LONGEST_MESSAGE = 300
 _MAY_PASS = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _NUMBER = r"([-+]?\d+(?:\.\d+)?)"
-_SCORE = rf"(?i:score|rating|grade|reward)\W{{0,6}}(?:is\W{{0,3}})?{_NUMBER}"
+_SCORE = rf"(?i:score|rating|grade|reward)\W{{0,6}}?(?:is\W{{0,3}}?)?{_NUMBER}"
 _OWN = ("messages", "prompt", "response", "row")  # of a template
 
 
@@ -147,7 +147,7 @@ class EndpointReward:
             ModelError: There is none; the message holds the answer.
         """
         if self._pattern is None:
-            bare = re.fullmatch(rf"\W*{_NUMBER}\W*", said.strip())
+            bare = re.fullmatch(rf"\W*?{_NUMBER}\W*", said.strip())
             found = [bare[1]] if bare else re.findall(_SCORE, said)
         else:
             found = [match[1] for match in self._pattern.finditer(said)]

@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+_ROUNDING = 1e-7  # of a deviation, relative to the mean: the root of float64's
+
 Sums = list[float]
 """n, S1, S2 of a step."""
 
@@ -32,10 +34,15 @@ class Running:
     square: float = 0.0
 
     @property
+    def state(self) -> tuple[float, float, float]:
+        """Count, mean and sum of squared distances."""
+        return self.count, self.mean, self.square
+
+    @property
     def deviation(self) -> float:
-        """Standard deviation of all values; 1 where there are fewer than two, or all are alike."""
+        """Standard deviation of all values; 1 where there are fewer than two, or all are alike up to rounding."""
         deviation = math.sqrt(max(self.square, 0.0) / self.count) if self.count > 1 else 0.0
-        return deviation if deviation > 1e-12 * max(1.0, abs(self.mean)) else 1.0
+        return deviation if deviation > _ROUNDING * abs(self.mean) else 1.0
 
     def standardised(self, values: Iterable[float]) -> list[float]:
         """Return values less the mean, over the deviation."""
