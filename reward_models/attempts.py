@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from vgf_llm.errors import VGFError
 
@@ -52,6 +52,10 @@ class Ended:
     error: BaseException | None = None
 
 
+Done: TypeAlias = "queue.SimpleQueue[tuple[Ended, asyncio.Event] | None]"
+"""Calls that ended, each with what is set once it has been taken; None at the end."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Time and attempts of a call.
@@ -83,7 +87,9 @@ def wait_sec(attempt: int, error: BaseException) -> float:
 def ended_calls(calls: Sequence[Callable[[], Any]], limits: Limits) -> Iterator[Ended]:
     """Make calls, and yield each as it ends.
 
-    After the first that fails no further one is begun; those under way are waited for, since they are paid for.
+    A call is begun in the place of another when the caller has come back for more, and so has kept the other's result:
+    a process that is killed loses no more calls than were under way. After the first that fails no further one is
+    begun; those under way are waited for, since they are paid for.
 
     Args:
         calls: Functions without arguments; what they return is awaited where it can be.
@@ -91,11 +97,14 @@ def ended_calls(calls: Sequence[Callable[[], Any]], limits: Limits) -> Iterator[
     """
     if not calls:
         return
-    done: queue.SimpleQueue[Ended | None] = queue.SimpleQueue()
-    work = asyncio.run_coroutine_threadsafe(_all(calls, limits, done), _loop())
+    done: Done = queue.SimpleQueue()
+    loop = _loop()
+    work = asyncio.run_coroutine_threadsafe(_all(calls, limits, done), loop)
     try:
-        while (ended := done.get()) is not None:
+        while (item := done.get()) is not None:
+            ended, taken = item
             yield ended
+            loop.call_soon_threadsafe(taken.set)
     finally:
         work.cancel()
 
@@ -109,7 +118,7 @@ def _loop() -> asyncio.AbstractEventLoop:
     return _loops[pid]
 
 
-async def _all(calls: Sequence[Callable[[], Any]], limits: Limits, done: queue.SimpleQueue[Ended | None]) -> None:
+async def _all(calls: Sequence[Callable[[], Any]], limits: Limits, done: Done) -> None:
     left, failed = iter(enumerate(calls)), False
 
     async def work() -> None:
@@ -117,7 +126,9 @@ async def _all(calls: Sequence[Callable[[], Any]], limits: Limits, done: queue.S
         for index, call in left:
             ended = await _attempts(index, call, limits)
             failed = failed or ended.error is not None
-            done.put(ended)
+            taken = asyncio.Event()
+            done.put((ended, taken))
+            await taken.wait()
             if failed:
                 return
 

@@ -118,8 +118,8 @@ def test_a_reward_model_scores_the_conversation(server, kind, answer, path, more
 @pytest.mark.parametrize(
     ("said", "pattern", "number"),
     [
-        ("7", None, 7), (" **-1.5** ", None, -1.5), ("I give 3 of 10. Score: 4", None, 4), ("rating is 9", None, 9), ("Score: -3", None, -3),
-        ("Score: 1, no: Score: 2", None, 2), ("<7>", r"<(\d)>", 7),
+        ("7", None, 7), (" **-1.5** ", None, -1.5), ("I give 3 of 10. Score: 4", None, 4), ("rating is 9", None, 9),
+        ("Score: 1, no: Score: 2", None, 2), ("Score: -3", None, -3), ("<7>", r"<(\d)>", 7),
     ],
 )  # fmt: skip
 def test_numbers_of_a_judge(server, tmp_path, said, pattern, number):
