@@ -6,6 +6,7 @@ prompt and seed; tables are made from rows alone, so a run can be stopped after 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reward_models.functions import RewardFunction, call_function
+from reward_models.composed import Remembered
 from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
 from vgf_llm.answering.one_pass import Directions
@@ -59,7 +60,7 @@ class Experiment:
     reference: Reference
     value: Value
     tokenizer: PreTrainedTokenizerBase
-    gold: RewardFunction
+    gold: Remembered
     sizes: Sizes
     gradient: GradientSource = exact_gradient
     reward_model: str | None = None
@@ -148,7 +149,7 @@ class Experiment:
         texts = cloud.texts(self.tokenizer)
         rows = []
         for b, index in enumerate(prompts.indices):
-            gold = call_function(self.gold, [prompts.texts[b]] * (n + 1), texts[b])
+            gold, parts = self.gold.scored([prompts.texts[b]] * (n + 1), texts[b])
             tokens = cloud.lengths_BN[b].tolist()
             work = PromptWork.of(outcome.work, b)
             flops = arm_flops(arm, self.sizes, len(prompts.ids[b]), int(sampled_B[b]), work)
@@ -176,6 +177,7 @@ class Experiment:
                     "texts": texts[b][:n],
                     "tflops": round(flops / 1e12, 6),
                     "seconds": round(seconds, 4),
+                    **({"gold_parts": parts_rounded(parts)} if parts else {}),
                 }
             )
         return rows
@@ -189,3 +191,11 @@ def cloud_and_selected(outcome: Outcome) -> Responses:
 def rounded(values_N: Tensor) -> list[float]:
     """Return a tensor as floats of five decimals, short enough for a results file."""
     return [round(value, 5) for value in values_N.detach().to(torch.float64).tolist()]
+
+
+def parts_rounded(parts: dict[str, list[float]]) -> dict[str, list[float | None]]:
+    """Return the components of a composed gold as JSON has them: the cloud's, then the selected response's.
+
+    A component that was not scored, because a constraint was broken, is None.
+    """
+    return {name: [None if math.isnan(v) else round(v, 5) for v in values] for name, values in parts.items()}
