@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from reward_models.functions import further_arguments, load_function
+from reward_models.sources import is_hub_name
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.inputs import check_base_model, check_holds_model
 from vgf_llm.settings import ModelSettings
 
 
 def check_reward_model(name: str | None) -> None:
-    """Refuse a reward model that is not a folder with a model in it.
+    """Refuse a reward model that is neither a folder with a model in it nor a name on the hub.
 
     Raises:
         ConfigError: None is named.
@@ -21,6 +22,8 @@ def check_reward_model(name: str | None) -> None:
     """
     if name is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
+    if is_hub_name(name):
+        return
     if not Path(name).is_dir():
         raise ModelError(f"reward_model {name!r} is not a folder; train one with `vgf-llm reward` and name its folder")
     check_holds_model(Path(name), "reward_model")
@@ -57,6 +60,8 @@ def check_rewards(names: Sequence[str], gold: str | None = None, prompts: Sequen
     for name in names:
         if Path(name).is_dir():
             check_holds_model(Path(name), "rewards")
+        elif is_hub_name(name):
+            continue
         elif "/" in name:
             raise ConfigError(
                 f"rewards: {name!r} is not a folder; train a reward model with `vgf-llm reward`, or name a function"

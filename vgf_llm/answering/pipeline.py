@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
+from reward_models.sources import local_folder
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
 from vgf_llm.data.encoding import encode_prompts as encode
@@ -74,6 +75,7 @@ def load_pipeline(
     folder = models.reward_model
     if folder is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
+    folder = local_folder(folder)
     if not Path(folder).is_dir():
         raise ModelError(
             f"reward_model {folder!r} is not a folder; train one with `vgf-llm reward` and name its folder"

@@ -21,6 +21,7 @@ from reward_models.foreign import foreign_reward, text_reward
 from reward_models.functions import RewardFunction, call_function, further_arguments, load_function
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
+from reward_models.sources import is_hub_name, local_folder
 from reward_models.weighted import WeightedRewards
 from vgf_llm.answering.pipeline import load_gradient
 from vgf_llm.errors import ConfigError, ModelError
@@ -141,7 +142,7 @@ def load_rewards(
         ConfigError: A function does not exist.
         ModelError: A reward model cannot be loaded, or is of another tokenizer.
     """
-    members = []
+    members, names = [], [local_folder(name) for name in names]
     check_rewards(names)
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
@@ -167,7 +168,7 @@ def check_rewards(names: Sequence[str], prompts: Sequence[str] = ()) -> None:
         ConfigError: One is neither a folder nor a function that exists, or takes a column that the prompts do not have.
     """
     for name in names:
-        if not Path(name).is_dir():
+        if not Path(name).is_dir() and not is_hub_name(name):
             function = _function(name)
             if prompts:
                 further_arguments(function, prompts)
