@@ -12,61 +12,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_models.checking.line import Line
+from reward_models.checking.settings import CheckSettings, PairSettings
 from reward_models.inputs import check_rewards
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries, working
 from vgf_llm.console.screen import emit, say, show
-from vgf_llm.errors import require
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.models.inputs import check_base_model
 from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
-    from reward_models.checking.report import Pairs
-
-
-@dataclass(frozen=True)
-class PairSettings:
-    """A reward model and pairs that it scores."""
-
-    reward_model: str
-    """Folder of a reward model (ours, or a classifier or adapter of one), a name on the hub, or a Python function."""
-    reward_outputs: dict[str, float] = field(default_factory=dict)
-    """Weights of the model's outputs, by name or number; needed where it is a classifier with several."""
-    dataset: str | None = None
-    """Preference pairs: a file, glob or folder, or a hub data set. Null takes 32 built-in pairs of general questions."""
-    split: str = "train"
-    """Split of a hub data set or folder."""
-    prompt_column: str = "prompt"
-    """Column of prompts."""
-    chosen_column: str = "chosen"
-    """Column of better responses."""
-    rejected_column: str = "rejected"
-    """Column of worse responses."""
-    limit: int = 100
-    """Pairs used, from the first, at least 1."""
-    device: str = "auto"
-    """Torch device, or "auto": cuda where there is one, else cpu."""
-
-    def __post_init__(self) -> None:
-        """Validate ranges; raises SettingError."""
-        require(self.limit >= 1, "limit", self.limit, "at least 1")
-
-
-@dataclass(frozen=True)
-class CheckSettings(PairSettings):
-    """A reward model, pairs that it scores, and the form of the report."""
-
-    model_name_or_path: str | None = None
-    """Base model whose responses it is to score: its template and EOS are compared. Null compares nothing."""
-    json: bool = False
-    """Whether to write the lines as JSON to standard output, in place of a table."""
+    from reward_models.checking.pairs import Pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reward_models.checking.settings import ExportSettings
 from reward_models.inputs import check_reward_model
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
@@ -27,18 +27,6 @@ from vgf_llm.console.screen import emit
 from vgf_llm.errors import ModelError, OutputError
 from vgf_llm.runs.files import check_writable
 from vgf_llm.settings.parse import parse
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """A reward model and the folder of the classifier."""
-
-    reward_model: str
-    """Folder of a reward model of ours, full or LoRA."""
-    output_dir: str
-    """Folder for the classifier and its tokenizer; empty or new."""
-    pad_token: str | None = None
-    """Padding token of the classifier; null takes the tokenizer's. It must not be the token that closes a response."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

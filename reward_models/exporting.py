@@ -14,6 +14,8 @@ from vgf_llm.data.endings import closing_id, closing_ids
 from vgf_llm.errors import ModelError
 from vgf_llm.models.architecture import decoder_of
 
+_ANSWER = "vgfanswer"  # no template writes it
+
 
 def classifier_of(value: RewardModel, pad_token_id: int, folder: str) -> Any:
     """Build a classifier with the reward model's weights.
@@ -88,17 +90,20 @@ def tokenizer_for(tokenizer: Any, pad_token: str | None) -> Any:
 
 def _ending_in(tokenizer: Any, closing: int) -> str:
     """Return the chat template, made to end a conversation in the closing token."""
-    template, after = str(tokenizer.chat_template), closing_ids(tokenizer)
-    if after[-1:] == [closing]:
+    template = str(tokenizer.chat_template)
+    if closing_ids(tokenizer)[-1:] == [closing]:
         return template
-    token = tokenizer.convert_ids_to_tokens(closing)
-    kept = "rendered.rstrip()" if closing in after else f"rendered + {_literal(token)}"
-    rest = tokenizer.decode(after[after.index(closing) + 1 :] if closing in after else after)
-    if rest.strip():
+    token = str(tokenizer.convert_ids_to_tokens(closing))
+    talk = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": _ANSWER}]
+    tail = str(tokenizer.apply_chat_template(talk, tokenize=False)).rpartition(_ANSWER)[2]
+    written, _, rest = tail.partition(token) if token in tail else ("", "", tail)
+    if rest.strip() or written.strip():
         raise ModelError(
-            f"the chat template writes {rest!r} after a response, which this reward model never reads; export needs a "
-            f"template that ends an answer in {token!r}"
+            f"the chat template writes {tail!r} after a response, of which this reward model reads {token!r} alone; "
+            "export needs a template that ends an answer in that token"
         )
+    kept = f"rendered[:-{len(rest)}]" if rest else "rendered"
+    kept += "" if token in tail else f" + {_literal(token)}"
     return (
         "{%- set rendered %}" + template + "{% endset %}"
         f"{{{{- rendered if add_generation_prompt or messages[-1]['role'] != 'assistant' else {kept} }}}}"

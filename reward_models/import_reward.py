@@ -1,4 +1,4 @@
-"""Import a classifier of transformers (or an adapter of one) as a reward model with a card, and a secant head on request.
+"""Import a classifier of transformers, or an adapter of one, as a reward model with a card and a secant head.
 
     vgf-llm import-reward --reward_model path/to/classifier --dataset pairs.jsonl --output_dir outputs/imported
     vgf-llm generate --reward_model outputs/imported --prompt "..."
@@ -13,11 +13,11 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reward_models.check import PairSettings, read_pairs
+from reward_models.check import read_pairs
+from reward_models.checking.settings import ImportSettings
 from reward_models.inputs import check_reward_model
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
@@ -36,26 +36,6 @@ if TYPE_CHECKING:
 
 _SMALL = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
 _NOT_SMALL = ("trainer_state.json", "training_args.json", "model.safetensors.index.json", "secant.json")
-
-
-@dataclass(frozen=True)
-class ImportSettings(PairSettings):
-    """A classifier, pairs that its card is measured on, and the folder that it is imported into."""
-
-    output_dir: str = "outputs/imported"
-    """Folder for card, tokenizer and pointer; not the source's own."""
-    model_name_or_path: str = "default"
-    """Base model that is to be moved: fidelity is measured on its shortlists, where both have the same token ids."""
-    secant: bool = False
-    """Whether to fit a secant head to the model (`vgf-llm secant`); needs prompts and validation_prompts."""
-    prompts: str | None = None
-    """Prompts that responses are sampled to for the secant head."""
-    validation_prompts: str | None = None
-    """Other prompts, on which the secant head is measured."""
-    max_new_tokens: int = 24
-    """Response length for the secant head, in tokens."""
-    fidelity_responses: int = 24
-    """Responses on which gradient fidelity is measured; 0 skips it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -223,7 +223,7 @@ def check_closing(
         return skipped("closing", "the tokenizer writes the encoder's own")
     value = f"{tokenizer.decode(subject.closing)!r}"
     if subject.kind == "decoder" and _wins_more(subject, pairs, "no closing", won):
-        advice = "pairs are won more often without the closing, so it was trained on open answers: take it out of the template"
+        advice = "pairs are won more often without it, so it was trained on open answers: take it out of the template"
         return Line("closing", f"{value} loses to none", "the one of training", "fail", advice)
     if tokenizer.chat_template and not set(subject.closing) & set(_special_ids(tokenizer)):
         advice = "the template closes an answer with no special token, so an answer that stops early looks complete"

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from tests.reward_models.classifiers import config_of
-from vgf_llm.data.prompts import PreferencePair
 from vgf_llm.data.endings import closing_ids
+from vgf_llm.data.prompts import PreferencePair
 from vgf_llm.models.loading import load_tokenizer
 
 GOOD, BAD = "bright lamp sentence write one".split(), "rain desk user Human about".split()
