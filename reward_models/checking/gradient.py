@@ -97,12 +97,12 @@ def check_gradient(subject: Subject, pairs: Sequence[PreferencePair], seed: int 
 def check_dtype(subject: Subject, pairs: Sequence[PreferencePair], unit: float) -> Line:
     """Score pairs in bfloat16; leaves the subject in bfloat16, so that it has to be the last check."""
     rows = subject.rows(pairs)
-    before = subject.scores(rows, batch_size=8)
+    before = subject.scores(rows)
     network = subject.model if subject.value is None else subject.value.body
     network.to(torch.bfloat16)
     if subject.kind == "decoder" and hasattr(subject.model, "score"):
         subject.model.score.to(torch.bfloat16)
-    after = subject.scores(rows, batch_size=8)
+    after = subject.scores(rows)
     if not torch.isfinite(after).all():
         return Line("dtype", "NaN or infinite in bfloat16", "finite", "fail", "run it with --dtype float32")
     apart = float((after - before).abs().max()) / unit

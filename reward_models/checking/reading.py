@@ -24,19 +24,27 @@ from vgf_llm.models.loading import load_tokenizer
 
 _MOST_APART = 0.01  # standard deviations
 _ROWS = 8
+_FEW_PAIRS = 24  # that another reading is tried on
 _NO_LIMIT = 10**6  # tokenizers without a length state a huge one
 
 
-def check_padding(subject: Subject, rows: Sequence[TokenRow], unit: float) -> list[Line]:
-    """Compare scores alone with scores in a padded batch, on the tokenizer's side and on the other one."""
+def check_padding(subject: Subject, rows: Sequence[TokenRow], alone: Tensor, unit: float) -> list[Line]:
+    """Compare scores alone with scores in a padded batch, on the tokenizer's side and on the other one.
+
+    Where padding changes nothing, the subject is scored in padded batches from here on.
+
+    Args:
+        subject: Anything that reads tokens.
+        rows: Of uneven length (`uneven`).
+        alone: Their scores one by one.
+        unit: Standard deviation of scores.
+    """
     if subject.kind != "ours" and subject.pad_id is None:
         advice = "set pad_token_id in config.json, to a token that ends no answer"
         seen = "config.json has no pad_token_id, so transformers refuses batches; scored one by one here"
         return [Line("padding", seen, "one is set", "warn", advice)]
-    chosen = _uneven(rows)
-    alone = subject.scores(chosen)
     own, other = subject.padding_side, _other(subject.padding_side)
-    apart = {side: _apart(subject.scores(chosen, len(chosen), side), alone, unit) for side in (own, other)}
+    apart = {side: _apart(subject.scores(rows, len(rows), side), alone, unit) for side in (own, other)}
     value = f"largest difference {apart[own]:.2g} standard deviations, padded on the {own}"
     is_same, is_same_there = apart[own] <= _MOST_APART, apart[other] <= _MOST_APART
     if is_same:
@@ -48,6 +56,7 @@ def check_padding(subject: Subject, rows: Sequence[TokenRow], unit: float) -> li
             "the score is read at a padding position: give config.json the pad_token_id of the tokenizer "
             f"({subject.tokenizer.pad_token_id}, {subject.tokenizer.pad_token!r})"
         )
+    subject.rows_per_forward = _ROWS if is_same else 1
     threshold = f"at most {_MOST_APART:g}"
     beside = f"largest difference {apart[other]:.2g} standard deviations, padded on the {other}"
     return [
@@ -60,7 +69,8 @@ def _other(side: Side) -> Side:
     return "left" if side == "right" else "right"
 
 
-def _uneven(rows: Sequence[TokenRow]) -> list[TokenRow]:
+def uneven(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """Return a few rows, from the longest to the shortest."""
     order = sorted(rows, key=lambda row: len(row.ids))
     step = max(1, len(order) // _ROWS)
     return order[::-1][::step][:_ROWS]
@@ -77,7 +87,7 @@ def check_batch(subject: Subject, rows: Sequence[TokenRow], unit: float) -> Line
         return skipped("batch size", "no pad_token_id: scored one by one")
     first = rows[0]
     shifted = [TokenRow([*row.ids, *first.ids][: len(first.ids)], first.start, first.types) for row in rows[1:_ROWS]]
-    alone, together = subject.scores([first]), subject.scores([first, *shifted], _ROWS)[:1]
+    alone, together = subject.scores([first], 1), subject.scores([first, *shifted], _ROWS)[:1]
     apart = _apart(together, alone, unit)
     advice = (
         "the score depends on what else is in the batch (routing with a capacity, batch statistics): score one by one"
@@ -239,9 +249,9 @@ def _special_ids(tokenizer: Any) -> list[int]:
 
 
 def _wins_more(subject: Subject, pairs: Sequence[PreferencePair], reading: Reading, won: list[bool]) -> bool:
-    scores = subject.scores(subject.rows(pairs, reading))
-    half = len(pairs)
-    return is_better((scores[:half] > scores[half:]).tolist(), won)
+    first = pairs[:_FEW_PAIRS]
+    scores, n = subject.scores(subject.rows(first, reading)), len(first)
+    return is_better((scores[:n] > scores[n:]).tolist(), won[:n])
 
 
 def check_longest(subject: Subject, rows: Sequence[TokenRow]) -> tuple[Line, list[bool]]:

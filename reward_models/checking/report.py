@@ -30,6 +30,7 @@ from reward_models.checking.reading import (
     check_position,
     check_template,
     finite,
+    uneven,
 )
 from reward_models.checking.subject import Subject, load_subject
 from vgf_llm.data.dialogue import PromptText
@@ -78,16 +79,19 @@ def _check_model(subject: Subject, pairs: Pairs, base_tokenizer: Any | None) -> 
     rows = [row for row, fit in zip(rows, both * 2, strict=True) if fit]
     if not kept:
         return
+    few = uneven(rows)
+    alone = subject.scores(few, 1)
+    padding = check_padding(subject, few, alone, _spread(alone)) if finite(alone) else []
     scores, n = subject.scores(rows), len(kept)
     yield check_numbers(scores.tolist())
     if not finite(scores):
         return
     yield check_spread(scores.tolist())
-    unit = max(float(scores.std(correction=0)), 1e-9)
+    unit = _spread(scores)
     if unit <= 1e-6 * max(1.0, abs(float(scores.mean()))):
         return
     won = (scores[:n] > scores[n:]).tolist()
-    yield from check_padding(subject, rows, unit)
+    yield from padding
     yield check_batch(subject, rows, unit)
     yield check_pad_token(subject)
     yield check_position(subject, rows)
@@ -100,6 +104,10 @@ def _check_model(subject: Subject, pairs: Pairs, base_tokenizer: Any | None) -> 
     yield from _check_scores(scores, [len(row.ids) for row in rows], pairs.is_given)
     yield check_gradient(subject, kept)
     yield check_dtype(subject, kept[:8], unit)
+
+
+def _spread(scores: Tensor) -> float:
+    return max(float(scores.std(correction=0)), 1e-9)
 
 
 def _check_scores(scores: Tensor, lengths: Sequence[int], is_given: bool) -> Iterator[Line]:

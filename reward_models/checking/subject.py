@@ -7,7 +7,7 @@ of the folder see. A reward model of ours is run by its `forward`. A Python func
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +68,7 @@ class Subject:
         model: The network that is run, or None.
         value: The same network as a differentiable value, or None.
         why_no_value: Why there is no value.
+        rows_per_forward: One, until padding is known to change nothing.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Subject:
     model: Any = None
     value: RewardModel | None = None
     why_no_value: str = ""
-    limits: dict[str, int] = field(default_factory=dict)
+    rows_per_forward: int = 1
 
     def rows(self, pairs: Sequence[PreferencePair], reading: Reading = "own") -> list[TokenRow]:
         """Encode all chosen and then all rejected responses.
@@ -90,11 +91,21 @@ class Subject:
         talks = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
         return [_row(self, prompt, response, reading) for prompt, response in talks]
 
-    def scores(self, rows: Sequence[TokenRow], batch_size: int = 1, side: Side = "right") -> Tensor:
-        """Return the score of each row, float64 on the CPU; rows go into batches in the order given."""
+    def scores(self, rows: Sequence[TokenRow], batch_size: int | None = None, side: Side | None = None) -> Tensor:
+        """Return the score of each row, float64 on the CPU; rows of like length go into one batch.
+
+        Args:
+            rows: At least one.
+            batch_size: Rows per forward; None: ``rows_per_forward``.
+            side: They are padded on; None: that of the tokenizer.
+        """
         assert self.score is not None
-        found = [self.score(rows[at : at + batch_size], side) for at in range(0, len(rows), batch_size)]
-        return torch.cat([scores.double().cpu() for scores in found])
+        size, order = batch_size or self.rows_per_forward, sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
+        scores = torch.zeros(len(rows), dtype=torch.float64)
+        for start in range(0, len(order), size):
+            taken = order[start : start + size]
+            scores[taken] = self.score([rows[at] for at in taken], side or self.padding_side).double().cpu()
+        return scores
 
     @property
     def closing(self) -> list[int]:

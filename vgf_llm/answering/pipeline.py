@@ -111,7 +111,10 @@ def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int
 
 
 def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> None:
-    """Say on standard error that the value's input embeddings are not the base's: particles mean something else to it.
+    """Say on standard error that the value's input embeddings are not the base's, though training left them alone.
+
+    Moves are not wrong then: they are made in the value's own table, and tilt the base by token id. But the value was
+    made from another base, so its rewards are of other responses.
 
     Args:
         value: The reward model.
@@ -125,8 +128,9 @@ def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> 
     if own_VD.shape[1] == base_VD.shape[1] and torch.equal(own_VD[:rows], base_VD[:rows]):
         return
     say(
-        f"WARNING: '{folder}' was made from another base model than this one: their input embeddings differ, so what "
-        "moves a response for one means something else to the other; train the reward model on this base",
+        f"WARNING: '{folder}' was made from another base model than this one: their input embeddings differ. "
+        "Responses are moved in the reward model's own table, by token id; but it was trained for another base's "
+        "responses",
     )
 
 
