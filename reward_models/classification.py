@@ -30,7 +30,7 @@ from reward_models.configuration import RewardModelConfig
 from reward_models.heads import attach_head
 from reward_models.modelling import RewardModel
 from reward_models.sources import imported_outputs, weights_folder
-from vgf_llm.data.endings import closing_ids, eos_ids_of
+from vgf_llm.data.endings import closing_id, closing_ids, eos_ids_of
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.architecture import check_structure, decoder_of, input_table, text_config
 from vgf_llm.models.attention import settle_attention
@@ -243,6 +243,9 @@ def load_classifier(
             "name it among the rewards of `vgf-llm train` with value: learned, where it is called as a function"
         )
     value = as_reward_model(model, folder, tokenizer, weights_K)
+    if base_tokenizer is not None:  # its responses end in its own EOS, which the closing takes the place of
+        ends = {*eos_ids_of(tokenizer), *eos_ids_of(base_tokenizer), closing_id(base_tokenizer)}
+        value.config.end_ids = sorted(ends)
     if base_tokenizer is not None and tokenizer.chat_template != base_tokenizer.chat_template:
         value.own_tokenizer = tokenizer
     return value
