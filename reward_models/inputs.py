@@ -12,13 +12,14 @@ from reward_models.endpoint import EndpointReward
 from reward_models.functions import RewardFunction, check_columns, load_function
 from reward_models.grammar import Part, is_composed, read_composed
 from reward_models.reward_cache import RewardCache
+from reward_models.sources import is_hub_name
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.inputs import check_base_model, check_holds_model
 from vgf_llm.settings import ModelSettings, RewardCallSettings
 
 
 def check_reward_model(name: str | None) -> None:
-    """Refuse a reward model that is not a folder with a model in it.
+    """Refuse a reward model that is neither a folder with a model in it nor a name on the hub.
 
     Raises:
         ConfigError: None is named.
@@ -26,6 +27,8 @@ def check_reward_model(name: str | None) -> None:
     """
     if name is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
+    if is_hub_name(name):
+        return
     if not Path(name).is_dir():
         raise ModelError(f"reward_model {name!r} is not a folder; train one with `vgf-llm reward` and name its folder")
     check_holds_model(Path(name), "reward_model")
@@ -64,6 +67,8 @@ def check_rewards(
         OutputError: The cache cannot be used.
     """
     for name in names:
+        if is_hub_name(name) and not is_composed(name):
+            continue
         if not is_composed(name) and not Path(name).is_dir() and "/" in name:
             raise ConfigError(
                 f"rewards: {name!r} is not a folder; train a reward model with `vgf-llm reward`, or name a function or "

@@ -64,7 +64,9 @@ def check_direction(script: DirectionScript, training: DirectionTraining) -> Non
         ConfigError: Naming the keys.
     """
     if training.target != "swap" and script.kind not in ("causal", "constant"):
-        raise ConfigError(f"target is {training.target!r}, which kind {script.kind!r} is not fitted to; set target to swap")
+        raise ConfigError(
+            f"target is {training.target!r}, which kind {script.kind!r} is not fitted to; set target to swap"
+        )
     if training.target != "swap" and script.guided is not None:
         raise ConfigError(f"target is {training.target!r}, which is fitted to the base's own samples; drop guided")
     if script.kind == "secant" and (script.gold or script.guided or script.output_dir):

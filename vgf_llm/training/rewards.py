@@ -26,6 +26,7 @@ from reward_models.inputs import check_rewards
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.running import RunningRewards
+from reward_models.sources import local_folder
 from reward_models.weighted import WeightedRewards
 from vgf_llm.answering.pipeline import load_gradient
 from vgf_llm.errors import ConfigError, ModelError
@@ -175,7 +176,7 @@ def load_rewards(
         ConfigError: A function does not exist, or a file is wrong.
         ModelError: A reward model cannot be loaded, or is of another tokenizer.
     """
-    members = []
+    members, names = [], [name if is_composed(name) else local_folder(name) for name in names]
     check_rewards(names)
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
