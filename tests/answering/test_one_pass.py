@@ -16,10 +16,12 @@ from vgf_llm.answering.one_pass import Directions, stream_sampler
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.runs.files import read_jsonl
+from vgf_llm.serving.settings import ServeSettings
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import TorchReference, row_seeds
 from vgf_llm.text.bonus import TableBonus
 from vgf_llm.text.sampler import ReferenceSampler
+from vgf_llm.training.settings import VGFSettings
 
 BUDGET = TransportBudget(nats=1.0, max_token_nats=0.5)
 
@@ -146,3 +148,9 @@ def test_evaluate_compares_it_with_two_passes(argv, tmp_path, capsys):
         row = rows["one pass", index]
         assert len(row["texts"]) == 3 and max(row["nats"]) <= 1.0 + 1e-4
         assert row["tflops"] > rows["best-of-3", index]["tflops"]  # candidates are read too
+
+
+def test_commands_that_do_not_have_it_yet_say_so():
+    for settings in (ServeSettings, VGFSettings):
+        with pytest.raises(ConfigError, match="not stream yet"):
+            settings(decoder="stream")

@@ -145,6 +145,7 @@ class VGFSettings(ParticleSettings, BackendSettings):
         """Validate ranges; raises SettingError."""
         super().__post_init__()
         require(self.num_particles >= 2, "num_particles", self.num_particles, "at least 2: weights compare responses")
+        require(self.decoder != "stream", "decoder", self.decoder, "a decoder that moves samples: not stream yet")
         require(self.kept is None or self.kept >= 1, "kept", self.kept, "null or at least 1")
         for key in ("weight_temperature", "dpo_beta"):
             require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
