@@ -159,7 +159,7 @@ async def _once(call: Callable[[], Any], timeout_sec: float | None) -> Any:
             return await _started(call)
     except TimeoutError as error:
         if limit.expired():
-            raise LateError(f"no answer in {timeout_sec:g} s (reward_timeout_sec)") from error
+            raise LateError(f"no answer in {timeout_sec:g} s") from error
         raise
 
 
