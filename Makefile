@@ -37,7 +37,7 @@ test: setup  ## tests on tiny models
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: setup  ## tests on the real model, and every recipe and README command
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 quality: setup  ## lint, format and types
 	$(BIN)/ruff check .

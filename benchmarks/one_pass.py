@@ -170,7 +170,7 @@ def arms(pipeline: Pipeline[Any], fitted: list[list[int]], task: Task, names: Se
         if "prior" in names:
             found[f"prior {nats:g}"] = _two_passes(pipeline, nats)
     seeds_BN = row_seeds(SEED + 1, list(range(CALIBRATION_PROMPTS)), CALIBRATION_TEXTS)
-    for name, source in directions(pipeline, fitted, Path(task.reward), names).items():
+    for name, source in directions(pipeline, Path(task.reward), names).items():
         stream = StreamSampler(reference, source, Steering(0.0, TOKEN_CAP))
         stream = stream.calibrated(fitted[:CALIBRATION_PROMPTS], seeds_BN)
         for nats in NATS:
@@ -301,7 +301,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--directions",
         nargs="+",
-        default=["prior", "constant", "causal", "lookahead"],
+        default=["prior", "table", "constant", "causal", "distilled", "lookahead"],
         help="arms beside plain samples",
     )
     parser.add_argument("--prompts", type=int, default=40, help="test prompts of each task")

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reward_models.directions.saving import load_direction
+from reward_models.directions.settings import FOLDER_NAME
 from reward_models.lookahead import Lookahead
 from vgf_llm.answering.pipeline import Pipeline
 from vgf_llm.text.bonus import BonusSource
 
 
-def directions(
-    pipeline: Pipeline[Any], fitted: list[list[int]], folder: Path, names: Sequence[str]
-) -> dict[str, BonusSource]:
-    """Return the bonus of each named direction.
+def directions(pipeline: Pipeline[Any], folder: Path, names: Sequence[str]) -> dict[str, BonusSource]:
+    """Return the bonus of each named direction; what was not fitted is left out with a word.
 
     Args:
         pipeline: Base and reward model.
-        fitted: Prompts to fit on.
-        folder: Of the reward model.
-        names: What is asked for; ``prior`` and unknown names are left out.
+        folder: Of the reward model; fitted directions lie in its folder ``directions``, by name.
+        names: What is asked for; ``prior`` is no direction and is passed over.
     """
     found: dict[str, BonusSource] = {}
-    if "lookahead" in names:
-        found["lookahead"] = Lookahead(pipeline.value)
+    for name in names:
+        own = folder / FOLDER_NAME / name
+        if name == "lookahead":
+            found[name] = Lookahead(pipeline.value)
+        elif own.is_dir():
+            found[name] = load_direction(own, pipeline.reference.model, pipeline.tokenizer, str(folder))
+        elif name != "prior":
+            print(f"{name}: left out, '{own}' is not there; fit it with `vgf-llm direction`", file=sys.stderr)
     return found

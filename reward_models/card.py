@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reward_models.pair_figures import calibration, length_control
 from vgf_llm.errors import ModelError
 from vgf_llm.runs.files import write_json_atomic, write_text_atomic
 from vgf_llm.statistics.intervals import wilson_interval
@@ -55,6 +56,10 @@ class RewardCard:
     """Wilson's 95% interval of the accuracy."""
     accuracy_by_margin: dict[str, float] | None = None
     """Accuracy in the terciles of the stated margin, smallest first."""
+    length_controlled_accuracy: float | None = None
+    """Mean of the accuracies where chosen is longer and where it is shorter; None where one side has no pair."""
+    calibration: dict[str, float | None] | None = None
+    """Confidence and calibration error of pair probabilities, see `reward_models.pair_figures.Calibration`."""
     length_correlation: float | None = None
     """Pearson correlation of score and response length in tokens."""
     score_mean: float | None = None
@@ -71,6 +76,8 @@ class RewardCard:
     """Root mean squared error of a value at the end of held-out responses, in units of the reward."""
     explained_variance: float | None = None
     """1 - var(reward - value) / var(reward) there, at most 1; None where all rewards are equal."""
+    imported_from: str | None = None
+    """Folder or hub name that the weights were imported from; None for a model trained here."""
     max_response_length: int | None = None
     """Longest response in training, in tokens; None: what max_length leaves."""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -151,8 +158,11 @@ def pair_figures(
     """
     wins = [c > r for c, r in zip(chosen, rejected, strict=True)]
     scores = [*chosen, *rejected]
-    mean = sum(scores) / len(scores)
+    mean, n = sum(scores) / len(scores), len(chosen)
+    controlled = length_control(chosen, rejected, lengths[:n], lengths[n:])
     return {
+        "length_controlled_accuracy": controlled.accuracy,
+        "calibration": calibration(chosen, rejected).to_dict() if all(map(math.isfinite, scores)) else None,
         "accuracy": sum(wins) / len(wins),
         "accuracy_interval": wilson_interval(sum(wins), len(wins)),
         "accuracy_by_margin": _by_margin(wins, margins),
@@ -191,7 +201,9 @@ def card_rows(card: RewardCard) -> list[tuple[str, str]]:
         ("chat template", "yes" if card.chat_template else "no"),
         ("longest input (tokens)", str(card.max_length)),
     ]
-    if card.train_responses is None:
+    if card.imported_from is not None:
+        rows.append(("imported from", card.imported_from))
+    elif card.train_responses is None:
         rows.append(("training pairs", str(card.train_pairs)))
     else:
         rows += [
@@ -206,7 +218,12 @@ def card_rows(card: RewardCard) -> list[tuple[str, str]]:
         rows.append(("held-out accuracy", f"{card.accuracy:.3f} (95% {low:.3f} to {high:.3f})"))
     for name, accuracy in (card.accuracy_by_margin or {}).items():
         rows.append((f"  margin {name}", f"{accuracy:.3f}"))
+    if card.length_controlled_accuracy is not None:
+        rows.append(("length-controlled accuracy", f"{card.length_controlled_accuracy:.3f}"))
     rows.append(("correlation with length", _number(card.length_correlation)))
+    if card.calibration:
+        c = card.calibration
+        rows.append(("confidence of pairs / calibration error", f"{c['confidence']:.2f} / {c['error']:.2f}"))
     if card.fidelity:
         f = card.fidelity
         interval = f"95% {f['low']:.2f} to {f['high']:.2f}, {f['n']} responses"
@@ -236,7 +253,7 @@ def card_markdown(card: RewardCard) -> str:
         f"- tokenizer `{card.tokenizer_sha256}`",
         f"- chat template `{card.template_sha256}`",
         "",
-        "Trained on:",
+        "Trained on:" if card.imported_from is None else "Measured on:",
         "",
     ]
     lines += [f"- {name}: `{digest}`" for name, digest in card.data_files.items()]

@@ -27,8 +27,10 @@ from transformers import (
 
 from reward_models.body import parameters_on_meta, truncated_config
 from reward_models.configuration import RewardModelConfig
+from reward_models.heads import attach_head
 from reward_models.modelling import RewardModel
-from vgf_llm.data.endings import closing_ids, eos_ids_of
+from reward_models.sources import imported_outputs, weights_folder
+from vgf_llm.data.endings import closing_id, closing_ids, eos_ids_of
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.architecture import check_structure, decoder_of, input_table, text_config
 from vgf_llm.models.attention import settle_attention
@@ -41,6 +43,7 @@ ADAPTER_NAME = "adapter_config.json"
 _KINDS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
+    "Qwen2ForRewardModel": AutoModelForSequenceClassification,
 }
 _PROBES = ("The lamp isn't on; 12.5% of 3,400 rooms are dark.", "  two\n\nlines\t", "naïve café 日本語 🙂")
 _TASKS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
@@ -58,7 +61,7 @@ def classifier_class(folder: str | Path) -> Any | None:
         if adapter.get("task_type") in _TASKS:
             return _TASKS[adapter["task_type"]]
         own = _json(folder / "config.json").get("model_type") == RewardModelConfig.model_type
-        return AutoModelForSequenceClassification if not own and _has_score(folder) else None
+        return AutoModelForSequenceClassification if not own and _has_score(weights_folder(folder)) else None
     for name in _json(folder / "config.json").get("architectures") or []:
         for ending, found in _KINDS.items():
             if str(name).endswith(ending):
@@ -90,8 +93,7 @@ def read_classifier(folder: str | Path, dtype: torch.dtype = torch.float32) -> P
     Raises:
         ModelError: It is not a classifier, or weights are missing.
     """
-    folder = Path(folder)
-    loader = classifier_class(folder)
+    loader, folder = classifier_class(folder), weights_folder(folder)
     if loader is None:
         raise ModelError(f"'{folder}' is not a sequence- or token-classification model")
     name, labels = str(folder), {}
@@ -101,12 +103,19 @@ def read_classifier(folder: str | Path, dtype: torch.dtype = torch.float32) -> P
         loaded: Any = loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **labels)
         model, report = loaded
         missing = sorted(report["missing_keys"])
+        missing = attach_head(model, Path(name), missing, sorted(report["unexpected_keys"]))
         if (folder / ADAPTER_NAME).is_file():
             model, missing = _with_adapter(model, folder, missing)
+            missing = attach_head(model, folder, missing, [])
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"the classifier '{folder}' cannot be loaded: {_first_line(error)}") from error
     if missing:
-        raise ModelError(f"the classifier '{folder}' lacks the weights {', '.join(missing[:3])}; save it again")
+        advice = "save it again"
+        if (folder / ADAPTER_NAME).is_file():
+            advice = (
+                'random numbers would stand in for them; train with modules_to_save=["score"] (task_type="SEQ_CLS")'
+            )
+        raise ModelError(f"the classifier '{folder}' lacks the weights {', '.join(missing[:3])}; {advice}")
     ready: PreTrainedModel = model.eval().requires_grad_(False)
     return ready
 
@@ -131,6 +140,9 @@ def _with_adapter(model: PreTrainedModel, folder: Path, missing: list[str]) -> t
     from peft.utils.save_and_load import load_peft_weights
 
     given = load_peft_weights(str(folder), device="cpu")
+    is_saved = any(".score." in key for key in given)
+    if not is_saved and (missing or _json(folder / ADAPTER_NAME).get("task_type") in _TASKS):
+        return model, missing or ["score.weight"]
     adapted = PeftModel.from_pretrained(model, str(folder))
     merged = adapted.merge_and_unload(safe_merge=True)
     held = [name for name in missing if any(key.endswith(f".{name}") for key in given)]
@@ -218,20 +230,41 @@ def load_classifier(
         ConfigError: As for :func:`output_weights`.
     """
     model = read_classifier(folder, dtype)
-    score = getattr(model, "score", None)
-    if score is None:
+    if getattr(model, "score", None) is None:
         raise ModelError(
             f"'{folder}' is a {type(model).__name__}: an encoder, which has no value in the policy's token space; name "
             "it among the rewards of `vgf-llm train` with value: learned, where it is called as a function"
         )
-    check_structure(model, str(folder))
-    head = reward_head(score, output_weights(output_names(model), outputs, f"'{folder}'"))
+    weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{folder}'")
     tokenizer = load_tokenizer(str(folder))
     if base_tokenizer is not None and not same_ids(tokenizer, base_tokenizer):
         raise ModelError(
             f"the tokenizer of '{folder}' gives other ids than the base model's, so its gradient means nothing there; "
             "name it among the rewards of `vgf-llm train` with value: learned, where it is called as a function"
         )
+    value = as_reward_model(model, folder, tokenizer, weights_K)
+    if base_tokenizer is not None:  # its responses end in its own EOS, which the closing takes the place of
+        ends = {*eos_ids_of(tokenizer), *eos_ids_of(base_tokenizer), closing_id(base_tokenizer)}
+        value.config.end_ids = sorted(ends)
+    if base_tokenizer is not None and tokenizer.chat_template != base_tokenizer.chat_template:
+        value.own_tokenizer = tokenizer
+    return value
+
+
+def as_reward_model(model: Any, folder: str | Path, tokenizer: Any, weights_K: Tensor) -> RewardModel:
+    """Return a classifier on a causal decoder as a reward model; its own parameters are used, not copied.
+
+    Args:
+        model: Of ``read_classifier``, with a ``score``.
+        folder: It was read from, for messages and the card.
+        tokenizer: Its own.
+        weights_K: Weight of each output.
+
+    Raises:
+        ModelError: Its decoder is not supported, or its head is not a stack that ends in a Linear.
+    """
+    check_structure(model, str(folder))
+    head = reward_head(model.score, weights_K)
     decoder, config = decoder_of(model), text_config(model.config)
     with parameters_on_meta():
         value = RewardModel(
@@ -252,8 +285,6 @@ def load_classifier(
     settle_attention(value.body)
     check_decoder(value.body, str(folder))
     value.config.base_weights = model_mark(value.body)
-    if base_tokenizer is not None and tokenizer.chat_template != base_tokenizer.chat_template:
-        value.own_tokenizer = tokenizer
     ready: RewardModel = value.eval()
     return ready
 
@@ -261,8 +292,8 @@ def load_classifier(
 def is_decoder(folder: str | Path) -> bool:
     """Return whether a classifier's head reads the last token of a decoder, by its configuration and class."""
     folder = Path(folder)
-    name = _base_of(folder) if (folder / ADAPTER_NAME).is_file() else str(folder)
     loader = classifier_class(folder)
+    name = _base_of(folder) if (folder / ADAPTER_NAME).is_file() else str(folder)
     with torch.device("meta"):
         model: Any = loader.from_config(AutoConfig.from_pretrained(name)) if loader is not None else None
     return hasattr(model, "score")

@@ -12,8 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from reward_models.called import ClassifierReward, classifier_reward
+from reward_models.calling import CalledReward
 from reward_models.classification import classifier_class, is_decoder, same_ids
+from reward_models.composed import ComposedReward
 from reward_models.functions import RewardFunction, load_function
+from reward_models.grammar import Part, is_composed, read_composed
+from reward_models.inputs import called_part
 from reward_models.loading import TOKENIZER_NAMES, load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
@@ -24,6 +28,7 @@ from vgf_llm.errors import DataError
 from vgf_llm.models.architecture import max_positions
 from vgf_llm.models.loading import fingerprint, load_tokenizer
 from vgf_llm.runs.files import shorten
+from vgf_llm.settings import RewardCallSettings
 
 _ROWS = 32  # responses scored in one forward
 
@@ -102,17 +107,37 @@ def foreign_reward(
 
 
 def text_reward(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> RewardFunction | ForeignReward | ClassifierReward:
-    """Return a scorer of texts by name: a Python function, or a folder's reward model with its own tokenizer.
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    calls: RewardCallSettings | None = None,
+) -> RewardFunction:
+    """Return a scorer of texts by name.
+
+    Args:
+        name: A Python function, a folder's reward model with its own tokenizer, or a YAML file that composes them.
+        device: Of models.
+        dtype: Of models.
+        calls: How functions and servers are called; None: plainly, without a cache.
 
     Raises:
-        ConfigError: There is no such function.
+        ConfigError: There is no such function, or the file is wrong.
         ModelError: The model cannot be loaded.
     """
+    if is_composed(name):
+        return ComposedReward(read_composed(name), lambda part: _scorer(part, device, dtype, calls), name)
     if not Path(name).is_dir():
-        return load_function(name)
+        return CalledReward(load_function(name), calls)
     if classifier_class(name) is not None:
         return classifier_reward(name, None, device, dtype)
     own = load_tokenizer(name)
     return ForeignReward(load_reward_model(name, tokenizer=own, dtype=dtype, device=device), own)
+
+
+def _scorer(
+    part: Part, device: str | torch.device, dtype: torch.dtype, calls: RewardCallSettings | None
+) -> RewardFunction:
+    """Return what scores a part of a composed reward."""
+    if part.reward is not None and Path(part.reward).is_dir():
+        return text_reward(part.reward, device, dtype, calls)
+    return called_part(part, calls)

@@ -1,8 +1,10 @@
 """Python reward functions: `fn(prompts: list[str], responses: list[str]) -> list[float]`, one number per response.
 
 Any importable function of that signature is one; the ones here are for demonstrations and tests. A function may take
-further arguments: each is the column of that name in the prompt file, one value per response (`answer`), and
-`**columns` takes all of them. A prompt is its whole conversation as text; `prompts[i].prompt` holds the messages.
+further arguments: each is the column of that name in the prompt file, one value per response (`answer`), `**columns`
+takes all of them, `rows` is the whole rows, and `messages` the conversations as lists of turns. A prompt is its whole
+conversation as text; `prompts[i].prompt` holds the messages too. A function may be `async`, and one that is marked with
+`per_response` scores one response per call.
 """
 
 from __future__ import annotations
@@ -10,13 +12,29 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from reward_models.calling import CalledReward, listed, not_finite
+from reward_models.signature import Signature, columns_of, is_finite_number, name_of, per_response
 from vgf_llm.errors import ConfigError, ModelError, VGFError
 
-RewardFunction = Callable[..., Sequence[float]]
+__all__ = [
+    "RewardFunction",
+    "brevity",
+    "call_function",
+    "check_columns",
+    "further_arguments",
+    "length_words",
+    "load_function",
+    "per_response",
+    "vader_compound",
+]
+
+RewardFunction = Callable[..., Any]
+"""Returns one finite number per response, or an awaitable of that; with `per_response` one number."""
+
+_OFFERED = ("reward_models.functions", "reward_models.constraints")  # where a name without a module is looked up
 
 
 def vader_compound(prompts: list[str], responses: list[str]) -> list[float]:
@@ -48,14 +66,17 @@ def load_function(name: str) -> RewardFunction:
     """Import a reward function.
 
     Args:
-        name: "module:function" (the module must be importable from here), or the name of a function of this module.
+        name: "module:function" (the module must be importable from here), or the name of a function of this module or
+            of `reward_models.constraints`.
 
     Raises:
         ConfigError: the module or function does not exist or is not callable, or the module raises when it is read.
     """
     module_name, _, function_name = name.rpartition(":")
+    if not module_name:
+        return _own_function(name)
     try:
-        module = importlib.import_module(module_name or __name__)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"reward function {name!r}: module {module_name!r} cannot be imported ({error}); run from its folder or "
@@ -68,64 +89,56 @@ def load_function(name: str) -> RewardFunction:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        offered = "vader_compound, length_words, brevity" if not module_name else f"the functions of {module_name}"
-        raise ConfigError(f"reward function {name!r} does not exist; use {offered}, or 'module:function'")
+        raise ConfigError(
+            f"reward function {name!r} does not exist; use the functions of {module_name}, or 'module:function'"
+        )
     found: RewardFunction = function
     return found
 
 
-def remembered(function: RewardFunction) -> RewardFunction:
-    """Return the same function, called once for each prompt and response: arms of a comparison share their samples."""
-    known: dict[tuple[str, str, str], float] = {}
+def _own_function(name: str) -> RewardFunction:
+    """Return a function of ours by its name alone."""
+    offered: dict[str, RewardFunction] = {}
+    for module_name in _OFFERED:
+        module = importlib.import_module(module_name)
+        offered |= {one: found for one, found in vars(module).items() if _is_reward(found, module_name)}
+    if name not in offered:
+        raise ConfigError(f"reward function {name!r} does not exist; use {', '.join(offered)}, or 'module:function'")
+    return offered[name]
 
-    def call(prompts: list[str], responses: list[str]) -> list[float]:
-        pairs = list(zip(prompts, responses, strict=True))
-        keys = [(prompt, response, repr(getattr(prompt, "columns", None))) for prompt, response in pairs]
-        new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
-        if new:
-            asked, answers = zip(*new.values(), strict=True)
-            rewards = call_function(function, list(asked), list(answers))
-            known.update(zip(new, rewards, strict=True))
-        return [known[key] for key in keys]
 
-    call.__name__ = getattr(function, "__name__", repr(function))
-    return call
+def _is_reward(one: Any, module_name: str) -> bool:
+    """Return whether something of a module is a reward function that is written there."""
+    if not inspect.isfunction(one) or one.__module__ != module_name or one.__name__.startswith("_"):
+        return False
+    parameters = list(inspect.signature(one).parameters)
+    return parameters[:2] == ["prompts", "responses"]
 
 
 def further_arguments(function: RewardFunction, prompts: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the columns of the prompts' rows that a function takes beside prompts and responses.
+    """Return what a function takes beside prompts and responses, by parameter.
 
     Args:
         function: its parameters after the second name columns; `**anything` takes all.
         prompts: those of `vgf_llm.data.dialogue.PromptText` bring columns; others have none.
 
     Returns:
-        One list per column, a value per prompt, None where a row has no such column.
+        One list per column, a value per prompt, None where a row has no such column; messages and rows likewise.
 
     Raises:
         ConfigError: a parameter without a default is no column of any row.
     """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # a built-in without a signature
-        return {}
-    rows = [getattr(prompt, "columns", {}) for prompt in prompts]
-    there = dict.fromkeys(name for row in rows for name in row)
-    named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        positional = []  # all of them may be taken by place
-    wanted = [one for one in named if one not in positional[:2]]
-    for one in wanted:
-        if one.name not in there and one.default is one.empty:
-            raise ConfigError(
-                f"reward function {getattr(function, '__name__', repr(function))} takes {one.name!r}, and the prompts' "
-                f"rows have no such column; columns: {', '.join(there) or 'none'}"
-            )
-    names = {one.name for one in wanted}
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
-        names |= {name for name in there if name not in {one.name for one in positional[:2]}}
-    return {name: [row.get(name) for row in rows] for name in there if name in names}
+    return Signature(function).arguments(prompts, [""] * len(prompts)).by_name
+
+
+def check_columns(function: RewardFunction, prompts: Sequence[str]) -> None:
+    """Refuse a function that takes a column which the prompts do not have.
+
+    Raises:
+        ConfigError: naming function and column, and the columns that there are.
+    """
+    signature = function.signature if isinstance(function, CalledReward) else Signature(function)
+    signature.read_columns(columns_of(prompts))
 
 
 def call_function(function: RewardFunction, prompts: list[str], responses: list[str]) -> list[float]:
@@ -137,13 +150,13 @@ def call_function(function: RewardFunction, prompts: list[str], responses: list[
         ConfigError: it takes a column that the rows do not have.
         ModelError: it raises, the number of rewards differs from that of the responses, or one is not a finite number.
     """
-    name = getattr(function, "__name__", repr(function))
+    name, signature = name_of(function), Signature(function)
+    if signature.one_by_one or inspect.iscoroutinefunction(function):
+        return CalledReward(function)(prompts, responses)
     try:
         # copies, so that a function may change its lists
-        rewards = function(list(prompts), list(responses), **further_arguments(function, prompts))
-        if isinstance(rewards, Mapping | set):
-            raise TypeError(f"it returned a {type(rewards).__name__}, where one number per response is expected")
-        rewards = list(rewards)
+        arguments = signature.arguments(prompts, responses)
+        rewards = listed(name, function(*arguments.by_place, **arguments.by_name), len(responses))
     except VGFError:
         raise
     except Exception as error:  # the user's code may raise anything
@@ -151,22 +164,7 @@ def call_function(function: RewardFunction, prompts: list[str], responses: list[
             f"reward function {name} raised {type(error).__name__} on {len(responses)} responses: {error}; mend it, or "
             "name another one"
         ) from error
-    if len(rewards) != len(responses):
-        raise ModelError(f"reward function {name} returned {len(rewards)} rewards for {len(responses)} responses")
     for index, reward in enumerate(rewards):
-        if not _is_finite_number(reward):
-            raise ModelError(
-                f"reward function {name} returned {reward!r} for response {index} ({responses[index][:60]!r}); "
-                "every reward must be a finite number"
-            )
+        if not is_finite_number(reward):
+            raise not_finite(name, reward, index, prompts[index], responses[index])
     return [float(reward) for reward in rewards]
-
-
-def _is_finite_number(reward: Any) -> bool:
-    """Whether it is a number, also NumPy's, or a tensor of one element; a text is not, whatever it says."""
-    if isinstance(reward, str | bytes):
-        return False
-    try:
-        return math.isfinite(reward)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return False

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reward_models.functions import further_arguments, load_function
+from reward_models.calling import CalledReward
+from reward_models.composed import ComposedReward
+from reward_models.endpoint import EndpointReward
+from reward_models.functions import RewardFunction, check_columns, load_function
+from reward_models.grammar import Part, is_composed, read_composed
+from reward_models.reward_cache import RewardCache
+from reward_models.sources import is_hub_name
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.inputs import check_base_model, check_holds_model
-from vgf_llm.settings import ModelSettings
+from vgf_llm.settings import ModelSettings, RewardCallSettings
 
 
 def check_reward_model(name: str | None) -> None:
-    """Refuse a reward model that is not a folder with a model in it.
+    """Refuse a reward model that is neither a folder with a model in it nor a name on the hub.
 
     Raises:
         ConfigError: None is named.
@@ -21,6 +27,8 @@ def check_reward_model(name: str | None) -> None:
     """
     if name is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
+    if is_hub_name(name):
+        return
     if not Path(name).is_dir():
         raise ModelError(f"reward_model {name!r} is not a folder; train one with `vgf-llm reward` and name its folder")
     check_holds_model(Path(name), "reward_model")
@@ -36,34 +44,99 @@ def check_models(models: ModelSettings) -> None:
     check_base_model(models.model_name_or_path)
 
 
-def check_rewards(names: Sequence[str], gold: str | None = None, prompts: Sequence[Any] = ()) -> None:
-    """Refuse rewards that are neither folders of models nor functions; the functions are imported.
+def check_rewards(
+    names: Sequence[str],
+    gold: str | None = None,
+    prompts: Sequence[Any] = (),
+    calls: RewardCallSettings | None = None,
+) -> None:
+    """Refuse rewards that are neither folders of models, functions nor files that compose them.
+
+    Functions are imported, templates of judges are read, and the cache is opened.
 
     Args:
-        names: Folders and functions.
-        gold: One more function.
+        names: Folders, functions and YAML files.
+        gold: One more, which is not trained on.
         prompts: What functions will be called with; none are looked at when empty.
+        calls: How functions are called.
 
     Raises:
-        ConfigError: A function or folder does not exist, or a function takes a column that the prompts do not have.
+        ConfigError: A function, file or folder does not exist, a function takes a column that the prompts do not have,
+            or a server's URL is not set.
         ModelError: A folder holds no model.
+        OutputError: The cache cannot be used.
     """
-
-    def check_function(name: str) -> None:
-        function = load_function(name)
-        if prompts:
-            further_arguments(function, prompts)
-
     for name in names:
-        if Path(name).is_dir():
-            check_holds_model(Path(name), "rewards")
-        elif "/" in name:
+        if is_hub_name(name) and not is_composed(name):
+            continue
+        if not is_composed(name) and not Path(name).is_dir() and "/" in name:
             raise ConfigError(
-                f"rewards: {name!r} is not a folder; train a reward model with `vgf-llm reward`, or name a function"
+                f"rewards: {name!r} is not a folder; train a reward model with `vgf-llm reward`, or name a function or "
+                "a YAML file"
             )
-        else:
-            check_function(name)
-    if gold is not None and Path(gold).is_dir():
-        check_holds_model(Path(gold), "gold")
-    elif gold is not None:
-        check_function(gold)
+        _check("rewards", name, prompts)
+    if gold is not None:
+        _check("gold", gold, prompts, running=False)
+    if calls is not None and calls.reward_cache is not None:
+        RewardCache(calls.reward_cache).check()
+
+
+def _check(key: str, name: str, prompts: Sequence[Any], running: bool = True) -> None:
+    """Look at one reward and its parts.
+
+    Args:
+        key: Of the setting, for messages.
+        name: Of the reward.
+        prompts: As for `check_rewards`.
+        running: Whether its parts may be standardised by running statistics.
+    """
+    if Path(name).is_dir():
+        check_holds_model(Path(name), key)
+    elif is_composed(name):
+        try:
+            part = read_composed(name)
+            composed = ComposedReward(part, lambda leaf: _checked_part(leaf, key, prompts), name)
+            if not running:
+                composed.check_fixed()
+        except ConfigError as error:
+            raise error if str(error).startswith(name) else ConfigError(f"{name}: {error}") from error
+    else:
+        _check_columns(CalledReward(load_function(name)), prompts)
+
+
+def _checked_part(part: Part, key: str, prompts: Sequence[Any]) -> RewardFunction:
+    if part.reward is not None and Path(part.reward).is_dir():
+        check_holds_model(Path(part.reward), key)
+        return _nothing
+    called = called_part(part, None)
+    _check_columns(called, prompts)
+    return called
+
+
+def called_part(part: Part, calls: RewardCallSettings | None) -> CalledReward:
+    """Return the function or server of a part of a composed reward.
+
+    Args:
+        part: A reward that is not a folder, or an endpoint.
+        calls: How it is called.
+
+    Raises:
+        ConfigError: There is no such function, it does not take the arguments, or a server's settings are wrong.
+    """
+    if part.endpoint is not None:
+        limit = None if calls is None else calls.reward_timeout_sec
+        return CalledReward(EndpointReward(part.endpoint, limit), calls)
+    assert part.reward is not None
+    if "/" in part.reward:
+        raise ConfigError(f"reward: {part.reward!r} is not a folder; name one that exists, or a function")
+    return CalledReward(load_function(part.reward), calls, constants=part.arguments)
+
+
+def _check_columns(called: CalledReward, prompts: Sequence[Any]) -> None:
+    if prompts:
+        check_columns(called, prompts)
+
+
+def _nothing(prompts: list[str], responses: list[str]) -> list[float]:
+    """Stand for a model that is not loaded yet."""
+    return [0.0] * len(responses)

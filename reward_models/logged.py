@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reward_models.functions import call_function, load_function
+from reward_models.calling import CalledReward
+from reward_models.functions import RewardFunction, call_function, load_function
+from reward_models.grammar import is_composed
+from vgf_llm.console.progress import track
 from vgf_llm.data.cells import check_named
 from vgf_llm.data.dialogue import Message, Prompt, PromptText, UnusableRowError, as_messages, joined, turns_of
 from vgf_llm.data.encoding import encode_prompt
@@ -18,12 +21,16 @@ from vgf_llm.data.prompts import load_preferences, prompt_of, read_cell, read_nu
 from vgf_llm.data.rows import Place, Row, read_rows
 from vgf_llm.errors import DataError
 from vgf_llm.runs.files import shorten
+from vgf_llm.settings import RewardCallSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from reward_models.pairs import EncodedPair
+
+
+_SHOWN = 64  # responses between two counts of a bar
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ def load_logged(
     reward_function: str | None = None,
     max_dropped_share: float = 0.2,
     system_column: str = "system",
+    calls: RewardCallSettings | None = None,
 ) -> list[LoggedResponse]:
     """Read logged responses.
 
@@ -65,9 +73,11 @@ def load_logged(
         response_column: text, or a list whose last message is the assistant's, with or without the turns before it;
             may be empty (the model stopped at once). Where no row has the column, rows are read as preference pairs.
         reward_column: a number, higher is better.
-        reward_function: fills rewards that are missing, as `reward_models.functions.load_function` takes it.
+        reward_function: fills rewards that are missing, as `reward_models.functions.load_function` takes it, or a YAML
+            file of a composed reward.
         max_dropped_share: of preference pairs, as in `vgf_llm.data.prompts.load_preferences`.
         system_column: a system turn, where rows have it.
+        calls: how functions and servers are called.
 
     Returns:
         The responses in file order, at least one.
@@ -97,7 +107,7 @@ def load_logged(
                 _check_open(row, source, number, prompt_column)
             before, response = _response(row, response_column, source, number)
             prompt = _continued(prompt, before, f"{source}, row {number}, column '{response_column}'")
-            texts.append((PromptText(prompt, others), response))
+            texts.append((PromptText(prompt, others, f"{source}, row {number}"), response))
             rewards.append(read_number(row.get(reward_column), source, number, reward_column))
             if rewards[-1] is None and not missing:
                 there = ", ".join(map(str, row))
@@ -108,14 +118,35 @@ def load_logged(
         raise DataError(f"{missing}; name a reward_function, or the column of rewards with --reward_column")
     blanks = [index for index, reward in enumerate(rewards) if reward is None]
     if blanks and reward_function is not None:
-        prompts, responses = zip(*(texts[index] for index in blanks), strict=True)
-        filled = call_function(load_function(reward_function), list(prompts), list(responses))
+        filled = _filled(reward_function, [texts[index] for index in blanks], calls)
         for index, reward in zip(blanks, filled, strict=True):
             rewards[index] = reward
     return [
         LoggedResponse(prompt.prompt, text, float(reward or 0.0))
         for (prompt, text), reward in zip(texts, rewards, strict=True)
     ]
+
+
+def _filled(name: str, texts: list[tuple[PromptText, str]], calls: RewardCallSettings | None) -> list[float]:
+    """Return the rewards of a function; one that scores response by response, or parts, shows how far it is."""
+    function = _filler(name, calls)
+    by_parts = not isinstance(function, CalledReward) or function.signature.one_by_one
+    size = _SHOWN if by_parts else len(texts)
+    pieces = [texts[start : start + size] for start in range(0, len(texts), size)]
+    rewards: list[float] = []
+    for piece in track(pieces, f"scoring by {name}", unit="responses", size=len):
+        prompts, responses = zip(*piece, strict=True)
+        rewards += call_function(function, list(prompts), list(responses))
+    return rewards
+
+
+def _filler(name: str, calls: RewardCallSettings | None) -> RewardFunction:
+    """Return what fills missing rewards; models are imported where a composed reward is named alone."""
+    if not is_composed(name):
+        return CalledReward(load_function(name), calls)
+    from reward_models.foreign import text_reward
+
+    return text_reward(name, calls=calls)
 
 
 def _check_open(row: Row, source: str, number: Place, column: str) -> None:

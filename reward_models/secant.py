@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
 from reward_models.modelling import RewardModel
+from reward_models.sources import weights_folder
 from vgf_llm.errors import ModelError
 from vgf_llm.flow.trajectory import ValueGradient
 from vgf_llm.runs.files import write_json_atomic
@@ -159,7 +160,7 @@ def secant_gradient(head: SecantHead) -> GradientSource:
 def weights_digest(folder: str | Path) -> str:
     """Return the SHA-256 of a reward model's weight files, so that a head knows the model in whatever dtype it runs."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(weights_folder(folder).glob("*.safetensors")):
         if path.name != WEIGHTS_NAME:
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

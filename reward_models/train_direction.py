@@ -104,7 +104,8 @@ def run(script: DirectionScript, training: DirectionTraining, sampling: Sampling
         },
         "calls": {"fit": fitted.calls, "measure": calls},
         "seconds": fitted.seconds | {"measure": round(time.monotonic() - start, 1)},
-        "fit": fitted.figures,
+        "fit": {name: found for name, found in fitted.figures.items() if name != "steering"},
+        "steering": fitted.figures["steering"],
     }
     _save(ground, script, fitted, folder, figures | _settings(script, training, sampling, len(prompts), len(guided)))
     _print_table(script, agreements)

@@ -155,6 +155,7 @@ def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> 
         script.reward_function,
         script.max_dropped_share,
         script.system_column,
+        script,
     )
     say(f"{source}: {len(rows)} responses")
     return rows

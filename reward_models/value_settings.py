@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from reward_models.settings import TrainerSettings, TrainingData
 from vgf_llm.errors import require
+from vgf_llm.settings import RewardCallSettings
 
 
 @dataclass(frozen=True)
-class ValueScript(TrainingData):
+class ValueScript(TrainingData, RewardCallSettings):
     """Logged responses, limits and output."""
 
     prompt_column: str = "prompt"
@@ -20,7 +21,13 @@ class ValueScript(TrainingData):
     reward_column: str = "reward"
     """Column of rewards, a number of any scale, higher is better."""
     reward_function: str | None = None
-    """Reward of rows that have none: "module:function" or a function of reward_models.functions; null refuses them."""
+    """Reward of rows that have none: "module:function", a function of reward_models.functions, or a YAML file
+    that composes them (docs/reward_models.md); null refuses them."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises SettingError."""
+        super().__post_init__()
+        RewardCallSettings.__post_init__(self)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def test_the_known_options_are_those_of_the_decoders():
 
     from vgf_llm.text import decoders
 
-    for name in get_args(DecoderName):
+    for name in set(get_args(DecoderName)) - {"stream"}:  # tests/answering/test_one_pass.py
         maker = getattr(decoders, "".join(part.title() for part in name.split("_")) + "Decoder")
         options = [key for key, one in signature(maker).parameters.items() if one.kind is Parameter.KEYWORD_ONLY]
         assert DECODER_OPTIONS[name] == tuple(options)

@@ -90,7 +90,7 @@ def test_a_pair_without_a_gain_is_left_out_and_counted():
     ]
     pairs, skipped = dpo_rows(["p"] * 4, answers)
     assert [pair["chosen"] for pair in pairs] == ["a good day"] and pairs[0]["rejected"] == "a bad day"
-    assert skipped == {"same": 1, "value_not_higher": 1, "empty": 1}
+    assert skipped == {"same": 1, "value_not_higher": 1, "empty": 1, "no_source": 0}
     rows, skipped = sft_rows(["p"] * 2, [answered(), answered(response="")])
     assert len(rows) == 1 and skipped == {"empty": 1}
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reward_models.grammar import is_composed, reward_contents
 from reward_models.inputs import check_models, check_rewards
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
@@ -27,7 +28,7 @@ from vgf_llm.evaluation.settings import EvaluateSettings
 from vgf_llm.machine.precision import with_dtype
 from vgf_llm.runs.claim import claim, refuse_rows
 from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
-from vgf_llm.settings import ModelSettings, SamplingSettings, check_decoder_options
+from vgf_llm.settings import HOW_REWARDS_ARE_CALLED, ModelSettings, SamplingSettings, check_decoder_options
 from vgf_llm.settings.parse import dump, parse
 
 _RECORDS = Path("docs/results")
@@ -67,7 +68,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
     _claim(rows_path, settings, models, sampling)
     from vgf_llm.evaluation.report import markdown_report
     from vgf_llm.evaluation.runner import finish, work
-    from vgf_llm.evaluation.table import equal_cost_lines, print_table
+    from vgf_llm.evaluation.table import equal_cost_lines, part_lines, print_table
 
     done = {(row["arm"], row["seed"], row["prompt_index"]) for row in _read(rows_path)}
     for rows in work(settings, models, sampling, prompts, done):
@@ -80,7 +81,7 @@ def run(settings: EvaluateSettings, models: ModelSettings, sampling: SamplingSet
         write_text_atomic(_RECORDS / f"{settings.record}.md", markdown_report(summary, rows))
         say(f"recorded in {_RECORDS / settings.record}.json and .md")
     print_table(summary["arms"], f"{len(summary['arms'])} arms, {summary['prompts']} prompts, gold: {settings.gold}")
-    for line in equal_cost_lines(summary["equal_cost"]):
+    for line in [*part_lines(summary["arms"]), *equal_cost_lines(summary["equal_cost"])]:
         say(line)
     for direction, figures in summary["fidelity"].items():
         share = figures["top8_gain"] / figures["best8_gain"] if figures["best8_gain"] > 0 else float("nan")
@@ -99,7 +100,7 @@ def look_at_inputs(settings: EvaluateSettings, models: ModelSettings) -> list[An
     """
     from vgf_llm.data.prompts import load_prompt_texts
 
-    check_rewards([], settings.gold)
+    check_rewards([], settings.gold, calls=settings)
     check_models(models)
     for arm in settings.all_arms():
         check_decoder_options(arm.decoder, arm.decoder_options)
@@ -127,9 +128,10 @@ def _claim(rows_path: Path, *instances: Any) -> None:
     config = {
         **dump(*instances),
         "contents": contents(settings.prompts, models.reward_model, models.model_name_or_path),
+        **({"gold_contents": reward_contents(settings.gold)} if is_composed(settings.gold) else {}),
     }
     # What the arms are made from is compared in the arms themselves.
-    free = ("num_prompts", "arms", "baselines", "num_particles", "draws", "best_of", "budgets")
+    free = ("num_prompts", "arms", "baselines", "num_particles", "draws", "best_of", "budgets", *HOW_REWARDS_ARE_CALLED)
     claim(rows_path, config, resume=bool(settings.resume), free=free, changes=_arm_changes)
 
 

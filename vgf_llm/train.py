@@ -151,7 +151,7 @@ def look_at_inputs(
     refuse_new_run(optim.resume, script.output_dir)
     check_decoder_options(method.decoder, method.decoder_options)
     check_engine(method.backend, method.engine.url)
-    check_rewards(script.rewards, script.gold)
+    check_rewards(script.rewards, script.gold, calls=script)
     texts = load_prompt_texts(
         script.prompts, script.prompt_column, limit=script.num_prompts, system_column=script.system_column
     )

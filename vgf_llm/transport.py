@@ -123,7 +123,8 @@ def _write(output_dir: Path, prompts: list[Any], answers: list[dict[str, Any]], 
     write_parquet(output_dir / SFT_NAME, sft, ("prompt", "completion"), conversational)
     write_parquet(output_dir / DPO_NAME, dpo, ("prompt", "chosen", "rejected"), conversational)
     if not dpo:
-        say("warning: no pair is left for DPO; give the transport a larger budget")
+        advice = "the decoder stream has no sample to pair with" if dpo_skipped["no_source"] else "raise the budget"
+        say(f"warning: no pair is left for DPO: {advice}")
     say(f"wrote {output_dir / SFT_NAME} and {output_dir / DPO_NAME}")
     return {
         "prompts": len(prompts),
@@ -149,8 +150,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return list(read_jsonl(path)) if path.exists() else []
 
 
-def _mean(values: list[float]) -> float:
-    return round(sum(values) / len(values), 4)
+def _mean(values: list[float | None]) -> float | None:
+    """Return the mean of what is there; None where nothing is."""
+    found = [value for value in values if value is not None]
+    return round(sum(found) / len(found), 4) if found else None
 
 
 if __name__ == "__main__":

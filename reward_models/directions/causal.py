@@ -40,6 +40,7 @@ from vgf_llm.text.bonus import Bonus
 from vgf_llm.text.distribution import Shortlist
 
 _LOOKS = 20  # times that the held-back prompts are looked at
+_LEAST_WEIGHT = 0.1  # of an even share of its position's weight, with which a candidate counts for d
 _NUMBERS = 2**24  # of embeddings looked up at once
 
 
@@ -199,10 +200,11 @@ def row_losses(head: CausalHead, targets: BonusTargets, table_VD: Tensor, rms: f
 
 @torch.no_grad()
 def _left_over(head: CausalHead, targets: BonusTargets, table_VD: Tensor, rms: float) -> Observations:
-    """Return what a head leaves of its targets, each position a context."""
+    """Return what a head leaves of its targets, each position a context; candidates that hardly count are left out."""
     rows = _chunks(targets, table_VD)
     found = [bonuses(head, targets.hidden_XD[part], table_VD, targets.ids_XK[part], rms) for part in rows]
-    is_there_XK = targets.weights_XK > 0
+    count_X1 = (targets.weights_XK > 0).sum(-1, keepdim=True)
+    is_there_XK = targets.weights_XK * count_X1 > _LEAST_WEIGHT
     context_XK = torch.arange(len(targets), device=is_there_XK.device).unsqueeze(1).expand_as(is_there_XK)
     left_XK = targets.targets_XK - torch.cat(found)
     return Observations(context_XK[is_there_XK], targets.ids_XK[is_there_XK], left_XK[is_there_XK])

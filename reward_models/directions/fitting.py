@@ -14,18 +14,26 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.directions.agreement import Agreement, measure_direction, whole_position_changes
 from reward_models.directions.causal import CausalDirection, fit_causal
 from reward_models.directions.constant import ConstantFit, fit_constant
-from reward_models.directions.positions import Positions, join_positions, read_positions, sample_positions
+from reward_models.directions.positions import (
+    Positions,
+    bonuses_along,
+    join_positions,
+    read_positions,
+    sample_positions,
+)
 from reward_models.directions.regrown import regrown_changes
 from reward_models.directions.reward import CountedReward, ModelReward, TextPrompt, read_reward
 from reward_models.directions.saving import Direction, Kind
 from reward_models.directions.settings import DirectionScript, DirectionTraining
 from reward_models.directions.table import candidate_tokens, fit_table, observations_of, observe_tokens
-from reward_models.directions.targets import BonusTargets, from_changes
+from reward_models.directions.targets import BonusTargets, from_changes, from_source
 from reward_models.fidelity import ExactChanges, exact_changes
+from reward_models.lookahead import Lookahead
+from reward_models.modelling import RewardModel
 from vgf_llm.console.progress import working
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.data.encoding import encode_prompts, encode_response
-from vgf_llm.errors import DataError
+from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.models.architecture import input_table
 from vgf_llm.models.base import LoadedBase, load_base, tokenizer_of
@@ -34,8 +42,10 @@ from vgf_llm.text.bonus import BonusSource, TableBonus
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses
+from vgf_llm.text.stream import bonus_variance, expected_left
 
 _PROMPTS_A_BATCH = 16
+_TEACHER_CANDIDATES, _TEACHER_PROBABILITY = 16, 0.003
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,10 @@ def fit_direction(
     more = _swaps(ground, read_guided(ground, guided, script.shortlist), script, training) if guided else None
     if script.kind == "table":
         return _fit_table(ground, script, training, sampled, more, clock)
-    targets = from_changes(sampled, _changes(ground, sampled, script, training))
+    if training.target == "lookahead":
+        targets = from_source(_teacher(ground, script), sampled)
+    else:
+        targets = from_changes(sampled, _changes(ground, sampled, script, training))
     targets = targets.and_more(from_changes(*more)) if more else targets
     clock.lap("score")
     line = fit_constant(targets, ground.table_VD)
@@ -207,6 +220,7 @@ def measure_fitted(
     unseen = sample_positions(
         ground.reference, ground.encode(prompts), script.responses, script.shortlist, script.seed + 1
     )
+    fitted.figures["steering"] = measured_steering(ground, fitted, unseen)
     sources: dict[str, BonusSource] = {fitted.kind: fitted.direction}
     if fitted.constant is not None:
         sources["constant"] = fitted.constant
@@ -251,6 +265,38 @@ def read_guided(ground: Ground, guided: Sequence[PromptText], shortlist: int) ->
         )
         parts.append(read_positions(reference, responses, shortlist))
     return join_positions(parts)
+
+
+def _teacher(ground: Ground, script: DirectionScript) -> Lookahead:
+    """Return the lookahead of the reward, over the whole shortlist.
+
+    Raises:
+        ConfigError: The reward is not a reward model that reads the base's tokens.
+    """
+    value = ground.reward.value if isinstance(ground.reward, ModelReward) else None
+    if not isinstance(value, RewardModel):
+        raise ConfigError(
+            f"target is 'lookahead', which reads a reward model token by token; {script.reward!r} can only be called: "
+            "set target to swap or regrow"
+        )
+    return Lookahead(value, max(2, min(script.shortlist, _TEACHER_CANDIDATES)), _TEACHER_PROBABILITY)
+
+
+def measured_steering(ground: Ground, fitted: Fitted, unseen: Positions) -> dict[str, Any]:
+    """Return what steering needs to know of a direction: its variance under the base, and the tokens still to come.
+
+    Args:
+        ground: Models.
+        fitted: The direction.
+        unseen: Base samples to prompts that it was not fitted to.
+    """
+    responses, distribution = unseen.responses, unseen.text_distribution
+    live_BNT = responses.movable_BNT
+    logps_XK = distribution.logps[live_BNT]
+    bonus_XK = bonuses_along(fitted.direction, unseen)[live_BNT]
+    variance_X = bonus_variance(logps_XK, bonus_XK, logps_XK.isinf())
+    left_T = expected_left(responses.lengths_BN.flatten(), ground.reference.sampling.max_new_tokens)
+    return {"variance": float(variance_X.mean()), "left": [round(left, 3) for left in left_T.tolist()]}
 
 
 def _changes(

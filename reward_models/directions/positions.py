@@ -16,10 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reward_models.secant_fit import join_padded, join_prompts, sample_in_batches
+from vgf_llm.console.progress import track
 from vgf_llm.text.bonus import BonusSource
 from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses, is_any_of
+
+_ROWS_AT_ONCE = 64  # texts that a source with a cache follows together
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Positions:
     responses: Responses
     distribution: Shortlist
     hidden_BNTD: Tensor
+
+    def some(self, prompts: slice) -> Positions:
+        """Return the positions of some prompts."""
+        own = self.responses
+        responses = Responses(
+            own.prompts[prompts], own.tokens_BNT[prompts], own.mask_BNT[prompts], own.eos_ids, own.pad_id
+        )
+        distribution = Shortlist(self.distribution.ids[prompts], self.distribution.logps[prompts])
+        return Positions(responses, distribution, self.hidden_BNTD[prompts])
 
     @property
     def candidates_BNTK(self) -> Tensor:
@@ -125,10 +137,20 @@ def bonuses_along(source: BonusSource, positions: Positions) -> Tensor:
         source: Any source; one that reads hidden states is shown them.
         positions: B x N responses.
     """
+    B, N = positions.responses.tokens_BNT.shape[:2]
+    at_once = max(1, _ROWS_AT_ONCE // N)
+    groups = range(0, B, at_once)
+    followed = track(groups, "following the texts", B, unit="prompts", size=lambda start: min(at_once, B - start))
+    parts = [_bonuses_of(source, positions.some(slice(start, start + at_once))) for start in followed]
+    return torch.cat(parts)
+
+
+def _bonuses_of(source: BonusSource, positions: Positions) -> Tensor:
     responses, shape = positions.responses, positions.distribution.ids.shape
-    bonus = source.begin([list(prompt) for prompt in responses.prompts], shape[1])
+    bonus = source.begin(responses.prompts, shape[1])
     ids_RTK, logps_RTK = positions.distribution.ids.flatten(0, 1), positions.distribution.logps.flatten(0, 1)
-    tokens_RT, hidden_RTD = responses.tokens_BNT.flatten(0, 1), positions.hidden_BNTD.flatten(0, 1)
+    tokens_RT = responses.tokens_BNT.masked_fill(~responses.movable_BNT, -1).flatten(0, 1)
+    hidden_RTD = positions.hidden_BNTD.flatten(0, 1)
     found = []
     for t in range(shape[2]):
         hidden_RD = hidden_RTD[:, t] if source.reads_hidden else None

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.directions.causal import CausalDirection, CausalHead
@@ -28,6 +28,7 @@ from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.runs.provenance import model_mark
 from vgf_llm.runs.result import replaced, settle
 from vgf_llm.text.bonus import BonusSource, TableBonus
+from vgf_llm.text.stream import Steering
 
 WEIGHTS_NAME, FACTS_NAME = "direction.safetensors", "direction.json"
 Direction: TypeAlias = TableBonus | CausalDirection
@@ -132,6 +133,21 @@ def load_direction(
         return _built(folder, kind, facts, tensors, fitted_to, lm)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"the direction in '{folder}' cannot be read ({error!r}); {_ADVICE}") from error
+
+
+def load_steering(folder: str | Path, steering: Steering, longest: int) -> Steering:
+    """Return the steering with the variance of a saved direction, and the lengths of the samples it was measured on.
+
+    Args:
+        folder: Of a direction that was loaded.
+        steering: Nats and their cap.
+        longest: Longest response now; lengths that were seen under another limit are not used.
+    """
+    facts = json.loads((Path(folder) / FACTS_NAME).read_text(encoding="utf-8")).get("steering")
+    if facts is None:
+        return steering
+    left_T = tensor(facts["left"]) if len(facts["left"]) == longest else None
+    return replace(steering, variance=float(facts["variance"]), left_T=left_T)
 
 
 def _built(

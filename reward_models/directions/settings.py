@@ -40,8 +40,9 @@ class DirectionScript(SubstitutionSettings):
 class DirectionTraining(SecantTraining):
     """How a direction is fitted. Heads read all of it; constant and table read what names them."""
 
-    target: Literal["swap", "regrow"] = "swap"
-    """Change that is fitted: of the token alone, or with the suffix that the base writes after it (dearer, noisier)."""
+    target: Literal["swap", "regrow", "lookahead"] = "swap"
+    """Change that is fitted: of the token alone; with the suffix that the base writes after it (dearer, noisier); or of
+    a reward model's token-level value (a lookahead, distilled)."""
     contexts: int = 4
     """Calls per token of a table's first stage, at least 1."""
     table_calls: int = 20_000
@@ -50,7 +51,8 @@ class DirectionTraining(SecantTraining):
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
         super().__post_init__()
-        require(self.target in ("swap", "regrow"), "target", self.target, '"swap" or "regrow"')
+        targets = ("swap", "regrow", "lookahead")
+        require(self.target in targets, "target", self.target, '"swap", "regrow" or "lookahead"')
         require(self.contexts >= 1, "contexts", self.contexts, "at least 1")
         require(self.table_calls >= self.contexts, "table_calls", self.table_calls, "at least contexts")
 
@@ -61,10 +63,12 @@ def check_direction(script: DirectionScript, training: DirectionTraining) -> Non
     Raises:
         ConfigError: Naming the keys.
     """
-    if training.target == "regrow" and script.kind not in ("causal", "constant"):
-        raise ConfigError(f"target is 'regrow', which kind {script.kind!r} is not fitted to; set target to swap")
-    if training.target == "regrow" and script.guided is not None:
-        raise ConfigError("target is 'regrow', which needs the noise of the base's own samples; drop guided")
+    if training.target != "swap" and script.kind not in ("causal", "constant"):
+        raise ConfigError(
+            f"target is {training.target!r}, which kind {script.kind!r} is not fitted to; set target to swap"
+        )
+    if training.target != "swap" and script.guided is not None:
+        raise ConfigError(f"target is {training.target!r}, which is fitted to the base's own samples; drop guided")
     if script.kind == "secant" and (script.gold or script.guided or script.output_dir):
         raise ConfigError(
             "kind 'secant' is fitted to base samples and saved beside its reward model; drop gold, "

@@ -8,8 +8,10 @@ import pickle
 import pytest
 import torch
 
+from reward_models.composed import Remembered
 from reward_models.foreign import ForeignReward
-from reward_models.functions import call_function, remembered
+from reward_models.functions import call_function
+from reward_models.inputs import check_rewards
 from reward_models.logged import load_logged
 from reward_models.modelling import RewardModel
 from tests.byte_tokenizers import byte_tokenizer
@@ -18,7 +20,6 @@ from vgf_llm.data.dialogue import PromptText, as_messages, as_text, conversation
 from vgf_llm.data.encoding import encode_prompt
 from vgf_llm.data.prompts import load_preferences, load_prompt_texts, load_prompts
 from vgf_llm.errors import ConfigError, DataError
-from vgf_llm.training.rewards import check_rewards
 
 CLOSED = "\n\nHuman: Name a river.\n\nAssistant: The Danube."
 OPEN = CLOSED + "\n\nHuman: And a lake?"
@@ -233,13 +234,13 @@ def test_functions_read_the_conversation_and_the_columns_that_they_take(tmp_path
     assert call_function(everything, prompts, ["4", "4"]) == [2.0, 2.0]
     assert call_function(lambda p, r: [len(one) for one in p], prompts, ["", ""]) == [len(prompts[0]), 6.0]
     twice = [prompts[1], PromptText("2 + 2?", {"answer": "4"})]
-    assert remembered(answer_matches)(twice, ["4", "4"]) == [0.0, 1.0]  # one text, two right answers
+    assert Remembered(answer_matches)(twice, ["4", "4"]) == [0.0, 1.0]  # one text, two right answers
     with pytest.raises(ConfigError, match="answer_matches takes 'answer', and .* no such column; columns: none"):
         call_function(answer_matches, ["2 + 2?"], ["4"])
     name = f"{__name__}:answer_matches"
-    check_rewards([name], prompts)
+    check_rewards([name], prompts=prompts)
     with pytest.raises(ConfigError, match="columns: level"):
-        check_rewards([name], [PromptText("a", {"level": 1})])
+        check_rewards([name], prompts=[PromptText("a", {"level": 1})])
 
 
 # Prompts that are repeated -----------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from reward_models.composed import Remembered
 from reward_models.functions import (
     brevity,
     call_function,
     length_words,
     load_function,
-    remembered,
     vader_compound,
 )
 from vgf_llm.errors import ConfigError, ModelError
@@ -70,7 +70,7 @@ def test_a_remembered_function_is_called_once_for_each_prompt_and_response():
         calls.extend(zip(prompts, responses, strict=True))
         return [float(len(prompt) + len(response)) for prompt, response in zip(prompts, responses, strict=True)]
 
-    scored = remembered(count)
+    scored = Remembered(count)
     assert scored(["a", "a", "b"], ["x", "x", "xy"]) == [2.0, 2.0, 3.0]
     assert scored(["b", "a"], ["xy", "z"]) == [3.0, 2.0]
     assert calls == [("a", "x"), ("b", "xy"), ("a", "z")]

@@ -25,7 +25,7 @@ from vgf_llm.training.resume import checkpoint_to_resume
 
 pytestmark = pytest.mark.slow
 ENGINES = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine", "fsdp2": "FSDP"}
-LEARNED = ["lora_sgd", "lora_adam", "full_sgd", "dpo_sgd"]
+LEARNED = ["lora_sgd", "lora_adam", "full_sgd", "standardised", "dpo_sgd"]
 LOG_LINE = ("loss", "reward/original", "reward/policy", "policy/kl", "nats/response", "mmd2", "value/value_error")
 WORKER = Path(vgf_worker.__file__)
 

@@ -45,6 +45,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "lora_sgd": SGD | {"kl_coefficient": 0.1},
     "lora_adam": ADAM,
     "full_sgd": SGD | {"lora_r": 0, "learning_rate": 0.01},
+    "standardised": ADAM,
     "dpo_sgd": SGD | {"loss": "dpo", "learned": SGD["learned"] | SECANT},
     "whole": RESUMED | {"learned": RESUMED["learned"] | SECANT},
     "resumed": RESUMED | {"learned": RESUMED["learned"] | SECANT},
@@ -52,10 +53,21 @@ JOBS: dict[str, dict[str, Any]] = {
     "resumed_full": RESUMED | {"lora_r": 0, "logging_steps": 3},
 }
 
+COMPOSED = ("standardised", "whole", "resumed")  # their reward is standardised by running statistics
+REWARD = """
+sum:
+  - {reward: "tests.training.tiny:good_words", standardise: true, clip: [-3, 3]}
+  - {reward: length_words, weight: 0.05}
+require: [{reward: words_within, arguments: {at_least: 3}}]
+otherwise: -1.0
+"""
+
 
 def parts_of(folder: Path, job: str, batch: int, accumulation: int = 1, **more: Any) -> tuple[Any, ...]:
     """Return the dataclasses of one job."""
     changes = COMMON | JOBS[job] | {"learned": dict(JOBS[job]["learned"])}
+    if job in COMPOSED:
+        changes["rewards"] = [str(folder / "composed.yaml")]
     first = folder / job.replace("resumed", "whole") / "checkpoint-2"
     return settings(
         folder,
@@ -126,6 +138,7 @@ def watch(trainer: Any) -> list[tuple[int, int, list[int]]]:
 def prepare(folder: Path) -> None:
     """Write the model and the prompts of all jobs."""
     write_inputs(folder)
+    (folder / "composed.yaml").write_text(REWARD)
     (folder / "rows.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
 
 

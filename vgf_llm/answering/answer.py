@@ -58,6 +58,7 @@ def answer(
     load_libraries("vgf_llm.answering.pipeline", "vgf_llm.text")
     from vgf_llm.answering.assemble import make_policy
     from vgf_llm.answering.implicit_policy import ImplicitPolicy
+    from vgf_llm.answering.one_pass import Directions
     from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, prompt_text
     from vgf_llm.engines.backends import backend_named
     from vgf_llm.text import row_seeds
@@ -77,6 +78,7 @@ def answer(
             draws=settings.draws,
             select=settings.select,
             gradient=pipeline.gradient,
+            directions=Directions(pipeline.tokenizer, models.reward_model),
         )
         asked = "1 prompt" if len(todo) == 1 else f"{len(todo)} prompts"
         stage(f"answering {asked}, {settings.num_particles} particles of {settings.draws} texts each")
@@ -99,6 +101,8 @@ def outcome_rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[Row]:
     n = outcome.originals.tokens_BNT.shape[1]
     best_B = outcome.original_values_BN.argmax(1)
     originals, selected = outcome.originals.texts(tokenizer), outcome.selected.texts(tokenizer)
+    if outcome.one_pass:
+        return [_streamed_row(prompt, outcome, b, selected[b][0]) for b, prompt in enumerate(prompts)]
     # The pool holds the N originals first, then M = N * draws texts of every round, those of a particle side by side.
     m = outcome.transported.tokens_BNT.shape[1]
     after_B = outcome.selected_index_B - n  # below 0: an original
@@ -131,3 +135,24 @@ def outcome_rows(prompts: list[str], outcome: Any, tokenizer: Any) -> list[Row]:
             }
         )
     return rows
+
+
+def _streamed_row(prompt: str, outcome: Any, b: int, response: str) -> Row:
+    """Return the row of a text that was drawn in one pass: it was moved from no sample."""
+    text = int(outcome.selected_index_B[b]) - outcome.transported.tokens_BNT.shape[1]
+    return {
+        "prompt": prompt,
+        "response": response,
+        "value": round(float(outcome.selected_values_B[b]), 4),
+        "ended": bool(outcome.selected.eos_BNT.any(-1)[b, 0]),
+        "original": None,
+        "original_value": None,
+        "source": None,
+        "source_value": None,
+        "rounds": 1,
+        "distance": {
+            "nats": round(float(outcome.nats_BN[b, text]), 4),
+            "changed_tokens": None,
+            "displacement": None,
+        },
+    }

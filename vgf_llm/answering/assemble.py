@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Selection
+from vgf_llm.answering.one_pass import Directions, stream_sampler
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import DecoderName
 from vgf_llm.text.decoders.make import make_decoder
 from vgf_llm.text.particles import GradientSource, exact_gradient
-from vgf_llm.text.protocols import Reference, Value
+from vgf_llm.text.protocols import Decoder, Reference, Value
 from vgf_llm.text.sampler import ReferenceSampler, Sampler
+from vgf_llm.text.stream import StreamSampler
 
 Policy = TypeVar("Policy", bound=ImplicitPolicy)
 
@@ -29,6 +31,7 @@ def make_policy(
     gradient: GradientSource = exact_gradient,
     length_unit: float | None = None,
     sampler: Sampler | None = None,
+    directions: Directions | None = None,
 ) -> Policy:
     """Return the policy that a reference, a value and a budget imply.
 
@@ -45,14 +48,20 @@ def make_policy(
         gradient: Source of the flow's direction; the value's exact gradient by default.
         length_unit: Unit of displacement; measured on the value's table when not given, which takes a moment.
         sampler: Draws the originals; from the reference by default.
+        directions: Where the bonus of the decoder ``stream`` comes from; the value's lookahead when not given.
 
     Raises:
         ConfigError: If the decoder has no such option, or the option no such value.
     """
+    writes: Decoder | StreamSampler
+    if decoder == "stream":
+        writes = stream_sampler(reference, value, budget, decoder_options, directions)
+    else:
+        writes = make_decoder(decoder, reference, value, decoder_options)
     return kind(
         sampler or ReferenceSampler(reference),
         value,
-        make_decoder(decoder, reference, value, decoder_options),
+        writes,
         budget,
         select=select,
         gradient=gradient,

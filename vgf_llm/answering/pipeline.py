@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
+from reward_models.sources import local_folder
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
 from vgf_llm.data.encoding import encode_prompts as encode
@@ -74,6 +75,7 @@ def load_pipeline(
     folder = models.reward_model
     if folder is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
+    folder = local_folder(folder)
     if not Path(folder).is_dir():
         raise ModelError(
             f"reward_model {folder!r} is not a folder; train one with `vgf-llm reward` and name its folder"
@@ -109,7 +111,10 @@ def check_table(value: Value, tokenizer: PreTrainedTokenizerBase, base_rows: int
 
 
 def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> None:
-    """Say on standard error that the value's input embeddings are not the base's: particles mean something else to it.
+    """Say on standard error that the value's input embeddings are not the base's, though training left them alone.
+
+    Moves are not wrong then: they are made in the value's own table, and tilt the base by token id. But the value was
+    made from another base, so its rewards are of other responses.
 
     Args:
         value: The reward model.
@@ -123,8 +128,9 @@ def tell_other_table(value: RewardModel, base: PreTrainedModel, folder: str) -> 
     if own_VD.shape[1] == base_VD.shape[1] and torch.equal(own_VD[:rows], base_VD[:rows]):
         return
     say(
-        f"WARNING: '{folder}' was made from another base model than this one: their input embeddings differ, so what "
-        "moves a response for one means something else to the other; train the reward model on this base",
+        f"WARNING: '{folder}' was made from another base model than this one: their input embeddings differ. "
+        "Responses are moved in the reward model's own table, by token id; but it was trained for another base's "
+        "responses",
     )
 
 

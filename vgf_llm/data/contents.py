@@ -15,7 +15,8 @@ def contents(prompts: str, reward_model: str | None, base_model: str | None = No
     read = local_files(prompts, "train")
     files = [] if read is None else list(read.paths)
     if reward_model is not None:
-        files += sorted(Path(reward_model).glob("*.safetensors"))
+        folder = Path(reward_model)
+        files += sorted([*folder.glob("*.safetensors"), *folder.glob("imported.json")])
     found = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
     base = None if base_model is None else folder_mark(base_model)
     return found if base is None else found | {str(base_model): base}

@@ -176,17 +176,19 @@ class PromptText(str):
     Attributes:
         prompt: What the text was made of; reward models of another tokenizer read it under their own chat template.
         columns: The other columns of the prompt's row, by name.
+        place: File and row that it was read from; empty where they are not known.
     """
 
     prompt: Prompt
     columns: Mapping[str, Any]
+    place: str
 
-    def __new__(cls, prompt: Prompt, columns: Mapping[str, Any] | None = None) -> PromptText:
+    def __new__(cls, prompt: Prompt, columns: Mapping[str, Any] | None = None, place: str = "") -> PromptText:
         """Write a prompt down; one that is such a text already stays as it is."""
         if isinstance(prompt, PromptText):
             return prompt
         text = super().__new__(cls, conversation_text(prompt))
-        text.prompt, text.columns = prompt, columns or {}
+        text.prompt, text.columns, text.place = prompt, columns or {}, place
         return text
 
 

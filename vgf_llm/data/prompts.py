@@ -124,7 +124,8 @@ def load_prompt_texts(
     check_named(rows, source, "system_column", system_column, "system")
     for number, row in rows:
         others = {name: value for name, value in row.items() if name not in (column, system_column)}
-        texts.append(PromptText(prompt_of(row, source, number, column, system_column), others))
+        prompt = prompt_of(row, source, number, column, system_column)
+        texts.append(PromptText(prompt, others, f"{source}, row {number}"))
     return texts
 
 

@@ -51,12 +51,14 @@ def dpo_rows(prompts: Sequence[Prompt], answers: Sequence[Row]) -> tuple[list[Ro
 
     Returns:
         Rows with prompt, chosen, rejected and figures, and how many were skipped: either text empty, both the same (a
-        sample was selected, or nothing changed), or the value not higher.
+        sample was selected, or nothing changed), the value not higher, or no sample (written in one pass).
     """
-    rows, skipped = [], {"empty": 0, "same": 0, "value_not_higher": 0}
+    rows, skipped = [], {"empty": 0, "same": 0, "value_not_higher": 0, "no_source": 0}
     for prompt, answer in zip(prompts, answers, strict=True):
         chosen, rejected = answer["response"], answer["source"]
-        if chosen.strip() == rejected.strip():
+        if rejected is None:
+            skipped["no_source"] += 1
+        elif chosen.strip() == rejected.strip():
             skipped["same"] += 1
         elif not chosen.strip() or not rejected.strip():
             skipped["empty"] += 1

@@ -156,3 +156,14 @@ def _whole_fsdp2(module: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info, group.reshard_after_backward = mesh, after_backward
         for part in sharded:
             part.reshard()
+
+
+def summed(table: list[list[float]], accelerator: Accelerator) -> list[list[float]]:
+    """Return a table of numbers added up over all processes, in float64; called by all of them."""
+    if accelerator.num_processes == 1:
+        return table
+    import torch
+
+    tensor = torch.tensor(table, dtype=torch.float64, device=accelerator.device)
+    total: list[list[float]] = accelerator.reduce(tensor, reduction="sum").tolist()
+    return total

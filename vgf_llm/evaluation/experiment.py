@@ -6,6 +6,7 @@ prompt and seed; tables are made from rows alone, so a run can be stopped after 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reward_models.functions import RewardFunction, call_function
+from reward_models.composed import Remembered
 from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.answering.one_pass import Directions
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.controls import flipped_gradient, no_gradient, random_gradient
@@ -58,9 +60,11 @@ class Experiment:
     reference: Reference
     value: Value
     tokenizer: PreTrainedTokenizerBase
-    gold: RewardFunction
+    gold: Remembered
     sizes: Sizes
     gradient: GradientSource = exact_gradient
+    reward_model: str | None = None
+    """Folder of the reward model, where fitted directions are looked for."""
 
     @cached_property
     def length_unit(self) -> float:
@@ -86,7 +90,9 @@ class Experiment:
                 index, text = prompts.indices[error.group], prompts.texts[error.group]
                 message = f"arm {arm.name!r}, prompt {index} ({text!r}): {error}"
                 raise NonFiniteError(message, group=index, step=error.step) from error
-            seconds = time.perf_counter() - started + samples.seconds_by_count[arm.num_particles]
+            seconds = time.perf_counter() - started
+            if not outcome.one_pass:
+                seconds += samples.seconds_by_count[arm.num_particles]
             if arm.is_plain_base:  # one sample, nothing scored: its share of the batch's sampling
                 seconds = samples.seconds_by_count[arm.num_particles] / arm.num_particles
             if arm.transport.is_none:  # nothing was written that has not been measured
@@ -127,6 +133,7 @@ class Experiment:
             select=arm.select,
             gradient=directions[arm.direction],
             length_unit=self.length_unit,
+            directions=Directions(self.tokenizer, self.reward_model),
         )
 
     def _rows(
@@ -134,14 +141,15 @@ class Experiment:
     ) -> list[Row]:
         """Return one row a prompt; the cloud's n responses come first, the last column is the selected one."""
         cloud, n = cloud_and_selected(outcome), outcome.transported.tokens_BNT.shape[1]
-        particles_BN = (torch.arange(n) // (n // arm.num_particles)).expand(len(prompts.ids), -1)
+        a_particle = n // outcome.originals.tokens_BNT.shape[1]
+        particles_BN = (torch.arange(n) // a_particle).expand(len(prompts.ids), -1)
         sources = outcome.originals.take(particles_BN.to(outcome.originals.tokens_BNT.device))
         changed_BN = changed_tokens(sources, outcome.transported)
         sampled_B = outcome.originals.lengths_BN.sum(-1)
         texts = cloud.texts(self.tokenizer)
         rows = []
         for b, index in enumerate(prompts.indices):
-            gold = call_function(self.gold, [prompts.texts[b]] * (n + 1), texts[b])
+            gold, parts = self.gold.scored([prompts.texts[b]] * (n + 1), texts[b])
             tokens = cloud.lengths_BN[b].tolist()
             work = PromptWork.of(outcome.work, b)
             flops = arm_flops(arm, self.sizes, len(prompts.ids[b]), int(sampled_B[b]), work)
@@ -169,6 +177,7 @@ class Experiment:
                     "texts": texts[b][:n],
                     "tflops": round(flops / 1e12, 6),
                     "seconds": round(seconds, 4),
+                    **({"gold_parts": parts_rounded(parts)} if parts else {}),
                 }
             )
         return rows
@@ -182,3 +191,11 @@ def cloud_and_selected(outcome: Outcome) -> Responses:
 def rounded(values_N: Tensor) -> list[float]:
     """Return a tensor as floats of five decimals, short enough for a results file."""
     return [round(value, 5) for value in values_N.detach().to(torch.float64).tolist()]
+
+
+def parts_rounded(parts: dict[str, list[float]]) -> dict[str, list[float | None]]:
+    """Return the components of a composed gold as JSON has them: the cloud's, then the selected response's.
+
+    A component that was not scored, because a constraint was broken, is None.
+    """
+    return {name: [None if math.isnan(v) else round(v, 5) for v in values] for name, values in parts.items()}

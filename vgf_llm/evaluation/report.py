@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vgf_llm.evaluation.summary import Row
-from vgf_llm.evaluation.table import LEGEND, difference_table, equal_cost_lines, markdown_table
+from vgf_llm.evaluation.table import LEGEND, difference_table, equal_cost_lines, markdown_table, part_lines
 
 _SHOWN_PROMPTS = 10
 
@@ -22,6 +22,9 @@ def markdown_report(summary: dict[str, Any], rows: list[Row]) -> str:
         f"{summary['prompts']} prompts; 95% bootstrap intervals over prompts in brackets. {LEGEND}",
         markdown_table(summary["arms"]),
     ]
+    if lines := part_lines(summary["arms"]):
+        parts.append("Components of the gold, mean of the cloud:")
+        parts.append("\n".join(f"- {line}" for line in lines))
     if summary["equal_cost"]:
         parts.append("Against best-of-N of equal cost, selected responses, paired by prompt and seed:")
         parts.append("\n".join(f"- {line}" for line in equal_cost_lines(summary["equal_cost"])))

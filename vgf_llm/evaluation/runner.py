@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
+from reward_models.composed import Remembered
 from reward_models.foreign import text_reward
-from reward_models.functions import remembered
 from reward_models.secant import stated_fidelity
 from vgf_llm import __version__
 from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
@@ -34,7 +34,7 @@ def work(
     done: set[Key],
 ) -> Iterator[list[Row]]:
     """Yield the rows that are not done yet, a batch of prompts and an arm at a time."""
-    gold = remembered(text_reward(settings.gold))
+    gold = Remembered(text_reward(settings.gold, calls=settings))
     todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     if not todo:
         return
@@ -43,7 +43,15 @@ def work(
     with closing(pipeline):
         ids, texts = encode_prompts(pipeline, [prompt.prompt for prompt in prompts]), prompts
         sizes = Sizes.of(pipeline.reference.model, pipeline.value)
-        experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
+        experiment = Experiment(
+            pipeline.reference,
+            pipeline.value,
+            pipeline.tokenizer,
+            gold,
+            sizes,
+            pipeline.gradient,
+            models.reward_model,
+        )
         left = sum(len(indices) * len(arms) for _, indices, arms in todo)
         stage(f"evaluating {len(prompts)} prompts under {len(settings.all_arms())} arms")
         with Bar("evaluating", left, "answers") as bar:

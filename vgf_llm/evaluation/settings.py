@@ -8,18 +8,19 @@ from vgf_llm.errors import require, require_sampling_seed
 from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.runs.resume import require_resume_rows
-from vgf_llm.settings import BackendSettings, PromptSettings
+from vgf_llm.settings import BackendSettings, PromptSettings, RewardCallSettings
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(PromptSettings, BackendSettings):
+class EvaluateSettings(PromptSettings, BackendSettings, RewardCallSettings):
     """What is compared, on which prompts, and where the result goes."""
 
     prompts: str = "recipes/smollm2_sentiment/data/prompts_test.jsonl"
     output_dir: str = "outputs/evaluate"
     """Folder for rows.jsonl, summary.json and config.json."""
     gold: str = "vader_compound"
-    """Held-out scorer: a function of reward_models.functions, "module:function", or the folder of a reward model."""
+    """Held-out scorer: a function of reward_models.functions, "module:function", the folder of a reward model,
+    or a YAML file that composes them (docs/reward_models.md)."""
     num_particles: int = 8
     """N of the budgets' arms."""
     draws: int = 3
@@ -44,6 +45,7 @@ class EvaluateSettings(PromptSettings, BackendSettings):
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
         super().__post_init__()
+        RewardCallSettings.__post_init__(self)
         require_resume_rows(self.resume)
         for key in ("draws", "batch_prompts"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")

@@ -52,7 +52,8 @@ def summarise(rows: list[Row], arm_names: list[str]) -> dict[str, Any]:
     """Return ``{arm: {prompts, seeds, <measure>: {mean, low, high}}}`` in the given order.
 
     A prompt's number is the mean over its seeds; intervals are 95% bootstrap intervals over prompts. Arms without rows
-    are left out; a measure that an arm does not have is None.
+    are left out; a measure that an arm does not have is None. Of a composed gold, ``gold.<part>`` is the mean over the
+    responses of the cloud that the part was scored on, and ``scored`` their share.
     """
     summary: dict[str, Any] = {}
     for name in arm_names:
@@ -66,8 +67,25 @@ def summarise(rows: list[Row], arm_names: list[str]) -> dict[str, Any]:
         for measure, function in MEASURES.items():
             lacking = any(row.get(measure, 0) is None for row in arm_rows)  # no distribution, no nats
             entry[measure] = None if lacking else asdict(bootstrap_mean(list(_by_prompt(arm_rows, function).values())))
+        parts = {part for row in arm_rows for part in row.get("gold_parts", {})}
+        entry |= {f"gold.{part}": _part(arm_rows, part) for part in sorted(parts)}
         summary[name] = entry
     return summary
+
+
+def _part(rows: list[Row], part: str) -> dict[str, float] | None:
+    """Return the mean of a component of the gold over prompts, None where it was never scored."""
+    scored, by_prompt = [], defaultdict[int, list[float]](list)
+    for row in rows:
+        cloud = row["gold_parts"][part][:-1]
+        values = [value for value in cloud if value is not None]
+        scored.append(len(values) / len(cloud))
+        if values:
+            by_prompt[row["prompt_index"]].append(sum(values) / len(values))
+    if not by_prompt:
+        return None
+    means = [sum(values) / len(values) for values in by_prompt.values()]
+    return asdict(bootstrap_mean(means)) | {"scored": sum(scored) / len(scored)}
 
 
 def differences(rows: list[Row], arm_names: list[str], baseline: str) -> dict[str, Any]:

@@ -65,6 +65,24 @@ def equal_cost_lines(equal_cost: dict[str, Any]) -> list[str]:
     return lines
 
 
+def part_lines(summary: dict[str, Any]) -> list[str]:
+    """Say what the components of a composed gold are in each arm, one line each; none where it is not composed."""
+    lines = []
+    for name, entry in summary.items():
+        parts = {key: found for key, found in entry.items() if key.startswith("gold.")}
+        if parts:
+            shown = (
+                f"{key} -" if found is None else f"{key} {_cell(found, 3, True)}{_share(found['scored'])}"
+                for key, found in parts.items()
+            )
+            lines.append(f"{name}: {', '.join(shown)}")
+    return lines
+
+
+def _share(scored: float) -> str:
+    return "" if scored == 1 else f" (of {scored:.0%} of the responses)"
+
+
 def markdown_table(summary: dict[str, Any], interval: bool = True) -> str:
     """Return the summary as a Markdown table, intervals on the compared measures."""
     header = ["arm", "seeds", *(title for _, title, _ in COLUMNS)]

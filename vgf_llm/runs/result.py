@@ -38,6 +38,7 @@ RESULT_NAMES = (
     "vgf_base.json",
     "README.md",
     "training_args.bin",
+    "reward_statistics.json",
     "value",
 )
 """Patterns of the files and folders that a checkpoint and the result of its run have in common."""

@@ -176,6 +176,10 @@ class RequestReader:
                 f"top_k must be 1 to {self.sampling.top_k} where particles are sampled, got {question.sampling.top_k}; "
                 f"{plain} do without",
             )
+        if question.decoder == "stream" and not question.budget.is_none:
+            raise refused(
+                "transport.decoder", "transport.decoder must not be stream: it does not write in the engine yet"
+            )
         if question.stop and question.decoder != "prior" and not question.budget.is_none:
             raise refused("stop", f"stop needs transport.decoder prior, got {question.decoder}: others write in pieces")
 

@@ -73,6 +73,9 @@ class ServeSettings(ImplicitPolicySettings):
         """Validate ranges; raises SettingError."""
         super().__post_init__()
         require(0 <= self.port <= 65535, "port", self.port, "from 0 to 65535")
+        require(
+            self.decoder != "stream", "decoder", self.decoder, "a decoder that writes in the engine: not stream yet"
+        )
         require(self.max_running >= 1, "max_running", self.max_running, "at least 1")
         require(self.max_waiting >= 0, "max_waiting", self.max_waiting, "at least 0")
         for one in fields(self.budget):

@@ -5,6 +5,7 @@
 Imports nothing heavy, so that ``--help`` answers at once.
 """
 
+from vgf_llm.settings.rewards import HOW_REWARDS_ARE_CALLED, RewardCallSettings
 from vgf_llm.settings.shared import (
     DECODER_OPTIONS,
     AnswerSettings,
@@ -24,6 +25,7 @@ from vgf_llm.settings.shared import (
 
 __all__ = [
     "DECODER_OPTIONS",
+    "HOW_REWARDS_ARE_CALLED",
     "AnswerSettings",
     "BackendName",
     "BackendSettings",
@@ -35,6 +37,7 @@ __all__ = [
     "ModelSettings",
     "ParticleSettings",
     "PromptSettings",
+    "RewardCallSettings",
     "SamplingSettings",
     "check_decoder_options",
 ]

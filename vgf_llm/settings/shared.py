@@ -13,6 +13,7 @@ DecoderName = Literal["prior", "stream", "block", "edit", "edit_greedy", "pivot"
 
 DECODER_OPTIONS: dict[DecoderName, tuple[str, ...]] = {
     "prior": ("multiplier", "coupling", "after_change"),
+    "stream": ("direction", "candidates", "min_probability"),
     "block": ("block_tokens",),
     "edit": (),
     "edit_greedy": ("proposals", "checked"),

@@ -33,7 +33,7 @@ from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import capped_multiplier, kl_divergence, tilt
 
 _PRIOR_TOKENS = 4.0  # how many tokens the variance from elsewhere counts for
-_BISECTIONS = 14  # a cap is met to within this many halvings of the multiplier, from below
+_BISECTIONS = 20  # a cap is met to within this many halvings of the multiplier, from below
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def rewards_of(
         foreign=method.value == "learned",
         dtype=getattr(torch, policy.dtype),
         device=arguments.device,
+        calls=script,
     )
     for member in rewards.members:
         if isinstance(member.scorer, RewardModel):

@@ -1,14 +1,16 @@
 """The checkpoints and the result of a run, written whole or not at all, and read back.
 
 A checkpoint holds the policy as users load it (a PEFT adapter, or a transformers model), ``value/`` where a value is
-learned, ``trained.safetensors`` with what the policy's own files do not hold exactly, ``target.safetensors``, and the
-Trainer's optimiser, scheduler, random states and progress; under DeepSpeed and FSDP their own shards (shards.py); and
-what the next log line has so far. It is written next to its place and published by one rename.
+learned, ``trained.safetensors`` with what the policy's own files do not hold exactly, ``target.safetensors``,
+``reward_statistics.json`` where rewards are standardised by running statistics, and the Trainer's optimiser, scheduler,
+random states and progress; under DeepSpeed and FSDP their own shards (shards.py); and what the next log line has so
+far. It is written next to its place and published by one rename.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from reward_models.running import RunningRewards
 from reward_models.value_model import save_value_model
 from vgf_llm.distributed.gather import full_tensors, under
 from vgf_llm.distributed.shards import copy_whole
 from vgf_llm.errors import CheckpointError
 from vgf_llm.models.inputs import ADAPTER_NAME
 from vgf_llm.runs.checkpoint import writing
+from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.runs.provenance import BASE_NAME, write_base
 from vgf_llm.runs.publishing import published
 from vgf_llm.runs.result import replaced
@@ -33,6 +37,7 @@ from vgf_llm.training.policy_models import PolicyModels
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+STATISTICS_NAME = "reward_statistics.json"
 TRAINED_NAME, TARGET_NAME, VALUE_FOLDER = "trained.safetensors", "target.safetensors", "value"
 
 
@@ -49,6 +54,7 @@ class Checkpoints:
         tokenizer: Saved with what is trained.
         accelerator: Of the run's processes.
         identity: What must not change when the run is resumed, as far as the settings tell.
+        running: Statistics of the rewards.
 
     Attributes:
         staging: Folder that a checkpoint is being written into; None in between.
@@ -63,7 +69,9 @@ class Checkpoints:
         tokenizer: PreTrainedTokenizerBase,
         accelerator: Accelerator,
         identity: dict[str, Any],
+        running: RunningRewards,
     ) -> None:
+        self.running = running
         self.output_dir, self.limit = Path(output_dir), limit
         self.models, self.learned, self.tokenizer = models, learned, tokenizer
         self.accelerator = accelerator
@@ -109,7 +117,7 @@ class Checkpoints:
     def _stale(self, folder: Path) -> list[str]:
         """Name what an earlier run left that the new result would be read together with."""
         own = () if self.models.is_lora else ("model*.safetensors", "model.safetensors.index.json")
-        patterns = (ADAPTER_NAME, "adapter_*", BASE_NAME, VALUE_FOLDER, *own)
+        patterns = (ADAPTER_NAME, "adapter_*", BASE_NAME, VALUE_FOLDER, STATISTICS_NAME, *own)
         return list(dict.fromkeys(path.name for pattern in patterns for path in sorted(folder.glob(pattern))))
 
     def write(self, model: nn.Module, folder: Path, with_state: bool) -> None:
@@ -133,6 +141,8 @@ class Checkpoints:
             if self.learned is not None:
                 save_value_model(self.learned.model, folder / VALUE_FOLDER, self.tokenizer, value)
                 self.learned.save_secant(folder / VALUE_FOLDER, under(tensors, "secant."))
+            if self.running.by_name:
+                write_json_atomic(folder / STATISTICS_NAME, self.running.state_dict())
             if with_state:
                 self._write_state(folder, tensors)
         self.accelerator.wait_for_everyone()
@@ -192,6 +202,19 @@ class Checkpoints:
         """Read the value's target back, where there is one."""
         if self.learned is not None:
             self.learned.target.load_state_dict(load_file(folder / TARGET_NAME))
+
+    def load_running(self, folder: Path) -> None:
+        """Read the rewards' statistics back, where there are some; called on all processes.
+
+        Raises:
+            CheckpointError: They are missing.
+        """
+        if not self.running.by_name:
+            return
+        try:
+            self.running.load_state_dict(json.loads((folder / STATISTICS_NAME).read_text()))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"'{folder}' lacks the statistics of {error}; it is of other rewards") from error
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

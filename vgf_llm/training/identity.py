@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from reward_models.grammar import reward_contents
 from vgf_llm.data.contents import scorer_contents
 from vgf_llm.distributed.shards import engine_name
 from vgf_llm.models.loading import fingerprint
@@ -62,7 +63,7 @@ def identity_of(
         "model": dump(policy),
         "tokenizer": [tokens.tokenizer, tokens.template],
         "dataset": hashlib.sha256(rows.encode()).hexdigest(),
-        "rewards": [scorer_contents(name) for name in script.rewards],
+        "rewards": [reward_contents(name) for name in script.rewards],
         "reward_weights": list(script.reward_weights),
         **({"reward_outputs": script.reward_outputs} if script.reward_outputs else {}),
         "value_weights": None if start is None else scorer_contents(start),

@@ -2,8 +2,9 @@
 
     r(x, y) = sum_m w_m r_m(x, y)
 
-Reward models read tokens and are differentiable; functions read texts and are not. Where the flow is driven by the
-reward itself it climbs the models' part of the sum; a sum of functions alone needs a learned value.
+Reward models read tokens and are differentiable; functions, servers and composed rewards read texts and are not. Where
+the flow is driven by the reward itself it climbs the models' part of the sum; a sum of functions alone needs a learned
+value.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reward_models.composed import ComposedReward, scored
 from reward_models.foreign import foreign_reward, text_reward
-from reward_models.functions import RewardFunction, call_function, further_arguments, load_function
+from reward_models.functions import RewardFunction
+from reward_models.grammar import is_composed
+from reward_models.inputs import check_rewards
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
+from reward_models.running import RunningRewards
+from reward_models.sources import local_folder
 from reward_models.weighted import WeightedRewards
 from vgf_llm.answering.pipeline import load_gradient
 from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.settings import RewardCallSettings
 from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
@@ -49,6 +56,9 @@ class Rewards:
         members: At least one.
         tokenizer: Turns responses into the texts that functions read.
         gold: A function that is scored too, and is not part of the sum.
+
+    Attributes:
+        running: Statistics of the parts that are standardised by them; the trainer ends its steps.
     """
 
     def __init__(
@@ -59,39 +69,62 @@ class Rewards:
     ) -> None:
         self.members = list(members)
         self.tokenizer = tokenizer
-        self.gold = gold
+        self.gold = None if gold is None else NamedReward("gold", 1.0, gold, "gold")
+        self.running = RunningRewards(
+            f"{member.name}.{label}"
+            for member in members
+            if isinstance(member.scorer, ComposedReward)
+            for label in member.scorer.running_labels
+        )
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], responses: Responses) -> dict[str, Tensor]:
+    def __call__(self, prompts: list[str], responses: Responses, learn: bool = False) -> dict[str, Tensor]:
         """Return ``{"reward": sum, <name>: its own, ..., "gold": gold}``, each [B, N] float32.
+
+        A composed reward adds its components, as ``reward_<name>.<component>``, NaN where one was not scored.
 
         Args:
             prompts: B texts, for functions.
             responses: B x N responses.
+            learn: Whether running statistics take the values in.
 
         Raises:
             ModelError: A function raises, or returns something else than finite numbers.
         """
         texts = responses.texts(self.tokenizer)
-        found = {member.name: self._one(member, prompts, texts, responses) for member in self.members}
+        parts: dict[str, Tensor] = {}
+        found = {}
+        for member in self.members:
+            found[member.name], inside = self._one(member, prompts, texts, responses, learn)
+            parts |= {f"reward_{member.name}.{name}": values_BN for name, values_BN in inside.items()}
         weighted = [member.weight * found[member.name] for member in self.members]
         scores = {"reward": torch.stack(weighted).sum(0)}
         if len(self.members) > 1:
             scores |= {f"reward_{name}": values_BN for name, values_BN in found.items()}
+        scores |= parts
         if self.gold is not None:
-            scores["gold"] = self._one(NamedReward("gold", 1.0, self.gold, "gold"), prompts, texts, responses)
+            scores["gold"], inside = self._one(self.gold, prompts, texts, responses, False)
+            scores |= {f"gold.{name}": values_BN for name, values_BN in inside.items()}
         return scores
 
-    @staticmethod
-    def _one(member: NamedReward, prompts: list[str], texts: list[list[str]], responses: Responses) -> Tensor:
+    def _one(
+        self, member: NamedReward, prompts: list[str], texts: list[list[str]], responses: Responses, learn: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the scores of one reward, and those of its components, [B, N]."""
         scorer = member.scorer
         if isinstance(scorer, RewardModel):
             scores_BN = scorer.score(scorer.prefix(responses.prompts), responses.tokens_BNT, responses.mask_BNT).float()
             _refuse_non_finite(member, scores_BN, prompts)
-            return scores_BN
+            return scores_BN, {}
         flat_prompts = [prompt for prompt, group in zip(prompts, texts, strict=True) for _ in group]
-        rewards = call_function(scorer, flat_prompts, [text for group in texts for text in group])
-        return torch.tensor(rewards, device=responses.tokens_BNT.device).view(responses.tokens_BNT.shape[:2])
+        flat_texts = [text for group in texts for text in group]
+        running = None if member is self.gold else self.running
+        rewards, inside = scored(scorer, flat_prompts, flat_texts, running, f"{member.name}.", learn)
+        shape, device = responses.tokens_BNT.shape[:2], responses.tokens_BNT.device
+        return (
+            torch.tensor(rewards, device=device).view(shape),
+            {name: torch.tensor(values, device=device).view(shape) for name, values in inside.items()},
+        )
 
     def flow(self) -> Flow:
         """Return what gives the flow its value and direction where no value is learned.
@@ -124,11 +157,12 @@ def load_rewards(
     outputs: Mapping[str, float] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    calls: RewardCallSettings | None = None,
 ) -> Rewards:
-    """Load rewards by name: a folder is a reward model, anything else a Python function.
+    """Load rewards by name: a folder is a reward model, a YAML file composes several, anything else is a function.
 
     Args:
-        names: Folders and functions.
+        names: Folders, functions and files.
         weights: One each; empty weighs all by 1.
         tokenizer: The policy's; reward models must have been trained with it, unless ``foreign``.
         gold: A function, or a reward model's folder, that is only looked at.
@@ -136,12 +170,13 @@ def load_rewards(
         foreign: Whether a model of another tokenizer may score texts; it cannot move particles.
         dtype: Of the reward models' bodies.
         device: Where they go.
+        calls: How functions and servers are called; None: plainly, without a cache.
 
     Raises:
-        ConfigError: A function does not exist.
+        ConfigError: A function does not exist, or a file is wrong.
         ModelError: A reward model cannot be loaded, or is of another tokenizer.
     """
-    members = []
+    members, names = [], [name if is_composed(name) else local_folder(name) for name in names]
     check_rewards(names)
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
@@ -149,28 +184,11 @@ def load_rewards(
             scorer = foreign_reward(name, tokenizer, device, dtype, outputs) if foreign else None
             scorer = scorer or load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device, outputs=outputs)
         else:
-            scorer = _function(name)
+            scorer = text_reward(name, device, dtype, calls)
         members.append(NamedReward(_short(name), float(weight), scorer, name))
     if len({member.name for member in members}) < len(members):  # folders are often called alike
         members = [replace(member, name=f"{member.name}_{i}") for i, member in enumerate(members)]
-    return Rewards(members, tokenizer, None if gold is None else text_reward(gold, device, dtype))
-
-
-def check_rewards(names: Sequence[str], prompts: Sequence[str] = ()) -> None:
-    """Check names, and the columns that functions take, before anything heavy is loaded.
-
-    Args:
-        names: Folders and functions.
-        prompts: What functions will be called with; none are looked at when empty.
-
-    Raises:
-        ConfigError: One is neither a folder nor a function that exists, or takes a column that the prompts do not have.
-    """
-    for name in names:
-        if not Path(name).is_dir():
-            function = _function(name)
-            if prompts:
-                further_arguments(function, prompts)
+    return Rewards(members, tokenizer, None if gold is None else text_reward(gold, device, dtype, calls))
 
 
 def _refuse_non_finite(member: NamedReward, scores_BN: Tensor, prompts: list[str]) -> None:
@@ -183,13 +201,7 @@ def _refuse_non_finite(member: NamedReward, scores_BN: Tensor, prompts: list[str
         )
 
 
-def _function(name: str) -> Callable:
-    if "/" in name:
-        raise ConfigError(
-            f"rewards: {name!r} is not a folder; train a reward model with `vgf-llm reward`, or name a function"
-        )
-    return load_function(name)
-
-
 def _short(name: str) -> str:
+    if is_composed(name):
+        return Path(name).stem
     return Path(name).name if Path(name).is_dir() else name.rpartition(":")[2]

@@ -82,7 +82,8 @@ class RolloutWorker:
     def score(self, prompts: Sequence[PromptRow], outcome: Outcome) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the rewards of the originals and of the transported responses, by name."""
         texts = [prompt.text for prompt in prompts]
-        return self.rewards(texts, outcome.originals), self.rewards(texts, outcome.transported)
+        originals = self.rewards(texts, outcome.originals, learn=True)
+        return originals, self.rewards(texts, outcome.transported, learn=True)
 
 
 def _timed(function: Callable[[], Result]) -> tuple[Result, float]:

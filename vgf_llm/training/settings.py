@@ -14,12 +14,13 @@ from vgf_llm.settings import (
     DtypeName,
     EngineSettings,
     ParticleSettings,
+    RewardCallSettings,
 )
 from vgf_llm.settings.training import LoraSettings, OptimiserSettings
 
 
 @dataclass(frozen=True)
-class TrainScript:
+class TrainScript(RewardCallSettings):
     """Prompts, rewards and output."""
 
     prompts: str
@@ -33,16 +34,18 @@ class TrainScript:
     num_prompts: int | None = None
     """Prompts used, from the first; all when unset."""
     rewards: list[str] = field(default_factory=list)
-    """Rewards that are summed: folders of reward models, and Python functions as "module:function" or by name."""
+    """Rewards that are summed: folders of reward models, Python functions as "module:function" or by name, and YAML
+    files that compose them (docs/reward_models.md)."""
     reward_weights: list[float] = field(default_factory=list)
     """Weight of each reward; empty weighs all by 1."""
     reward_outputs: dict[str, float] = field(default_factory=dict, kw_only=True)
     """Weights of the outputs of rewards that are classifiers with several, by name or number."""
     gold: str | None = None
-    """Python function, or folder of a reward model, that is logged and never trained on."""
+    """Python function, folder of a reward model, or YAML file, that is logged and never trained on."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""
+        super().__post_init__()
         require(bool(self.rewards), "rewards", self.rewards, "a list of at least one reward")
         wanted = len(self.rewards)
         require(
@@ -142,6 +145,7 @@ class VGFSettings(ParticleSettings, BackendSettings):
         """Validate ranges; raises SettingError."""
         super().__post_init__()
         require(self.num_particles >= 2, "num_particles", self.num_particles, "at least 2: weights compare responses")
+        require(self.decoder != "stream", "decoder", self.decoder, "a decoder that moves samples: not stream yet")
         require(self.kept is None or self.kept >= 1, "kept", self.kept, "null or at least 1")
         for key in ("weight_temperature", "dpo_beta"):
             require(getattr(self, key) > 0, key, getattr(self, key), "above 0")

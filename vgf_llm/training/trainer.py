@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vgf_llm.distributed.fsdp import require_sharding
-from vgf_llm.distributed.gather import whole_weights
+from vgf_llm.distributed.gather import summed, whole_weights
 from vgf_llm.distributed.shards import save_engine_state, without_frozen
 from vgf_llm.errors import ConfigError, DivergedError
 from vgf_llm.machine.precision import require_float32
@@ -102,6 +102,7 @@ class VGFTrainer(Trainer):
         if learned is not None:
             learned.start()
         self.models, self.learned, self.method, self.base = models, learned, method, base
+        self.rewards = rewards
         self.output_dir = Path(str(args.output_dir))
         self.prompts, self.make_engine, self.metrics = train_dataset, make_engine, MetricSums()
         self.run_log = RunLog(self.output_dir, base.tokenizer, writes=self.is_world_process_zero())
@@ -113,7 +114,14 @@ class VGFTrainer(Trainer):
             self.distributions, rewards, method.budget, self.metrics, self.run_log, self.accelerator
         )
         self.checkpoints = Checkpoints(
-            self.output_dir, args.save_total_limit, models, learned, base.tokenizer, self.accelerator, identity
+            self.output_dir,
+            args.save_total_limit,
+            models,
+            learned,
+            base.tokenizer,
+            self.accelerator,
+            identity,
+            rewards.running,
         )
         self._resumed_from: Path | None = None
         self.add_callback(_AroundSteps(self))
@@ -131,8 +139,11 @@ class VGFTrainer(Trainer):
         if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
             left = len(self.prompts) % (rows_per_forward(self) * self.accelerator.num_processes)
         rows, count = own_rows(rows, self.accelerator.process_index, left)
+        seen = self.rewards.running.seen
         with self.metrics.muted(not count):
             batch = self.learner.batch(self.rollout(rows), self.state.global_step)
+        if not count:
+            self.rewards.running.forget(seen)
         return batch if count else without_effect(batch)
 
     def rollout(self, prompts: list[PromptRow]) -> Rollout:
@@ -170,7 +181,8 @@ class VGFTrainer(Trainer):
             self.metrics.load_state_dict(figures)
 
     def end_step(self) -> None:
-        """Let the value's target follow it, before a checkpoint of the step is written."""
+        """Let the value's target, and the rewards' statistics, follow, before a checkpoint of the step is written."""
+        self.rewards.running.end_step(lambda table: summed(table, self.accelerator))
         if self.learned is not None:
             with whole_weights(self.accelerator, self.model_wrapped):
                 self.learned.follow()
@@ -334,6 +346,7 @@ class VGFTrainer(Trainer):
         if resume_from_checkpoint is not None:
             self._resumed_from = Path(resume_from_checkpoint)
             self.checkpoints.load_target(self._resumed_from)
+            self.checkpoints.load_running(self._resumed_from)
             self.state.compute_steps(self.args, max_steps)  # of these settings, not of the checkpoint's
         self.run_log.start(self.state.global_step)
         return prepared

@@ -23,8 +23,13 @@ def _nearest(reference: Reference, table_VD: Tensor) -> Decoder:
     return NearestDecoder(table_VD, (*reference.eos_ids, reference.pad_id), reference.vocabulary)
 
 
+def _stream(reference: Reference, table_VD: Tensor) -> Decoder:
+    raise ConfigError("the decoder 'stream' writes in one pass, without an original; this decodes moved responses")
+
+
 _MAKERS: dict[DecoderName, Callable[..., Decoder]] = {
     "prior": PriorDecoder,
+    "stream": _stream,
     "block": BlockDecoder,
     "edit": EditDecoder,
     "edit_greedy": EditGreedyDecoder,

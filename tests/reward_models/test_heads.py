@@ -1,0 +1,125 @@
+"""Heads that transformers would drop or make up are read from the file; names on the hub go through its cache."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from reward_models.classification import load_classifier, read_classifier
+from reward_models.inputs import check_reward_model, check_rewards
+from reward_models.loading import load_reward_model
+from reward_models.sources import is_hub_name, local_folder
+from tests.byte_tokenizers import byte_tokenizer
+from tests.reward_models.checked import changed
+from tests.reward_models.classifiers import TOKENIZERS, classifier, scores_by_transformers
+from tests.reward_models.test_classification import scored, talks_of
+from vgf_llm.errors import ConfigError, ModelError
+
+
+def with_weights(folder, **weights):
+    """Put weights into a folder's file, or take them out."""
+    path = folder / "model.safetensors"
+    found = load_file(path) | {name.replace("__", "."): tensor for name, tensor in weights.items()}
+    save_file({name: tensor for name, tensor in found.items() if tensor is not None}, path, {"format": "pt"})
+    return folder
+
+
+def read_here(folder, tokenizer, talks):
+    value, ids, tokens, mask = scored(load_reward_model(folder, tokenizer=tokenizer), tokenizer, talks)
+    return value.score(value.prefix(ids), tokens, mask)[:, 0]
+
+
+def test_a_bias_in_the_file_is_added(tmp_path):
+    tokenizer = byte_tokenizer()
+    folder, talks = classifier(tmp_path, tokenizer), talks_of(tokenizer, 6)
+    before = read_here(folder, tokenizer, talks)
+    after = read_here(with_weights(folder, score__bias=torch.tensor([2.5])), tokenizer, talks)
+    assert torch.allclose(after, before + 2.5, atol=1e-5)
+
+
+def test_a_stack_is_read_where_its_activation_is_known(tmp_path):
+    tokenizer = byte_tokenizer()
+    folder, talks = classifier(tmp_path, tokenizer), talks_of(tokenizer, 6)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    first, last = torch.nn.Linear(32, 16), torch.nn.Linear(16, 1)
+    plain.score = torch.nn.Sequential(first, torch.nn.ReLU(), last)
+    expected = torch.tensor(scores_by_transformers(plain, tokenizer, talks))[:, 0]
+    parts = {"score__0__weight": first.weight, "score__0__bias": first.bias, "score__2__bias": last.bias}
+    parts = {name: tensor.detach() for name, tensor in parts.items()}
+    with_weights(folder, score__weight=None, score__2__weight=last.weight.detach(), **parts)
+    with pytest.raises(ModelError, match='add "head_activation" to its config.json'):
+        load_classifier(folder)
+    changed(folder, head_activation="relu")
+    assert (read_here(folder, tokenizer, talks) - expected).abs().max() < 1e-4
+    changed(folder, head_activation=None, architectures=["Qwen2ForRewardModel"])
+    assert (read_here(folder, tokenizer, talks) - expected).abs().max() < 1e-4
+
+
+def test_heads_that_have_no_place_are_refused_by_name(tmp_path):
+    folder = with_weights(classifier(tmp_path, byte_tokenizer()), gating__weight=torch.ones(2, 2))
+    with pytest.raises(ModelError, match=r"holds gating.weight, which LlamaForSequenceClassification has no place for"):
+        read_classifier(folder)
+
+
+def test_an_adapter_that_saves_a_bias(tmp_path):
+    tokenizer = byte_tokenizer()
+    base, talks = classifier(tmp_path / "base", tokenizer), talks_of(tokenizer, 4)
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    before = read_here(tmp_path / "adapter", tokenizer, talks)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.score.bias": torch.tensor([1.5])}, path, {"format": "pt"})
+    assert torch.allclose(read_here(tmp_path / "adapter", tokenizer, talks), before + 1.5, atol=1e-5)
+
+
+def test_a_base_that_ends_in_another_token_than_the_classifier(tmp_path):
+    """The base ends in </s>, the classifier in <|im_end|>: the base's EOS is read as the classifier's closing."""
+    own, base = byte_tokenizer(), byte_tokenizer(**TOKENIZERS["zephyr"])
+    folder, talks = classifier(tmp_path, own), [talk[-2:] for talk in talks_of(own, 6)]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    expected = torch.tensor(scores_by_transformers(model, own, talks))[:, 0]
+    value, _, tokens, mask = scored(load_reward_model(folder, tokenizer=base), base, talks)
+    from vgf_llm.data.encoding import encode_prompt
+
+    ids = [encode_prompt(base, talk[:-1]) for talk in talks]
+    assert int(tokens[0, 0, mask[0, 0].sum() - 1]) == base.eos_token_id != own.eos_token_id
+    assert (value.score(value.prefix(ids), tokens, mask)[:, 0] - expected).abs().max() < 1e-4
+
+
+def test_names_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert is_hub_name("org/name-1.5") and is_hub_name("0x/y")
+    for name in ("outputs/reward", "a/b/c", "./a", "/a/b", "module:function", "reward_models/x", "name", "~/x"):
+        assert not is_hub_name(name), name
+    check_reward_model("org/name")
+    check_rewards(["org/name"])
+    with pytest.raises(ConfigError, match="is not a folder"):
+        check_rewards(["outputs/none"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    start = time.monotonic()
+    with pytest.raises(ModelError, match="not in the cache of the hub, and cannot be downloaded"):
+        local_folder("some-org/no-such-reward-model")
+    assert time.monotonic() - start < 30
+
+
+def test_a_name_in_the_cache_of_the_hub_is_found_offline(tmp_path, monkeypatch):
+    """As the hub's client lays it out: refs/main names the snapshot."""
+    repository = tmp_path / "models--org--judge"
+    snapshot = repository / "snapshots" / "abc"
+    tokenizer = byte_tokenizer()
+    classifier(snapshot, tokenizer)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
+    folder = local_folder("org/judge")
+    assert json.loads((snapshot / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    assert load_reward_model(folder, tokenizer=tokenizer).head.weight.shape == (1, 32)
