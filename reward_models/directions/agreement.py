@@ -160,7 +160,7 @@ def _share(sums: Tensor) -> Tensor:
 def _weighted_correlation(
     positions: Positions, changes: Sequence[ExactChanges], predicted: Sequence[ExactChanges]
 ) -> Estimate:
-    exact, found = from_changes(positions, changes), from_changes(positions, predicted)
+    exact, found = from_changes(positions, changes, even=0.0), from_changes(positions, predicted, even=0.0)
     weights_XK = exact.weights_XK.double()
 
     def moved(values_XK: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """`causal`: a direction per position, from the reference's own hidden state before the token.
 
-    g_t = g0 + unit W2 gelu(W1 n(h_t) + b1),     b_t(v) = <g_t, e_v> / rms,     n = layer norm
+    g_t = g0 + unit W2 gelu(W1 n(h_t) + b1),     b_t(v) = <g_t, e_v> / rms + d_v,     n = layer norm
 
 h_t is what the reference's output layer reads at t, so nothing more is run: one-pass decoding has it. e are rows of the
 reference's input table, rms their root mean square, unit the spread of the targets. W2 starts at zero and g0 at the
@@ -8,10 +8,13 @@ reference's input table, rms their root mean square, unit the spread of the targ
 
     minimise  mean_x sum_k w_xk smooth_l1( (b_xk - a_xk - their weighted means in the row) / unit )
 
-by AdamW, cosine to zero, with weights w and targets a of `targets`: exact changes of any reward, or another source's
-bonuses. Source: the amortised gradient network of Value Gradient Flow (arXiv 2604.14265), read before the token instead
-of at it; the tilt p exp(s b) of a reference by a prefix scorer is that of FUDGE (arXiv 2104.05218) and of controlled
-decoding (arXiv 2310.17022). Departure: linear in e_v, so that one head scores the whole shortlist.
+by AdamW, cosine to zero, with d = 0. Then d_v is what single tokens keep of the rest, shrunk by count (`table`), where
+that predicts the held-back prompts better than 0; with it the fitted head has to beat the constant again. Weights w and
+targets a are those of `targets`: exact changes of any reward, or another source's bonuses.
+
+Source: the amortised gradient network of Value Gradient Flow (arXiv 2604.14265), read before the token, not at it; the
+tilt p exp(s b) of a reference by a scorer of prefixes is that of FUDGE (arXiv 2104.05218) and of controlled decoding
+(arXiv 2310.17022). Departure: linear in e_v, so that one head scores the whole shortlist.
 
 Cost in FLOPs per token: 2 H (D_h + D) for the head and 2 K D for K candidates, under a thousandth of a 135M-parameter
 forward for H = 256, K = 50. It fails where the effect of a token cannot be read off the text before it, and with few
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, layer_norm, smooth_l1_loss
 
 from reward_models.directions.constant import table_scale
+from reward_models.directions.table import Observations, best_shrink, left_error, shrunk_table
 from reward_models.directions.targets import BonusTargets, centred
 from reward_models.secant_settings import SecantTraining
 from vgf_llm.console.progress import track
@@ -36,6 +40,7 @@ from vgf_llm.text.bonus import Bonus
 from vgf_llm.text.distribution import Shortlist
 
 _LOOKS = 20  # times that the held-back prompts are looked at
+_LEAST_WEIGHT = 0.1  # of an even share of its position's weight, with which a candidate counts for d
 _NUMBERS = 2**24  # of embeddings looked up at once
 
 
@@ -45,19 +50,22 @@ class CausalHead(nn.Module):
     Args:
         hidden_width: D_h, of what the reference's output layer reads.
         width: D, of its input table.
+        vocabulary: V, rows of that table.
         units: H, between the two layers, at least 1.
         seed: Of the first layer.
     """
 
     unit: Tensor
     constant: Tensor
+    rest: Tensor
 
-    def __init__(self, hidden_width: int, width: int, units: int = 256, seed: int = 0) -> None:
+    def __init__(self, hidden_width: int, width: int, vocabulary: int, units: int = 256, seed: int = 0) -> None:
         super().__init__()
-        self.hidden_width, self.width, self.units = hidden_width, width, units
+        self.hidden_width, self.width, self.units, self.vocabulary = hidden_width, width, units, vocabulary
         self.first, self.second = nn.Linear(hidden_width, units), nn.Linear(units, width)
         self.register_buffer("unit", torch.ones(()))
         self.register_buffer("constant", torch.zeros(width))
+        self.register_buffer("rest", torch.zeros(vocabulary))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.first.weight.copy_(torch.randn(units, hidden_width, generator=generator) / hidden_width**0.5)
@@ -109,9 +117,16 @@ class CausalDirection:
         def bonus(shortlist: Shortlist, hidden_RD: Tensor | None, last_token_R: Tensor | None) -> Tensor:
             if hidden_RD is None:
                 raise ValueError("a causal direction reads the reference's hidden state, and was given none")
-            return inner_products(self.head(hidden_RD), self.table_VD, shortlist.ids) / self.rms
+            return bonuses(self.head, hidden_RD, self.table_VD, shortlist.ids, self.rms)
 
         return bonus
+
+
+def bonuses(
+    head: CausalHead, hidden_XD: Tensor, table_VD: Tensor, ids_XK: Tensor, rms: float, drop: float = 0.0
+) -> Tensor:
+    """Return b of the module's first lines for the candidates of every row, [X, K], float32."""
+    return inner_products(head(hidden_XD, drop), table_VD, ids_XK) / rms + head.rest[ids_XK]
 
 
 def inner_products(direction_XD: Tensor, table_VD: Tensor, ids_XK: Tensor) -> Tensor:
@@ -121,7 +136,7 @@ def inner_products(direction_XD: Tensor, table_VD: Tensor, ids_XK: Tensor) -> Te
 
 def fit_causal(
     targets: BonusTargets, table_VD: Tensor, training: SecantTraining, constant_D: Tensor | None = None
-) -> tuple[CausalHead, dict[str, float]]:
+) -> tuple[CausalHead, dict[str, float | None]]:
     """Fit a head to bonus targets over a shortlist at positions.
 
     Args:
@@ -131,23 +146,23 @@ def fit_causal(
         constant_D: g0 (`constant.ConstantFit.direction_D`); zero when not given.
 
     Returns:
-        The head, frozen, and figures: the step that was kept, and the loss on the held-back prompts there and at
-        the constant.
+        The head, frozen, and figures: the step that was kept (0: the constant), the shrink of d (None: d is 0), and the
+        loss on the held-back prompts there and at the constant, each with its d.
 
     Raises:
         DataError: The targets are of one prompt.
     """
     rms, (fitted, held) = table_scale(table_VD), targets.split()
-    head = CausalHead(targets.hidden_XD.shape[1], table_VD.shape[1], training.hidden, training.fit_seed)
+    head = CausalHead(targets.hidden_XD.shape[1], *reversed(table_VD.shape), training.hidden, training.fit_seed)
     head = head.to(table_VD.device)
     head.unit.copy_(_spread(fitted))
     if constant_D is not None:
         head.constant.copy_(constant_D)
     optimizer = torch.optim.AdamW(head.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
-    best_loss = first_loss = _held_loss(head, held, table_VD, rms)
-    best, kept_step, every = copy.deepcopy(head.state_dict()), 0, max(1, training.steps // _LOOKS)
-    batches = _batches(fitted, training)
+    first = copy.deepcopy(head.state_dict())
+    best, best_loss, kept_step = first, _held_loss(head, held, table_VD, rms), 0
+    batches, every = _batches(fitted, training), max(1, training.steps // _LOOKS)
     torch.manual_seed(training.fit_seed)  # of the dropout
     for step in track(range(1, training.steps + 1), "fitting the causal head", unit="steps"):
         loss = row_losses(head, next(batches), table_VD, rms, training.dropout).mean()
@@ -157,24 +172,69 @@ def fit_causal(
         schedule.step()
         if step % every == 0 and (found := _held_loss(head, held, table_VD, rms)) < best_loss:
             best, best_loss, kept_step = copy.deepcopy(head.state_dict()), found, step
-    head.load_state_dict(best)
-    figures = {"kept_step": kept_step, "held_back_loss": best_loss, "held_back_loss_of_constant": first_loss}
+    ends = {0: _with_rest(head, first, fitted, held, table_VD, rms)}
+    if kept_step:
+        ends[kept_step] = _with_rest(head, best, fitted, held, table_VD, rms)
+    kept = min(ends, key=lambda step: ends[step][0])
+    head.load_state_dict(first if kept == 0 else best)
+    loss_kept, shrink = ends[kept]
+    if shrink is not None:
+        left = _left_over(head, targets, table_VD, rms)
+        head.rest.copy_(shrunk_table(left, torch.zeros_like(head.rest).double(), shrink))
+    figures = {
+        "kept_step": kept,
+        "shrink": shrink,
+        "held_back_loss": loss_kept,
+        "held_back_loss_of_constant": ends[0][0],
+    }
     return head.eval().requires_grad_(False), figures
 
 
 def row_losses(head: CausalHead, targets: BonusTargets, table_VD: Tensor, rms: float, drop: float = 0.0) -> Tensor:
     """Return the loss of every position, [X], as the module's first lines have it."""
-    bonus_XK = inner_products(head(targets.hidden_XD, drop), table_VD, targets.ids_XK) / rms
+    bonus_XK = bonuses(head, targets.hidden_XD, table_VD, targets.ids_XK, rms, drop)
     apart_XK = centred(bonus_XK - targets.targets_XK, targets.weights_XK) / head.unit
     losses_XK = smooth_l1_loss(apart_XK, torch.zeros_like(apart_XK), reduction="none")
     return (losses_XK * targets.weights_XK).sum(-1)
 
 
 @torch.no_grad()
+def _left_over(head: CausalHead, targets: BonusTargets, table_VD: Tensor, rms: float) -> Observations:
+    """Return what a head leaves of its targets, each position a context; candidates that hardly count are left out."""
+    rows = _chunks(targets, table_VD)
+    found = [bonuses(head, targets.hidden_XD[part], table_VD, targets.ids_XK[part], rms) for part in rows]
+    count_X1 = (targets.weights_XK > 0).sum(-1, keepdim=True)
+    is_there_XK = targets.weights_XK * count_X1 > _LEAST_WEIGHT
+    context_XK = torch.arange(len(targets), device=is_there_XK.device).unsqueeze(1).expand_as(is_there_XK)
+    left_XK = targets.targets_XK - torch.cat(found)
+    return Observations(context_XK[is_there_XK], targets.ids_XK[is_there_XK], left_XK[is_there_XK])
+
+
+@torch.no_grad()
+def _with_rest(
+    head: CausalHead, state: dict[str, Tensor], fitted: BonusTargets, held: BonusTargets, table_VD: Tensor, rms: float
+) -> tuple[float, float | None]:
+    """Return the held-back loss of a state with its d, and the shrink of d; None where d does not lower the error."""
+    head.load_state_dict(state)
+    left, held_left = (_left_over(head, part, table_VD, rms) for part in (fitted, held))
+    zero_V = torch.zeros_like(head.rest).double()
+    shrink, error = best_shrink(left, held_left, zero_V)
+    if error >= left_error(zero_V, held_left):
+        return _held_loss(head, held, table_VD, rms), None
+    head.rest.copy_(shrunk_table(left, zero_V, shrink))
+    return _held_loss(head, held, table_VD, rms), shrink
+
+
+def _chunks(targets: BonusTargets, table_VD: Tensor) -> tuple[Tensor, ...]:
+    """Split the rows so that not too many embeddings stand together."""
+    at_once = max(1, _NUMBERS // (targets.ids_XK.shape[1] * table_VD.shape[1]))
+    return torch.arange(len(targets), device=targets.ids_XK.device).split(at_once)
+
+
+@torch.no_grad()
 def _held_loss(head: CausalHead, held: BonusTargets, table_VD: Tensor, rms: float) -> float:
-    at_once = max(1, _NUMBERS // (held.ids_XK.shape[1] * table_VD.shape[1]))
-    rows = torch.arange(len(held), device=held.ids_XK.device).split(at_once)
-    return float(torch.cat([row_losses(head, held.take(part), table_VD, rms) for part in rows]).mean())
+    losses = [row_losses(head, held.take(part), table_VD, rms) for part in _chunks(held, table_VD)]
+    return float(torch.cat(losses).mean())
 
 
 def _batches(targets: BonusTargets, training: SecantTraining) -> Iterator[BonusTargets]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from reward_models.directions.targets import BonusTargets, centred
 
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 5))  # in mean squares of a coordinate
-_ROWS = 4096  # positions whose candidates are looked up at once
+_NUMBERS = 2**25  # of embeddings looked up at once
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,17 @@ def _products(targets: BonusTargets, table_VD: Tensor, rms: float) -> tuple[Tens
     width = table_VD.shape[1]
     gram_DD = torch.zeros(width, width, dtype=torch.float64, device=table_VD.device)
     cross_D = torch.zeros(width, dtype=torch.float64, device=table_VD.device)
-    for rows_X in torch.arange(len(targets), device=table_VD.device).split(_ROWS):
+    at_once = max(1, _NUMBERS // (targets.ids_XK.shape[1] * width))
+    for rows_X in torch.arange(len(targets), device=table_VD.device).split(at_once):
         part = targets.take(rows_X)
-        weights_XK = part.weights_XK
-        embedded_XKD = table_VD[part.ids_XK].float() / rms
-        phi_XKD = embedded_XKD - torch.einsum("xk,xkd->xd", weights_XK, embedded_XKD).unsqueeze(1)
-        scaled_XKD = phi_XKD * weights_XK.sqrt().unsqueeze(-1)
-        aims_XK = centred(part.targets_XK, weights_XK) * weights_XK.sqrt()
-        flat = scaled_XKD.flatten(0, 1)
-        gram_DD += (flat.T @ flat).double()
-        cross_D += (flat.T @ aims_XK.flatten()).double()
+        row_O, column_O = (part.weights_XK > 0).nonzero(as_tuple=True)
+        weight_O1 = part.weights_XK[row_O, column_O].unsqueeze(-1)
+        embedded_OD = table_VD[part.ids_XK[row_O, column_O]].float() / rms
+        mean_XD = embedded_OD.new_zeros(len(rows_X), width).index_add(0, row_O, weight_O1 * embedded_OD)
+        phi_OD = (embedded_OD - mean_XD[row_O]) * weight_O1.sqrt()
+        aims_O = centred(part.targets_XK, part.weights_XK)[row_O, column_O] * weight_O1.squeeze(-1).sqrt()
+        gram_DD += (phi_OD.T @ phi_OD).double()
+        cross_D += (phi_OD.T @ aims_O).double()
     return gram_DD, cross_D
 
 

@@ -38,7 +38,7 @@ from vgf_llm.machine.device import resolve_device
 from vgf_llm.models.architecture import input_table
 from vgf_llm.models.base import LoadedBase, load_base, tokenizer_of
 from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.bonus import TableBonus
+from vgf_llm.text.bonus import BonusSource, TableBonus
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses
@@ -198,7 +198,7 @@ def _fit_table(
     seen = observe_tokens(ground.reward, sampled, tokens_V, training.contexts, script.seed)
     seen = seen.and_more(observations_of(*more)) if more else seen
     clock.lap("score")
-    table = fit_table(seen, len(ground.table_VD))
+    table = fit_table(seen, ground.table_VD)
     clock.lap("fit")
     figures = {
         "tokens": int((table.count_V > 0).sum()),
@@ -221,7 +221,9 @@ def measure_fitted(
         ground.reference, ground.encode(prompts), script.responses, script.shortlist, script.seed + 1
     )
     fitted.figures["steering"] = measured_steering(ground, fitted, unseen)
-    sources = {fitted.kind: fitted.direction} | ({"constant": fitted.constant} if fitted.constant else {})
+    sources: dict[str, BonusSource] = {fitted.kind: fitted.direction}
+    if fitted.constant is not None:
+        sources["constant"] = fitted.constant
     found, calls = {}, 0
     for name, reward in (("reward", ground.reward), ("gold", ground.gold)):
         if reward is not None:

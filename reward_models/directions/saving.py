@@ -93,6 +93,7 @@ def save_direction(direction: Direction, kind: Kind, folder: str | Path, fitted_
         head = direction.head
         tensors = {name: tensor.contiguous() for name, tensor in head.state_dict().items()}
         shape = {"hidden_width": head.hidden_width, "width": head.width, "units": head.units}
+        shape["vocabulary"] = head.vocabulary
     with replaced(folder, FACTS_NAME) as staging:
         save_file(tensors, staging / WEIGHTS_NAME)
         write_json_atomic(staging / FACTS_NAME, {"kind": kind, **shape, "fitted_to": asdict(fitted_to)} | facts)
@@ -170,12 +171,13 @@ def _built(
             f"was fitted (mark {str(fitted_to.base_mark)[:12]}, these weights {str(mark)[:12]}); name that base model, "
             "or fit it again"
         )
-    head = CausalHead(int(facts["hidden_width"]), int(facts["width"]), int(facts["units"]))
+    sizes = (int(facts[name]) for name in ("hidden_width", "width", "vocabulary", "units"))
+    head = CausalHead(*sizes)
     head.load_state_dict(tensors)
-    if head.width != table_VD.shape[1]:
+    if (head.vocabulary, head.width) != table_VD.shape:
         raise ModelError(
-            f"the causal direction in '{folder}' is {head.width} wide, the base model's table {table_VD.shape[1]}; "
-            "fit it again"
+            f"the causal direction in '{folder}' is for a table of {head.vocabulary} by {head.width}, the base model's "
+            f"is {len(table_VD)} by {table_VD.shape[1]}; fit it again"
         )
     return CausalDirection.of(head.to(table_VD.device).eval().requires_grad_(False), table_VD)
 

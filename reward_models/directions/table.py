@@ -2,19 +2,21 @@
 
 A reward r_cv seen with token v in context c (a response and a place in it) is fitted by an additive model,
 
-    minimise  sum_cv (r_cv - m_c - w_v)^2 + shrink sum_v w_v^2,       b(v) = w_v,
+    r_cv = m_c + w_v + noise,    w_v = <g, e_v> / rms + d_v,
+    minimise  sum_cv (r_cv - m_c - <g, e_v> / rms - d_v)^2 + shrink sum_v d_v^2,       b(v) = w_v,
 
-so that w_v is the mean change that v brings in place of another token, over the contexts that it was seen in, times
-n_v / (n_v + shrink): what was seen once counts less. Solved by turns: m_c = mean_v(r_cv - w_v), then
-w_v = sum_c (r_cv - m_c) / (n_v + shrink). shrink is the value of a grid that predicts held-back contexts best. Source:
-two-way analysis of variance with random token effects (best linear unbiased prediction, Henderson 1975).
+so that w_v is the mean change that v brings in place of another token, over the contexts that it was seen in, drawn
+towards what tokens with a similar embedding bring: what was seen n times keeps n / (n + shrink) of the difference. g is
+the ridge solution (`constant`), found first; then m_c and d_v are solved by turns. shrink, and whether g is used at
+all, are what predicts held-back contexts best. Source: two-way analysis of variance with random token effects (best
+linear unbiased prediction, Henderson 1975).
 
-Two stages, both optional: (i) tokens are put into contexts of the base's own samples, the tokens that the base proposes
-first, then word-like ones, as many as the calls allow; (ii) exact changes in given responses, guided ones say, add
-contexts that decoding really meets.
+Two stages: (i) tokens are put into contexts of the base's own samples, the tokens that the base proposes first, then
+word-like ones, as many as the calls allow; (ii) exact changes in given responses, guided ones say, add contexts that
+decoding really meets.
 
 Cost: one call per token and context. Nothing is differentiated; in use, one look-up per candidate. It fails where the
-sign of a token's effect depends on the text, and for tokens that no call was spent on: these have 0.
+sign of a token's effect depends on the text, and tokens that no call was spent on have what their embedding says.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reward_models.directions.constant import fit_constant
 from reward_models.directions.positions import Positions
 from reward_models.directions.reward import CountedReward
+from reward_models.directions.targets import BonusTargets
 from reward_models.fidelity import ExactChanges, substituted_scores
 from vgf_llm.console.progress import track
 
@@ -72,10 +76,10 @@ class TableFit:
     """A table and how it was chosen.
 
     Attributes:
-        bonus_V: w, float32, in units of the reward; 0 for tokens that were not seen.
+        bonus_V: w, float32, in units of the reward.
         count_V: int64, observations of each token.
         shrink: Observations' worth.
-        held_back_error: Mean squared error in held-back contexts, over that of no difference between tokens.
+        held_back_error: Squared error in held-back contexts, over that of no difference between tokens.
     """
 
     bonus_V: Tensor
@@ -84,25 +88,68 @@ class TableFit:
     held_back_error: float
 
 
-def fit_table(observations: Observations, vocabulary: int) -> TableFit:
+def fit_table(observations: Observations, table_VD: Tensor) -> TableFit:
     """Fit one number per token.
 
     Args:
-        observations: At least one.
-        vocabulary: V, rows of the table.
+        observations: In two contexts at least.
+        table_VD: The reference's input embeddings.
+
+    Raises:
+        DataError: There is one context alone.
     """
     held_O = observations.context_O % _HELD_BACK == _HELD_BACK - 1
     fitted, held = observations.take(~held_O), observations.take(held_O)
-    nothing = _error(torch.zeros(vocabulary, dtype=torch.float64, device=held_O.device), held)
-    errors = [_error(additive_table(fitted, vocabulary, shrink), held) for shrink in SHRINKS]
-    best = min(range(len(SHRINKS)), key=errors.__getitem__)
-    count_V = torch.bincount(observations.token_O, minlength=vocabulary)
-    bonus_V = additive_table(observations, vocabulary, SHRINKS[best]).float()
-    return TableFit(bonus_V, count_V, SHRINKS[best], errors[best] / nothing if nothing > 0 else 1.0)
+    zero_V = torch.zeros(len(table_VD), dtype=torch.float64, device=table_VD.device)
+    targets = targets_of(observations)
+    priors = [(zero_V, zero_V)]
+    if len(held.token_O):
+        halves = targets.prompt_X % _HELD_BACK != _HELD_BACK - 1, slice(None)
+        priors.append(tuple(fit_constant(targets.take(half), table_VD).bonus_V.double() for half in halves))
+    tried = [best_shrink(fitted, held, of_fitted_V) for of_fitted_V, _ in priors]
+    number = min(range(len(tried)), key=lambda index: tried[index][1])
+    (shrink, error), nothing = tried[number], left_error(zero_V, held)
+    return TableFit(
+        shrunk_table(observations, priors[number][1], shrink).float(),
+        torch.bincount(observations.token_O, minlength=len(table_VD)),
+        shrink,
+        error / nothing if nothing > 0 else 1.0,
+    )
+
+
+def best_shrink(fitted: Observations, held: Observations, prior_V: Tensor) -> tuple[float, float]:
+    """Return the value of the grid that predicts held-back observations best, and the squared error it leaves."""
+    errors = {shrink: left_error(shrunk_table(fitted, prior_V, shrink), held) for shrink in SHRINKS}
+    shrink = min(errors, key=errors.__getitem__)
+    return shrink, errors[shrink]
+
+
+def shrunk_table(observations: Observations, prior_V: Tensor, shrink: float) -> Tensor:
+    """Return w [V], float64, drawn towards a prior [V] by `shrink` observations' worth."""
+    left_O = observations.reward_O.double() - prior_V[observations.token_O]
+    left = Observations(observations.context_O, observations.token_O, left_O)
+    return prior_V + additive_table(left, len(prior_V), shrink)
+
+
+def targets_of(observations: Observations) -> BonusTargets:
+    """Read contexts as positions with equal weights; a context's number stands for its prompt."""
+    order_O = observations.context_O.argsort(stable=True)
+    context_X, row_O, count_X = observations.context_O[order_O].unique_consecutive(
+        return_inverse=True, return_counts=True
+    )
+    column_O = torch.arange(len(row_O), device=row_O.device) - (count_X.cumsum(0) - count_X)[row_O]
+    shape = (len(context_X), int(count_X.max()))
+    ids_XK = torch.zeros(shape, dtype=torch.long, device=row_O.device)
+    targets_XK, is_there_XK = (torch.zeros(shape, device=row_O.device) for _ in range(2))
+    ids_XK[row_O, column_O] = observations.token_O[order_O]
+    targets_XK[row_O, column_O] = observations.reward_O[order_O].float()
+    is_there_XK[row_O, column_O] = 1.0
+    nothing_X0 = targets_XK[:, :0]
+    return BonusTargets(nothing_X0, ids_XK, is_there_XK / count_X.unsqueeze(-1), targets_XK, context_X)
 
 
 def additive_table(observations: Observations, vocabulary: int, shrink: float) -> Tensor:
-    """Return w [V], float64, of the additive model; see the module's first lines.
+    """Return d [V], float64, of the additive model without g.
 
     Args:
         observations: Rewards of tokens in contexts.
@@ -125,8 +172,8 @@ def additive_table(observations: Observations, vocabulary: int, shrink: float) -
     return bonus_V
 
 
-def _error(bonus_V: Tensor, held: Observations) -> float:
-    """Return the squared error that is left within the contexts."""
+def left_error(bonus_V: Tensor, held: Observations) -> float:
+    """Return the squared error that a table leaves within contexts."""
     left_O = held.reward_O.double() - bonus_V[held.token_O]
     _, context_O, count_C = held.context_O.unique(return_inverse=True, return_counts=True)
     mean_C = left_O.new_zeros(len(count_C)).index_add(0, context_O, left_O) / count_C

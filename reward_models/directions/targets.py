@@ -5,7 +5,8 @@ change when b is shifted at a position, so only differences within rows are fitt
 
     minimise  sum_x sum_v w_xv rho( b_x(v) - sum_u w_xu b_x(u) - (a_xv - sum_u w_xu a_xu) )
 
-Weights are the reference's probabilities of the candidates, as the first-order gain of a tilt, s Cov_p(a, b), has them.
+The gain of a tilt, s Cov_p(a, b) to first order, weighs candidates by the reference's probabilities. A fit mixes these
+evenly with equal weights, because the rarer candidates show what tokens are worth and would hardly count.
 Targets are exact changes of a reward (`from_changes`: the token that stands there has 0) or the bonuses of another
 source (`from_source`: a lookahead, say, is distilled so).
 """
@@ -105,12 +106,13 @@ def centred(values_XK: Tensor, weights_XK: Tensor) -> Tensor:
     return values_XK - (values_XK * weights_XK).sum(-1, keepdim=True)
 
 
-def from_changes(positions: Positions, changes: Sequence[ExactChanges]) -> BonusTargets:
+def from_changes(positions: Positions, changes: Sequence[ExactChanges], even: float = 0.5) -> BonusTargets:
     """Group exact changes by position; the first candidate is the token that stands there, with target 0.
 
     Args:
         positions: The responses that were changed.
         changes: Of `exact_changes` or `regrown_changes`; tokens come from the positions' shortlist.
+        even: Share of equal weights in the mixture, in [0, 1]; 0 weighs by the reference's probabilities alone.
     """
     B, N, T = positions.responses.tokens_BNT.shape
     device = positions.responses.tokens_BNT.device
@@ -127,8 +129,9 @@ def from_changes(positions: Positions, changes: Sequence[ExactChanges]) -> Bonus
     ids_XK[row_S, column_S], targets_XK[row_S, column_S] = v_S[order_S], exact_S[order_S].float()
     is_there_XK[row_S, column_S] = True
     logps_XK = _logps_of(positions, at_X, ids_XK).masked_fill(~is_there_XK, -torch.inf)
-    hidden_XD = positions.hidden_BNTD.flatten(0, 2)[at_X]
-    return BonusTargets(hidden_XD, ids_XK, logps_XK.softmax(-1), targets_XK, at_X // (N * T))
+    equal_XK = is_there_XK / is_there_XK.sum(-1, keepdim=True)
+    weights_XK = (1 - even) * logps_XK.softmax(-1) + even * equal_XK
+    return BonusTargets(positions.hidden_BNTD.flatten(0, 2)[at_X], ids_XK, weights_XK, targets_XK, at_X // (N * T))
 
 
 def from_source(source: BonusSource, positions: Positions) -> BonusTargets:

@@ -38,15 +38,17 @@ class Bonus(Protocol):
 
 
 class BonusSource(Protocol):
-    """What makes a bonus for texts to given prompts.
+    """What makes a bonus for texts to given prompts."""
 
-    Attributes:
-        reads_hidden: Whether the bonus reads the reference's hidden states.
-        passes: Cost, in forward passes of the value per written token.
-    """
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether the bonus reads the reference's hidden states."""
+        ...
 
-    reads_hidden: bool
-    passes: float
+    @property
+    def passes(self) -> float:
+        """Cost, in forward passes of the value per written token."""
+        ...
 
     def begin(self, prompts: list[list[int]], rows_per_prompt: int) -> Bonus:
         """Return the bonus of R = B * N rows, ordered ``b * N + n``."""

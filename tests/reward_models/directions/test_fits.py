@@ -20,6 +20,7 @@ from reward_models.directions.table import (
 from reward_models.directions.targets import BonusTargets, from_changes, from_source
 from tests.reward_models.directions.planted import EOS, Planted, changes_of, linear_effects, prompts_of, sampled
 from vgf_llm.errors import DataError
+from vgf_llm.models.architecture import input_table
 from vgf_llm.text.bonus import TableBonus
 from vgf_llm.text.distribution import Shortlist
 
@@ -56,13 +57,14 @@ def test_a_table_finds_what_tokens_are_worth(tiny_lm, tiny_tokenizer):
     assert (
         len(tokens) == 40 and EOS not in tokens and reward.calls <= 40 * 4 + 64 + positions.responses.mask_BNT.numel()
     )
-    found = fit_table(seen, 60)
+    found = fit_table(seen, input_table(tiny_lm).detach())
     tried = found.count_V > 0
     tried[list(set(range(60)) - set(tokens.tolist()))] = False
     pair = torch.stack([found.bonus_V[tried], effects[tried]])
     assert torch.corrcoef(pair)[0, 1] > 0.99 and found.held_back_error < 0.05
-    assert not found.bonus_V[found.count_V == 0].any()
-    from_swaps = fit_table(seen.and_more(observations_of(positions, changes_of(reward, positions))), 60)
+    from_swaps = fit_table(
+        seen.and_more(observations_of(positions, changes_of(reward, positions))), input_table(tiny_lm).detach()
+    )
     assert from_swaps.count_V.sum() > found.count_V.sum() and from_swaps.held_back_error < 0.05
 
 
@@ -94,12 +96,12 @@ def test_the_constant_is_ridge_regression_on_centred_candidates():
 
 def test_the_causal_loss_is_what_its_header_says():
     targets, table = targets_of(), torch.randn(30, 6, generator=torch.Generator().manual_seed(1))
-    head = CausalHead(4, 6, units=8)
+    head = CausalHead(4, 6, 30, units=8)
     torch.nn.init.normal_(head.second.weight)
     head.unit.fill_(2.0)
-    found, rms = row_losses(head, targets, table, 1.5), 1.5
+    found, rms = row_losses(head, targets, table, 1.5).detach(), 1.5
     for x in (0, 7):
-        w, g = targets.weights_XK[x], head(targets.hidden_XD[x])
+        w, g = targets.weights_XK[x], head(targets.hidden_XD[x]).detach()
         apart = [
             (g @ table[v]).detach() / rms - a for v, a in zip(targets.ids_XK[x], targets.targets_XK[x], strict=True)
         ]
@@ -121,7 +123,7 @@ def test_a_shift_of_a_positions_targets_changes_nothing():
     torch.testing.assert_close(
         fit_constant(targets, table).direction_D, fit_constant(shifted, table).direction_D, atol=1e-3, rtol=1e-3
     )
-    head = CausalHead(4, 6, units=8)
+    head = CausalHead(4, 6, 30, units=8)
     torch.testing.assert_close(
         row_losses(head, targets, table, 1.0), row_losses(head, shifted, table, 1.0), atol=1e-4, rtol=1e-3
     )
@@ -146,6 +148,34 @@ def test_a_planted_direction_is_recovered(tiny_lm):
         found = measure_direction(source, unseen, changes)
         assert found.weighted_correlation.mean > 0.98 and found.spearman.mean > 0.95 and found.top8_share.mean > 0.95
     assert figures["held_back_loss"] <= figures["held_back_loss_of_constant"]
+
+
+def test_what_single_tokens_keep_is_found_where_the_embeddings_say_nothing(tiny_lm):
+    """Effects that are no function of the embedding: the line explains a part, the rest is a number per token."""
+    effects = 3 * torch.randn(60, generator=torch.Generator().manual_seed(3))
+    reward, positions = Planted(effects), sampled(tiny_lm, prompts_of(30))
+    unseen, table = sampled(tiny_lm, prompts_of(6, seed=9), seed=1), input_table(tiny_lm).detach()
+    targets = from_changes(positions, changes_of(reward, positions))
+    constant = fit_constant(targets, table)
+    head, figures = fit_causal(targets, table, QUICK, constant.direction_D)
+    changes = whole_position_changes(reward, unseen, 48, 0)
+    line = measure_direction(TableBonus(constant.bonus_V), unseen, changes).weighted_correlation.mean
+    both = measure_direction(CausalDirection.of(head, table), unseen, changes).weighted_correlation.mean
+    assert figures["shrink"] is not None and both > 0.9 and both > line + 0.05
+
+
+def test_a_table_guesses_unseen_tokens_from_their_embeddings(tiny_lm):
+    """Half of the tokens are observed; effects are linear in the embedding, so the other half is known as well."""
+    _, effects = linear_effects(tiny_lm)
+    generator = torch.Generator().manual_seed(0)
+    context, token = (torch.randint(0, most, (600,), generator=generator) for most in (40, 45))
+    reward = effects[token] + torch.randn(40, generator=generator)[context]
+    found = fit_table(Observations(context, token, reward), input_table(tiny_lm).detach())
+    assert torch.corrcoef(torch.stack([found.bonus_V[45:], effects[45:]]))[0, 1] > 0.9
+    blind = fit_table(
+        Observations(context, token, torch.randn(600, generator=generator)), input_table(tiny_lm).detach()
+    )
+    assert blind.held_back_error > 0.8 and blind.bonus_V.std() < 0.3
 
 
 def test_causal_follows_a_sign_that_the_prompt_sets_and_the_constant_does_not(tiny_lm):

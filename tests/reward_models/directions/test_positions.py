@@ -51,7 +51,7 @@ def test_targets_hold_the_own_token_first_with_nothing(tiny_lm):
     """Each row against the changes one by one: ids, changes and the reference's odds between its candidates."""
     positions = sampled(tiny_lm, prompts_of(3))
     changes = changes_of(Planted(effects()), positions)
-    targets = from_changes(positions, changes)
+    targets, mixed = from_changes(positions, changes, even=0.0), from_changes(positions, changes)
     listed = {}
     for change in changes:
         for t, v, exact in zip(change.t_S.tolist(), change.v_S.tolist(), change.exact_S.tolist(), strict=True):
@@ -73,6 +73,8 @@ def test_targets_hold_the_own_token_first_with_nothing(tiny_lm):
             assert odds == pytest.approx(
                 float(torch.tensor(logps[int(targets.ids_XK[x, k])] - logps[own]).exp()), rel=1e-3
             )
+        equal = there / there.sum()
+        torch.testing.assert_close(mixed.weights_XK[x], 0.5 * targets.weights_XK[x] + 0.5 * equal)
         torch.testing.assert_close(targets.hidden_XD[x], positions.hidden_BNTD[place])
     with pytest.raises(ValueError, match="targets_XK must have shape"):
         BonusTargets(targets.hidden_XD, targets.ids_XK, targets.weights_XK, targets.targets_XK[:, :1], targets.prompt_X)

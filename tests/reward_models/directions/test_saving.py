@@ -23,10 +23,11 @@ from vgf_llm.text.bonus import TableBonus
 
 
 def causal_of(lm, seed=0):
-    head = CausalHead(32, 32, units=8, seed=seed)
+    head = CausalHead(32, 32, len(input_table(lm)), units=8, seed=seed)
     torch.nn.init.normal_(head.second.weight)
     head.unit.fill_(0.5)
     head.constant.normal_()
+    head.rest.normal_()
     return CausalDirection.of(head.requires_grad_(False), input_table(lm).detach())
 
 
