@@ -196,7 +196,7 @@ def test_causal_follows_a_sign_that_the_prompt_sets_and_the_constant_does_not(ti
 
 
 class Teacher:
-    """Bonuses that depend on the token before; it keeps what it was shown."""
+    """Bonuses of a table, by a source that keeps the tokens it was shown."""
 
     reads_hidden, passes = False, 1.0
 
@@ -204,8 +204,10 @@ class Teacher:
         self.effects_V, self.shown = effects_V, []
 
     def begin(self, prompts, rows_per_prompt):
+        self.shown.append(shown := [])
+
         def bonus(shortlist: Shortlist, hidden, last):
-            self.shown.append(None if last is None else last.tolist())
+            shown.append(last)
             return self.effects_V[shortlist.ids]
 
         return bonus
@@ -217,8 +219,11 @@ def test_another_source_is_distilled(tiny_lm):
     positions, table = sampled(tiny_lm, prompts_of(20)), tiny_lm.get_input_embeddings().weight.detach()
     teacher = Teacher(effects)
     targets = from_source(teacher, positions)
-    tokens = positions.responses.tokens_BNT.flatten(0, 1)
-    assert teacher.shown == [None, *(tokens[:, t].tolist() for t in range(tokens.shape[1] - 1))]
+    assert all(shown[0] is None for shown in teacher.shown)
+    shown_RT = torch.cat([torch.stack(shown[1:], 1) for shown in teacher.shown])
+    is_text_RT = positions.responses.movable_BNT.flatten(0, 1)[:, :-1]
+    tokens_RT = positions.responses.tokens_BNT.flatten(0, 1)[:, :-1]
+    assert torch.equal(shown_RT[is_text_RT], tokens_RT[is_text_RT])
     is_eos = targets.ids_XK == EOS
     assert not targets.weights_XK[is_eos].any() and torch.allclose(targets.weights_XK.sum(-1), torch.ones(len(targets)))
     head, _ = fit_causal(targets, table, QUICK, fit_constant(targets, table).direction_D)
