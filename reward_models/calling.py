@@ -110,7 +110,8 @@ class CalledReward:
     def _ended(self, units: list[list[int]], arguments: Arguments) -> Iterable[Ended]:
         calls = [self._call(arguments.of(unit)) for unit in units]
         if self.signature.one_by_one or self.is_async or self.limits.timeout_sec is not None:
-            return ended_calls(calls, self.limits)
+            is_good = is_finite_number if self.signature.one_by_one else lambda value: True
+            return ended_calls(calls, self.limits, is_good)
         return [_here(index, call, self.limits.retries) for index, call in enumerate(calls)]
 
     def _call(self, arguments: Arguments) -> Callable[[], Any]:

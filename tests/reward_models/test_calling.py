@@ -232,6 +232,23 @@ def test_what_was_paid_for_is_kept_before_an_error_is_raised(tmp_path, fault):
     assert asked == []
 
 
+@pytest.mark.parametrize("bad", [float("nan"), None, RuntimeError("no")])
+def test_no_further_call_is_paid_for_after_a_bad_one(bad):
+    asked = []
+
+    @per_response
+    def reward(prompt, response):
+        asked.append(response)
+        if response == "1" and isinstance(bad, Exception):
+            raise bad
+        return bad if response == "1" else 1.0
+
+    with pytest.raises(ModelError, match="'1'"):
+        calls = RewardCallSettings(reward_concurrency=1, reward_retries=0)
+        CalledReward(reward, calls)(["p"] * 50, [str(number) for number in range(50)])
+    assert asked == ["0", "1"]
+
+
 def test_a_batch_keeps_its_good_rewards(tmp_path):
     asked = []
 
