@@ -17,6 +17,7 @@ from reward_models.functions import RewardFunction, load_function
 from reward_models.loading import TOKENIZER_NAMES, load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
+from reward_models.sources import local_folder
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.data.encoding import encode_prompt, encode_response
 from vgf_llm.data.endings import check_ids, padding_id
@@ -110,6 +111,7 @@ def text_reward(
         ConfigError: There is no such function.
         ModelError: The model cannot be loaded.
     """
+    name = local_folder(name)
     if not Path(name).is_dir():
         return load_function(name)
     if classifier_class(name) is not None:

@@ -70,5 +70,5 @@ def check_rewards(names: Sequence[str], gold: str | None = None, prompts: Sequen
             check_function(name)
     if gold is not None and Path(gold).is_dir():
         check_holds_model(Path(gold), "gold")
-    elif gold is not None:
+    elif gold is not None and not is_hub_name(gold):
         check_function(gold)
