@@ -22,6 +22,7 @@ from reward_models.inputs import called_part
 from reward_models.loading import TOKENIZER_NAMES, load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
+from reward_models.sources import local_folder
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.data.encoding import encode_prompt, encode_response
 from vgf_llm.data.endings import check_ids, padding_id
@@ -138,6 +139,7 @@ def text_reward(
             return called_part(part, calls)
 
         return ComposedReward(read_composed(name), scorer, name)
+    name = local_folder(name)
     if not Path(name).is_dir():
         return CalledReward(load_function(name), calls)
     if classifier_class(name) is not None:

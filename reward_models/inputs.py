@@ -76,7 +76,7 @@ def check_rewards(
                 "a YAML file"
             )
         _check("rewards", name, prompts)
-    if gold is not None:
+    if gold is not None and (is_composed(gold) or not is_hub_name(gold)):
         _check("gold", gold, prompts, running=False)
     if calls is not None and calls.reward_cache is not None:
         RewardCache(calls.reward_cache).check()
