@@ -2,8 +2,9 @@
 
 `modelling` (the model), `loading`, `ensemble`, `functions` (Python rewards), `losses`, `fidelity` (does the input
 gradient predict a token change), `secant` (a fitted direction in its place), `card` (what is known about a trained
-model), `value_losses` and `value_model` (a value of every prefix, learned from rewards), `train`, `train_value` and
-`train_secant` (the entry points). Names load on first use, so that `losses` imports torch only and
+model), `value_losses` and `value_model` (a value of every prefix, learned from rewards), `classification` (models of
+others), `sources` (where they lie), `checking`, `exporting`; `train`, `train_value`, `train_secant`, `check`,
+`import_reward` and `export_reward` (the entry points). Names load on first use, so that `losses` imports torch only and
 `--help` answers at once.
 """
 

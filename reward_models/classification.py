@@ -6,6 +6,7 @@ The decoder's weights are taken over as they are, not copied. A weighted sum of 
 the head is a small MLP its last layer is. A classifier was trained on conversations that its template closes, and reads
 the last token that is not its padding token. So every response is closed by the template's own ids (for ChatML
 ``<|im_end|>`` and a line break), less those at the end that equal the padding token: the last id left is the one read.
+A token classifier knows no padding token and is read at the last id of all.
 """
 
 from __future__ import annotations
@@ -276,7 +277,7 @@ def as_reward_model(model: Any, folder: str | Path, tokenizer: Any, weights_K: T
                 pad_token_id=config.pad_token_id,
                 embedding_width=input_table(model).shape[-1],
                 output_width=_width(head),
-                closing=_read_closing(tokenizer, model.config.pad_token_id),
+                closing=_read_closing(tokenizer, None if reads_every_token(model) else model.config.pad_token_id),
                 end_ids=list(eos_ids_of(tokenizer)),
             )
         )
@@ -311,6 +312,11 @@ def same_ids(one: Any, other: Any) -> bool:
 def _width(head: nn.Module) -> int:
     first = head[0] if isinstance(head, nn.Sequential) else head
     return int(first.in_features)  # type: ignore[arg-type]
+
+
+def reads_every_token(model: Any) -> bool:
+    """Return whether a classifier has outputs at every token; its score is read at the last one, whatever its id."""
+    return type(model).__name__.endswith("ForTokenClassification")
 
 
 def _read_closing(tokenizer: Any, pad_id: int | None) -> list[int]:

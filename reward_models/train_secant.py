@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from reward_models.inputs import check_reward_model
 from reward_models.secant_settings import SecantScript, SecantTraining, SubstitutionSettings
+from reward_models.sources import is_hub_name
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries, working
 from vgf_llm.console.screen import emit, show
-from vgf_llm.errors import DataError, ModelError
+from vgf_llm.errors import ConfigError, DataError, ModelError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.machine.precision import with_dtype
 from vgf_llm.models.inputs import check_base_model
@@ -59,6 +60,11 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
         VGFError: reward model, prompts or output folder are unusable, or a prompt is in both files.
     """
     check_reward_model(script.reward_model)
+    if is_hub_name(script.reward_model):
+        raise ConfigError(
+            f"reward_model {script.reward_model!r} is a name on the hub, and the head is written beside the model: run "
+            "`vgf-llm import-reward` first and name its folder"
+        )
     check_base_model(script.model_name_or_path)
     folder = check_writable(script.reward_model)
     fit_prompts, unseen_prompts = read_prompts(script)

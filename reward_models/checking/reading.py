@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reward_models.checking.line import Line, judged, skipped
 from reward_models.checking.subject import Reading, Side, Subject, TokenRow, leading, rendered
+from reward_models.classification import reads_every_token
 from reward_models.pair_figures import is_better
 from vgf_llm.data.prompts import PreferencePair
 from vgf_llm.models.architecture import max_positions
@@ -99,8 +100,9 @@ def check_batch(subject: Subject, rows: Sequence[TokenRow], unit: float) -> Line
 def check_pad_token(subject: Subject) -> Line:
     """Compare the padding of tokenizer and configuration with each other, and with the EOS that closes an answer."""
     tokenizer, pad_id = subject.tokenizer, subject.pad_id
-    if subject.kind == "ours" or pad_id is None:
-        seen = "read by attention mask" if subject.kind == "ours" else "none is set"
+    by_mask = subject.kind == "ours" or reads_every_token(subject.model)
+    if by_mask or pad_id is None:
+        seen = "read by attention mask" if by_mask else "none is set"
         return skipped("pad token", seen)
     value = f"config.json {_token(tokenizer, pad_id)}, tokenizer {_token(tokenizer, tokenizer.pad_token_id)}"
     threshold = "the same, and no token that closes an answer"
@@ -118,8 +120,10 @@ def check_pad_token(subject: Subject) -> Line:
 
 def check_position(subject: Subject, rows: Sequence[TokenRow]) -> Line:
     """Name the token that the score is read at; it must stand at the same place of every conversation's end."""
-    if subject.kind != "decoder":
-        return skipped("position", "pooled by the model itself")
+    if subject.kind != "decoder" or reads_every_token(subject.model):
+        return skipped(
+            "position", "pooled by the model itself" if subject.kind != "decoder" else "the last token of all"
+        )
     pad_id, tokenizer = subject.pad_id, subject.tokenizer
     places = [_read_from_end(row.ids, pad_id) for row in rows]
     closing = subject.closing

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from reward_models import check
 from reward_models.loading import save_reward_model
@@ -249,3 +249,19 @@ def test_built_in_pairs_and_the_table(made, tmp_path, capsys):
     recipe.write_text("prompts: a.jsonl\n")
     with pytest.raises(ConfigError, match="has neither reward_model nor output_dir"):
         check.main([str(recipe)])
+
+
+def test_a_classifier_that_names_no_padding_is_scored_one_by_one(copied, tmp_path, capsys):
+    folder = changed(copied("llama"), pad_token_id=None)
+    _, lines = lines_of(folder, tmp_path, capsys, pairs_of(10))
+    assert spoken(lines) == {"padding": "warn"} and lines["batch size"]["verdict"] == "skip"
+
+
+def test_a_token_classifier_whose_padding_is_the_eos_is_read_at_the_eos(made, tmp_path, capsys):
+    """Only a sequence classifier looks for its last token by the padding's id."""
+    source = made("pad_is_eos", "llama3_pad_is_eos")
+    model = AutoModelForTokenClassification.from_pretrained(source, num_labels=1)
+    model.save_pretrained(tmp_path / "tokens")
+    byte_tokenizer(**TOKENIZERS["llama3_pad_is_eos"]).save_pretrained(tmp_path / "tokens")
+    _, lines = lines_of(tmp_path / "tokens", tmp_path, capsys, pairs_of(10))
+    assert lines["read here"]["verdict"] == "pass" and lines["position"]["verdict"] == "skip"

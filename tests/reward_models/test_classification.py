@@ -190,11 +190,14 @@ def test_another_tokenizer_is_refused_where_gradients_are_asked_for(tmp_path, ti
         load_reward_model(folder, tokenizer=tiny_tokenizer)
 
 
-def test_a_token_classifier_is_read_at_the_last_token(tmp_path):
-    """As process reward models are made: two outputs per token, here their difference."""
-    tokenizer = byte_tokenizer()
+@pytest.mark.parametrize(
+    ("family", "style"), [("qwen", "chatml"), ("llama", "llama3_pad_is_eos"), ("llama", "phi_pad_is_eos")]
+)
+def test_a_token_classifier_is_read_at_the_last_token(tmp_path, family, style):
+    """As process reward models are made: two outputs per token, here their difference; padding may equal the EOS."""
+    tokenizer = byte_tokenizer(**TOKENIZERS[style])
     torch.manual_seed(0)
-    model = AutoModelForTokenClassification.from_config(config_of("qwen", tokenizer, num_labels=2)).eval()
+    model = AutoModelForTokenClassification.from_config(config_of(family, tokenizer, num_labels=2)).eval()
     torch.nn.init.normal_(model.score.weight)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

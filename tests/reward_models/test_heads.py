@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from reward_models import train_secant
 from reward_models.classification import load_classifier, read_classifier
 from reward_models.inputs import check_reward_model, check_rewards
 from reward_models.loading import load_reward_model
@@ -141,3 +142,11 @@ def test_a_value_that_starts_from_a_classifier_is_read_alike_in_training_and_use
     )
     score_BN = value.score(value.prefix([prompt]), torch.tensor([[response]]), torch.ones(1, 1, 3, dtype=torch.bool))
     assert torch.allclose(values_RS[0, -1], score_BN[0, 0], atol=1e-5)
+
+
+def test_a_secant_head_is_not_fitted_beside_a_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = ["--prompts", "a.jsonl", "--validation_prompts", "b.jsonl"]
+    with pytest.raises(ConfigError, match="run `vgf-llm import-reward` first"):
+        train_secant.main(["--reward_model", "org/name", *files])
+    assert not (tmp_path / "org").exists()

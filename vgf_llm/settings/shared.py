@@ -46,7 +46,8 @@ class ModelSettings(BaseModelSettings):
     """The base model, which is the reference, and the value that moves its responses."""
 
     reward_model: str | None = None
-    """Folder of a trained reward model (or adapter); its gradient moves the particles and it selects."""
+    """Reward model whose gradient moves the particles and that selects: a folder (ours, a classifier, an adapter), or a
+    name on the hub."""
     reward_outputs: dict[str, float] = field(default_factory=dict, kw_only=True)
     """Weights of the reward model's outputs, by name or number; needed where it is a classifier with several."""
     dtype: DtypeName = "auto"
