@@ -1,10 +1,10 @@
 """Reward models: what a response is worth, as a differentiable function of its token embeddings.
 
 `modelling` (the model), `loading`, `ensemble`, `functions` (Python rewards), `losses`, `fidelity` (does the input
-gradient predict a token change), `secant` (a fitted direction in its place), `card` (what is known about a trained
-model), `value_losses` and `value_model` (a value of every prefix, learned from rewards), `train`, `train_value` and
-`train_secant` (the entry points). Names load on first use, so that `losses` imports torch only and
-`--help` answers at once.
+gradient predict a token change), `secant` (a fitted direction in its place), `directions` (bonuses that need no
+original), `card` (what is known about a trained model), `value_losses` and `value_model` (a value of every prefix,
+learned from rewards), `train`, `train_value`, `train_secant` and `train_direction` (the entry points). Names load on
+first use, so that `losses` imports torch only and `--help` answers at once.
 """
 
 from __future__ import annotations
