@@ -84,22 +84,25 @@ def wait_sec(attempt: int, error: BaseException) -> float:
     return min(max(_FIRST_WAIT_SEC * 2.0**attempt, asked), _LONGEST_WAIT_SEC)
 
 
-def ended_calls(calls: Sequence[Callable[[], Any]], limits: Limits) -> Iterator[Ended]:
+def ended_calls(
+    calls: Sequence[Callable[[], Any]], limits: Limits, is_good: Callable[[Any], bool] = lambda value: True
+) -> Iterator[Ended]:
     """Make calls, and yield each as it ends.
 
     A call is begun in the place of another when the caller has come back for more, and so has kept the other's result:
-    a process that is killed loses no more calls than were under way. After the first that fails no further one is
-    begun; those under way are waited for, since they are paid for.
+    a process that is killed loses no more calls than were under way. After the first that fails, or
+    returns something unusable, no further one is begun; those under way are waited for, since they are paid for.
 
     Args:
         calls: Functions without arguments; what they return is awaited where it can be.
         limits: Time, attempts and how many at a time.
+        is_good: Whether what a call returned can be used.
     """
     if not calls:
         return
     done: Done = queue.SimpleQueue()
     loop = _loop()
-    work = asyncio.run_coroutine_threadsafe(_all(calls, limits, done), loop)
+    work = asyncio.run_coroutine_threadsafe(_all(calls, limits, is_good, done), loop)
     try:
         while (item := done.get()) is not None:
             ended, taken = item
@@ -118,14 +121,14 @@ def _loop() -> asyncio.AbstractEventLoop:
     return _loops[pid]
 
 
-async def _all(calls: Sequence[Callable[[], Any]], limits: Limits, done: Done) -> None:
+async def _all(calls: Sequence[Callable[[], Any]], limits: Limits, is_good: Callable[[Any], bool], done: Done) -> None:
     left, failed = iter(enumerate(calls)), False
 
     async def work() -> None:
         nonlocal failed
         for index, call in left:
             ended = await _attempts(index, call, limits)
-            failed = failed or ended.error is not None
+            failed = failed or ended.error is not None or not is_good(ended.value)
             taken = asyncio.Event()
             done.put((ended, taken))
             await taken.wait()
@@ -159,7 +162,7 @@ async def _once(call: Callable[[], Any], timeout_sec: float | None) -> Any:
             return await _started(call)
     except TimeoutError as error:
         if limit.expired():
-            raise LateError(f"no answer in {timeout_sec:g} s (reward_timeout_sec)") from error
+            raise LateError(f"no answer in {timeout_sec:g} s") from error
         raise
 
 

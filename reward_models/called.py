@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.classification import output_names, output_weights, read_classifier
 from reward_models.sources import imported_outputs
 from vgf_llm.data.dialogue import PromptText, as_messages, as_text
+from vgf_llm.data.encoding import in_template, set_in_template
 from vgf_llm.errors import DataError
 from vgf_llm.models.architecture import max_positions
 from vgf_llm.models.loading import load_tokenizer
@@ -118,8 +119,16 @@ def classifier_reward(
     outputs: Mapping[str, float] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    variables: Mapping[str, Any] | None = None,
 ) -> ClassifierReward:
     """Load a classifier as a function of texts.
+
+    Args:
+        folder: Of the classifier.
+        outputs: Weights of its outputs, by name or number.
+        device: Where it goes.
+        dtype: Of its parameters.
+        variables: Of the policy's chat template; the classifier's own takes those that it reads.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -127,4 +136,11 @@ def classifier_reward(
     """
     model: Any = read_classifier(folder, dtype)
     weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{folder}'")
-    return ClassifierReward(model.to(device), load_tokenizer(str(folder)), weights_K)
+    return ClassifierReward(model.to(device), own_tokenizer(folder, variables), weights_K)
+
+
+def own_tokenizer(folder: str | Path, variables: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """Load a reward model's own tokenizer, with those variables of the policy's chat template that its own reads."""
+    tokenizer = load_tokenizer(str(folder))
+    set_in_template(tokenizer, in_template(tokenizer, variables or {}))
+    return tokenizer

@@ -110,7 +110,8 @@ class CalledReward:
     def _ended(self, units: list[list[int]], arguments: Arguments) -> Iterable[Ended]:
         calls = [self._call(arguments.of(unit)) for unit in units]
         if self.signature.one_by_one or self.is_async or self.limits.timeout_sec is not None:
-            return ended_calls(calls, self.limits)
+            is_good = is_finite_number if self.signature.one_by_one else lambda value: True
+            return ended_calls(calls, self.limits, is_good)
         return [_here(index, call, self.limits.retries) for index, call in enumerate(calls)]
 
     def _call(self, arguments: Arguments) -> Callable[[], Any]:
@@ -146,15 +147,18 @@ class CalledReward:
         self, error: BaseException, unit: list[int], prompts: Sequence[str], responses: Sequence[str]
     ) -> Exception:
         """Return the error of a call as one that names the response."""
-        if isinstance(error, VGFError):
-            return error
         where = place_of(prompts[unit[0]], responses[unit[0]])
+        if isinstance(error, VGFError):
+            named = isinstance(error, ModelError) and self.signature.one_by_one
+            return ModelError(f"{error}; it was asked about {where}") if named else error
         where = where if self.signature.one_by_one else f"{len(unit)} responses; the first: {where}"
         kept = "" if self.cache is None else f"; rewards paid for before are in '{self.cache.path}'"
         attempts = self.limits.retries + 1 if may_pass(error) else 1
         tried = f" in {attempts} attempts" if attempts > 1 else ""
         if isinstance(error, LateError):
-            failure = ModelError(f"reward {self.__name__} was late{tried}: {error}, for {where}{kept}; allow it more")
+            failure = ModelError(
+                f"reward {self.__name__} was late{tried}: {error}, for {where}{kept}; raise reward_timeout_sec"
+            )
         else:
             failure = ModelError(
                 f"reward function {self.__name__} raised {type(error).__name__}{tried}: {error}; for {where}{kept}; "

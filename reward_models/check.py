@@ -1,6 +1,7 @@
 """Check a reward model, ours or anybody's: how it reads conversations, what its scores and its gradient are worth.
 
-    vgf-llm reward-check --reward_model path/to/model
+    vgf-llm reward-check path/to/model
+    vgf-llm reward-check recipes/<task>/generate.yaml
     vgf-llm reward-check --reward_model mypackage.rewards:politeness --dataset pairs.jsonl --json
 
 Prints a line per check with the value seen, the limit, a verdict and what to do. Ends with exit code 1 where a check
@@ -22,6 +23,7 @@ from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries, working
 from vgf_llm.console.screen import emit, say, show
+from vgf_llm.errors import ConfigError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.models.inputs import check_base_model
 from vgf_llm.settings.parse import parse
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 where a check failed, else 0."""
     (settings,) = parse(
         CheckSettings,
-        argv=argv,
+        argv=_with_names(sys.argv[1:] if argv is None else argv),
         prog="vgf-llm reward-check",
         description="Check any reward model: reading, scores, gradient.",
     )
@@ -46,6 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _print_table(settings.reward_model, lines)
     return 1 if failed else 0
+
+
+def _with_names(argv: Sequence[str]) -> list[str]:
+    """Spell out a first argument without a key: a reward model, or a recipe of any command that names one."""
+    if not argv or argv[0].startswith("-"):
+        return list(argv)
+    first, rest = argv[0], list(argv[1:])
+    if not first.endswith((".yaml", ".yml")):
+        return ["--reward_model", first, *rest]
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(first).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe '{first}' cannot be read: {error}") from error
+    recipe = recipe if isinstance(recipe, dict) else {}
+    model = recipe.get("reward_model") or recipe.get("output_dir")
+    if not model:
+        raise ConfigError(f"recipe '{first}' has neither reward_model nor output_dir; name the model's folder")
+    outputs = recipe.get("reward_outputs")
+    given = ["--reward_model", str(model), *(["--reward_outputs", json.dumps(outputs)] if outputs else [])]
+    return [*given, *rest]
 
 
 def run(settings: CheckSettings) -> list[Line]:

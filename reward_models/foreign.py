@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from reward_models.called import ClassifierReward, classifier_reward
+from reward_models.called import ClassifierReward, classifier_reward, own_tokenizer
 from reward_models.calling import CalledReward
 from reward_models.classification import classifier_class, is_decoder, same_ids
 from reward_models.composed import ComposedReward
@@ -21,6 +22,7 @@ from reward_models.inputs import called_part
 from reward_models.loading import TOKENIZER_NAMES, load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
+from reward_models.sources import local_folder
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.data.encoding import encode_prompt, encode_response
 from vgf_llm.data.endings import check_ids, padding_id
@@ -85,10 +87,12 @@ def foreign_reward(
     device: str | torch.device,
     dtype: torch.dtype,
     outputs: Mapping[str, float] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> ForeignReward | ClassifierReward | None:
     """Return a folder's model as a function of texts where its tokenizer is not the policy's, else None.
 
-    An encoder is such a function whatever its tokenizer.
+    An encoder is such a function whatever its tokenizer. ``variables`` are the policy's ``chat_template_kwargs``; the
+    model's own template takes those that it reads.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -97,13 +101,14 @@ def foreign_reward(
     if classifier_class(folder) is not None:
         if is_decoder(folder) and same_ids(load_tokenizer(str(folder)), tokenizer):
             return None
-        return classifier_reward(folder, outputs, device, dtype)
+        return classifier_reward(folder, outputs, device, dtype, variables)
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_NAMES):
         return None
     own = load_tokenizer(str(folder))
     if fingerprint(own) == fingerprint(tokenizer):
         return None
-    return ForeignReward(load_reward_model(folder, tokenizer=own, dtype=dtype, device=device), own)
+    model = load_reward_model(folder, tokenizer=own, dtype=dtype, device=device)
+    return ForeignReward(model, own_tokenizer(folder, variables))
 
 
 def text_reward(
@@ -111,6 +116,7 @@ def text_reward(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     calls: RewardCallSettings | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> RewardFunction:
     """Return a scorer of texts by name.
 
@@ -119,25 +125,24 @@ def text_reward(
         device: Of models.
         dtype: Of models.
         calls: How functions and servers are called; None: plainly, without a cache.
+        variables: Of the policy's chat template; a model's own takes those that it reads.
 
     Raises:
         ConfigError: There is no such function, or the file is wrong.
         ModelError: The model cannot be loaded.
     """
     if is_composed(name):
-        return ComposedReward(read_composed(name), lambda part: _scorer(part, device, dtype, calls), name)
+
+        def scorer(part: Part) -> RewardFunction:
+            if part.reward is not None and Path(part.reward).is_dir():
+                return text_reward(part.reward, device, dtype, calls, variables)
+            return called_part(part, calls)
+
+        return ComposedReward(read_composed(name), scorer, name)
+    name = local_folder(name)
     if not Path(name).is_dir():
         return CalledReward(load_function(name), calls)
     if classifier_class(name) is not None:
-        return classifier_reward(name, None, device, dtype)
-    own = load_tokenizer(name)
-    return ForeignReward(load_reward_model(name, tokenizer=own, dtype=dtype, device=device), own)
-
-
-def _scorer(
-    part: Part, device: str | torch.device, dtype: torch.dtype, calls: RewardCallSettings | None
-) -> RewardFunction:
-    """Return what scores a part of a composed reward."""
-    if part.reward is not None and Path(part.reward).is_dir():
-        return text_reward(part.reward, device, dtype, calls)
-    return called_part(part, calls)
+        return classifier_reward(name, None, device, dtype, variables)
+    model = load_reward_model(name, tokenizer=load_tokenizer(name), dtype=dtype, device=device)
+    return ForeignReward(model, own_tokenizer(name, variables))

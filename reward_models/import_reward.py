@@ -182,6 +182,8 @@ def _copy_small_files(source: str, output: Path, settings: ImportSettings) -> No
     """Copy configuration and tokenizer, and point to the weights; config.json goes last."""
     from reward_models.sources import write_pointer
 
+    for name in ("secant.json", "secant.safetensors"):  # of an earlier import
+        (output / name).unlink(missing_ok=True)
     found = {path.name: path for pattern in _SMALL for path in Path(source).glob(pattern) if path.is_file()}
     for name in sorted(found, key=lambda one: one == "config.json"):
         if name not in _NOT_SMALL and not name.startswith("reward_card"):

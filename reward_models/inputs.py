@@ -13,6 +13,7 @@ from reward_models.functions import RewardFunction, check_columns, load_function
 from reward_models.grammar import Part, is_composed, read_composed
 from reward_models.reward_cache import RewardCache
 from reward_models.sources import is_hub_name
+from vgf_llm.console.screen import say
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.inputs import check_base_model, check_holds_model
 from vgf_llm.settings import ModelSettings, RewardCallSettings
@@ -75,10 +76,16 @@ def check_rewards(
                 "a YAML file"
             )
         _check("rewards", name, prompts)
-    if gold is not None:
+    if gold is not None and (is_composed(gold) or not is_hub_name(gold)):
         _check("gold", gold, prompts, running=False)
     if calls is not None and calls.reward_cache is not None:
         RewardCache(calls.reward_cache).check()
+    elif calls is not None and (asked := [name for name in (*names, gold) if name and _asks_a_server(name)]):
+        say(f"{asked[0]} asks a server, and reward_cache is not set: a run that is stopped pays for its rewards again")
+
+
+def _asks_a_server(name: str) -> bool:
+    return is_composed(name) and any(part.endpoint is not None for part in read_composed(name).walk())
 
 
 def _check(key: str, name: str, prompts: Sequence[Any], running: bool = True) -> None:

@@ -75,6 +75,7 @@ def report(
         "fidelity_interval": [fidelity["low"], fidelity["high"]] if fidelity else None,
         "top8_share": fidelity["top8_gain"] / fidelity["best8_gain"] if fidelity.get("best8_gain") else None,
         "length_correlation": card.length_correlation,
+        "length_controlled_accuracy": card.length_controlled_accuracy,
     }
     emit(json.dumps(figures | further | {"steps": card.training["steps"], "train_sec": card.training["seconds"]}))
     return card

@@ -52,10 +52,18 @@ def local_folder(name: str) -> str:
 
 def write_pointer(folder: Path, source: str, outputs: Mapping[str, float]) -> None:
     """Write imported.json, which names the source of the weights and its mark."""
+    write_json_atomic(folder / POINTER_NAME, {"source": source, "mark": _mark(source), "outputs": dict(outputs)})
+
+
+def _mark(source: str) -> str:
+    """Return the mark of a folder, and of an adapter's base where that is a folder."""
     from vgf_llm.runs.provenance import folder_mark
 
-    mark = folder_mark(source)
-    write_json_atomic(folder / POINTER_NAME, {"source": source, "mark": mark, "outputs": dict(outputs)})
+    try:
+        named = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        named = {}
+    return ":".join(filter(None, (folder_mark(source), folder_mark(str(named.get("base_model_name_or_path"))))))
 
 
 def _pointer(folder: str | Path) -> dict[str, Any]:
@@ -76,8 +84,6 @@ def weights_folder(folder: str | Path) -> Path:
     Raises:
         ModelError: The source is gone, or is not what was imported.
     """
-    from vgf_llm.runs.provenance import folder_mark
-
     pointer = _pointer(folder)
     if not pointer:
         return Path(folder)
@@ -86,7 +92,7 @@ def weights_folder(folder: str | Path) -> Path:
         raise ModelError(
             f"'{folder}' was imported from '{source}', which is gone; put it back, or run `vgf-llm import-reward` again"
         )
-    if folder_mark(str(source)) != pointer["mark"]:
+    if _mark(str(source)) != pointer["mark"]:
         raise ModelError(
             f"'{folder}' was imported from '{source}', which has changed since; its card and secant head are of "
             "another model: run `vgf-llm import-reward` again"

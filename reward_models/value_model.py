@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.loading import add_lora, is_lora, load_adapter, load_reward_model, save_reward_model
 from reward_models.modelling import RewardModel
+from vgf_llm.console.screen import say
 from vgf_llm.errors import ModelError
 from vgf_llm.models.architecture import evaluating, input_table
 
@@ -113,8 +114,25 @@ def _go_on(
     model = load_reward_model(
         folder, tokenizer=tokenizer, base=base, dtype=torch.float32, device=base.device, freeze=False
     )
+    if model.config.closing is not None:
+        _open(model, folder)
     ready: nn.Module = model.unfreeze().eval()
     return ready
+
+
+def _open(model: RewardModel, folder: Path) -> None:
+    """Read a classifier as a value is read: at every token, under the base's template, over a table that holds still.
+
+    Raises:
+        ModelError: Its head is a stack, which a value cannot be saved with.
+    """
+    if not isinstance(model.head, nn.Linear):
+        raise ModelError(
+            f"start_from: the classifier '{folder}' has a stack for a head; start from a linear one, or none"
+        )
+    model.config.closing, model.config.end_ids, model.own_tokenizer = None, None, None
+    model.config.train_embeddings = False
+    say(f"the value starts from the classifier '{folder}', read at every token and without what closes an answer")
 
 
 def save_value_model(

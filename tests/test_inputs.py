@@ -52,6 +52,8 @@ def folder(tmp_path_factory):
     for name, row in rows.items():
         (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "agent.csv").write_text("")
+    (folder / "sum.yaml").write_text("sum: [{reward: length_words, weight: heavy}]")
+    (folder / "judge.yaml").write_text("endpoint: {kind: classify, model: m, url_variable: NO_SUCH_URL}")
     return folder
 
 
@@ -120,6 +122,18 @@ def cases(folder: Path) -> list[tuple[str, list[str], str]]:
         ("reward_models.train_direction", direction("--gold", f"{folder}/empty"), "has no config.json"),
         ("vgf_llm.train", fine_tune("--rewards", "mine:good"), "module 'mine' cannot be imported"),
         ("vgf_llm.train", fine_tune("--rewards", "outputs/none"), "rewards: 'outputs/none' is not a folder"),
+        (
+            "vgf_llm.train",
+            fine_tune("--rewards", f"{folder}/sum.yaml"),
+            "sum.yaml: key 'sum[0].weight': expected a finite",
+        ),
+        ("vgf_llm.train", fine_tune("--gold", f"{folder}/judge.yaml"), "environment variable NO_SUCH_URL is not set"),
+        ("vgf_llm.train", fine_tune("--reward_cache", f"{folder}/a_file/x"), "a_file/x' cannot be used"),
+        (
+            "vgf_llm.evaluate",
+            transports("--prompts", good, "--gold", f"{folder}/none.yaml"),
+            "none.yaml' does not exist",
+        ),
         ("vgf_llm.train", fine_tune("--gold", "vader"), "reward function 'vader' does not exist"),
         ("vgf_llm.train", fine_tune("--prompts", prompts), "no column 'prompt'; columns: question"),
         ("vgf_llm.train", fine_tune("--decoder_options", "{top: 1}"), "'prior' has no option 'top'; it has multiplier"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reward_models.assess import pad_responses
-from reward_models.checking.line import Line, judged, skipped
+from reward_models.checking.line import Line, Verdict, judged, skipped
 from reward_models.checking.subject import Subject, ends_of, response_ids
 from reward_models.fidelity import gradient_fidelity, score_gradient
 from vgf_llm.data.endings import padding_id
@@ -109,5 +109,5 @@ def check_dtype(subject: Subject, pairs: Sequence[PreferencePair], unit: float) 
     half = len(pairs)
     flips = float(((before[:half] > before[half:]) != (after[:half] > after[half:])).double().mean())
     value = f"bfloat16 moves scores by up to {apart:.2g} standard deviations and swaps {flips:.0%} of the pairs"
-    verdict = "warn" if flips > _MOST_FLIPS or apart > 0.5 else "pass"
+    verdict: Verdict = "warn" if flips > _MOST_FLIPS or apart > 0.5 else "pass"
     return judged("dtype", value, f"0.5 and {_MOST_FLIPS:.0%}", verdict, "run it with --dtype float32")

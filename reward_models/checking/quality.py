@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from reward_models.card import pearson_correlation
-from reward_models.checking.line import Line, judged, skipped
+from reward_models.checking.line import Line, Verdict, judged, skipped
 from reward_models.pair_figures import calibration, length_control
 from vgf_llm.statistics.intervals import wilson_interval
 
@@ -38,7 +38,7 @@ def check_pairs(kept: int, dropped: dict[str, int]) -> Line:
     out = {reason: count for reason, count in dropped.items() if count}
     total = kept + sum(out.values())
     value = f"{kept} of {total} pairs used" + "".join(f"; {count} {reason}" for reason, count in out.items())
-    verdict = "fail" if sum(out.values()) > 0.2 * total else "warn" if out else "pass"
+    verdict: Verdict = "fail" if sum(out.values()) > 0.2 * total else "warn" if out else "pass"
     return judged("pairs", value, "all used; fails above 20% left out", verdict, "mend the rows of the file")
 
 

@@ -260,7 +260,8 @@ def check_longest(subject: Subject, rows: Sequence[TokenRow]) -> tuple[Line, lis
     Returns:
         The line, and for each row whether it fits the model.
     """
-    limit = max_positions(subject.value.body.config if subject.kind == "ours" else subject.model.config)
+    network = subject.model.body if subject.kind == "ours" else subject.model
+    limit = max_positions(network.config)
     longest = max(len(row.ids) for row in rows)
     fits = [limit is None or len(row.ids) <= limit for row in rows]
     stated = int(min(subject.tokenizer.model_max_length or _NO_LIMIT, _NO_LIMIT))

@@ -126,7 +126,8 @@ def _check_function(subject: Subject, pairs: Pairs) -> Iterator[Line]:
             f"reward function {subject.name!r} asks for the columns {', '.join(needed)}, which pairs do not have; "
             "check it with `vgf-llm evaluate --gold` on its own prompts"
         )
-    prompts: list[str] = [PromptText(pair.prompt) for pair in pairs.kept] * 2
+    asked: list[str] = [PromptText(pair.prompt) for pair in pairs.kept]
+    prompts = asked * 2
     responses = [pair.chosen for pair in pairs.kept] + [pair.rejected for pair in pairs.kept]
     found = [float(score) for score in subject.function(prompts, responses)]
     yield check_numbers(found)

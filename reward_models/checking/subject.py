@@ -22,7 +22,7 @@ from reward_models.classification import (
     output_weights,
     read_classifier,
 )
-from reward_models.functions import load_function
+from reward_models.foreign import text_reward
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.sources import imported_outputs, local_folder
@@ -133,13 +133,13 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
     """
     name = local_folder(name)
     if not Path(name).is_dir():
-        return Subject(name, "function", function=load_function(name))
+        return Subject(name, "function", function=text_reward(name, device))
     tokenizer = load_tokenizer(name)
     side: Any = AutoTokenizer.from_pretrained(name).padding_side
     if classifier_class(name) is None:
-        value = load_reward_model(name, tokenizer=tokenizer, device=device)
-        subject = Subject(name, "ours", None, None, tokenizer, side, value, value)
-        subject.score = _score_ours(value)
+        own = load_reward_model(name, tokenizer=tokenizer, device=device)
+        subject = Subject(name, "ours", None, None, tokenizer, side, own, own)
+        subject.score = _score_ours(own)
         return subject
     model: Any = read_classifier(name)
     weights_K = output_weights(output_names(model), outputs or imported_outputs(name), f"'{name}'")
@@ -150,7 +150,8 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
         subject.why_no_value = "an encoder has no gradient in the policy's tokens; a learned value moves responses"
         return subject
     try:
-        subject.value = as_reward_model(model, name, tokenizer, weights_K).to(device).freeze()
+        value: Any = as_reward_model(model, name, tokenizer, weights_K)
+        subject.value = value.to(device).freeze()
     except ModelError as error:
         subject.why_no_value = str(error)
     return subject
@@ -163,7 +164,8 @@ def _score_ours(value: RewardModel) -> Callable[[Sequence[TokenRow], Side], Tens
         mask_RS = batch["attention_mask"]
         starts_R1 = torch.tensor([[row.start] for row in rows], device=mask_RS.device)
         response_RS = mask_RS.bool() & (mask_RS.cumsum(1) > starts_R1)
-        return value(input_ids=batch["input_ids"], attention_mask=mask_RS, response_mask=response_RS.long())
+        scores_R: Tensor = value(input_ids=batch["input_ids"], attention_mask=mask_RS, response_mask=response_RS.long())
+        return scores_R
 
     return score
 
@@ -254,7 +256,8 @@ def leading(ids: Sequence[int], bos: int | None) -> int:
 def response_ids(subject: Subject, pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
     """Return prompt, chosen and rejected as the commands that transport encode them, each response closed."""
     prompt = encode_prompt(subject.tokenizer, pair.prompt)
-    return prompt, *(encode_response(subject.tokenizer, text, eos=True) for text in (pair.chosen, pair.rejected))
+    chosen, rejected = (encode_response(subject.tokenizer, text, eos=True) for text in (pair.chosen, pair.rejected))
+    return prompt, chosen, rejected
 
 
 def ends_of(subject: Subject) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from vgf_llm import evaluate, generate, transport
 from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.answering.one_pass import Directions, stream_sampler
-from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.errors import ConfigError, ModelError, SettingError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.runs.files import read_jsonl
 from vgf_llm.serving.settings import ServeSettings
@@ -152,5 +152,5 @@ def test_evaluate_compares_it_with_two_passes(argv, tmp_path, capsys):
 
 def test_commands_that_do_not_have_it_yet_say_so():
     for settings in (ServeSettings, VGFSettings):
-        with pytest.raises(ConfigError, match="not stream yet"):
+        with pytest.raises(SettingError, match="not stream yet"):
             settings(decoder="stream")

@@ -23,8 +23,15 @@ _START_SEC = 400
 
 
 @contextlib.contextmanager
-def running_server(model: Path, *flags: str, **environment: str) -> Iterator[str]:
-    """Yield the URL of a server of a model, named "tiny", with the plan processor; it ends with the context."""
+def running_server(model: Path, *flags: str, plans: bool = True, **environment: str) -> Iterator[str]:
+    """Yield the URL of a server of a model, named "tiny"; it ends with the context.
+
+    Args:
+        model: Its folder.
+        flags: Further ones of the server.
+        plans: Whether it runs the plan processor; a classifier writes nothing.
+        environment: Further variables.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,7 +43,7 @@ def running_server(model: Path, *flags: str, **environment: str) -> Iterator[str
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host",
             "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--max-logprobs", "64",
             "--kv-cache-memory-bytes", str(2**26), "--enforce-eager", "--served-model-name", "tiny",
-            "--logits-processors", PROCESSOR, *flags,
+            *(("--logits-processors", PROCESSOR) if plans else ()), *flags,
         ],
         env=variables,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from vgf_llm.evaluation.arms import Arm, budget_arms
 from vgf_llm.evaluation.flops import PromptWork, Sizes, arm_flops
 from vgf_llm.evaluation.measures import non_ascii, repetition
 from vgf_llm.evaluation.summary import at_equal_cost, differences, summarise
-from vgf_llm.evaluation.table import difference_table, equal_cost_lines, markdown_table, print_table
+from vgf_llm.evaluation.table import difference_table, equal_cost_lines, markdown_table, part_lines, print_table
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.text.responses import Responses, changed_tokens
 
@@ -30,6 +30,18 @@ def test_summary_averages_seeds_within_a_prompt_first():
     assert entry["nll"]["mean"] == pytest.approx((2.0 * 30 + 1.0 * 10) / 40)
     assert (entry["prompts"], entry["seeds"]) == (2, 2)
     assert entry["eos_rate"]["mean"] == 0.5
+
+
+def test_components_of_the_gold_are_means_over_what_was_scored():
+    """Right: 1 and none of two at prompt 0, 0 and 1 at prompt 1: (1 + 0.5) / 2. The last of a row is the selected."""
+    parts = [{"right": [1.0, None, 0.0], "never": [None] * 3}, {"right": [0.0, 1.0, 0.0], "never": [None] * 3}]
+    rows = [row("a", 0, prompt, 0.1, gold_parts=found) for prompt, found in enumerate(parts)]
+    entry = summarise(rows, ["a"])["a"]
+    assert entry["gold.right"]["mean"] == pytest.approx(0.75) and entry["gold.right"]["scored"] == 0.75
+    assert entry["gold.never"] is None
+    assert part_lines({"a": entry, "b": summarise([row("b", 0, 0, 0.1)], ["b"])["b"]}) == [
+        "a: gold.never -, gold.right 0.750 [0.500, 1.000] (of 75% of the responses)"
+    ]
 
 
 def test_differences_pair_on_common_seeds_only():

@@ -66,6 +66,19 @@ def test_a_decoder_is_called_in_batches(tmp_path, style):
     assert (torch.tensor(found) - expected).abs().max() < 1e-4
 
 
+def test_variables_of_the_policys_template_reach_the_classifiers_own(tmp_path):
+    """Those that its template reads; others are not its."""
+    tokenizer = byte_tokenizer(**TOKENIZERS["chatml"])
+    tokenizer.chat_template = "{% if tone is defined %}{{ tone }} {% endif %}" + tokenizer.chat_template
+    folder = str(classifier(tmp_path, tokenizer))
+    plain, stern = (text_reward(folder, variables=v) for v in (None, {"tone": "stern", "enable_thinking": False}))
+    assert stern(["rain"], ["No"]) != plain(["rain"], ["No"])
+    written = tokenizer.apply_chat_template([{"role": "user", "content": "rain"}], tokenize=False, tone="stern")
+    assert stern.tokenizer.apply_chat_template([{"role": "user", "content": "rain"}], tokenize=False) == written
+    found = foreign_reward(folder, byte_tokenizer(template=None, eos="</s>"), "cpu", torch.float32, None, {"tone": "x"})
+    assert found is None or "x" in found.tokenizer.chat_template
+
+
 def test_a_conversation_that_is_too_long_is_named(tmp_path):
     folder = encoder(tmp_path, byte_tokenizer(template=None), "bert")
     with pytest.raises(DataError, match="has .* tokens in its own tokenizer, and the model 512 positions"):

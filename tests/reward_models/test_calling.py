@@ -151,7 +151,7 @@ def test_a_late_call_is_given_up_and_named(kind):
     calls = RewardCallSettings(reward_timeout_sec=0.05, reward_retries=1)
     reward = CalledReward({"async": waits, "thread": sleeps, "batch": batch}[kind], calls)
     started = time.monotonic()
-    with pytest.raises(ModelError, match=r"was late in 2 attempts: no answer in 0.05 s \(reward_timeout_sec\).*'2 . 2"):
+    with pytest.raises(ModelError, match="late in 2 attempts: no answer in 0.05 s, for .*'2 . 2.*raise reward_timeout"):
         reward(PROMPTS[:1], ["r"])
     assert time.monotonic() - started < 5
 
@@ -230,6 +230,23 @@ def test_what_was_paid_for_is_kept_before_an_error_is_raised(tmp_path, fault):
     asked.clear()
     assert CalledReward(reward, calls)(PROMPTS[:1] * 2, ["a", "b"]) == [1.0, 1.0]
     assert asked == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), None, RuntimeError("no")])
+def test_no_further_call_is_paid_for_after_a_bad_one(bad):
+    asked = []
+
+    @per_response
+    def reward(prompt, response):
+        asked.append(response)
+        if response == "1" and isinstance(bad, Exception):
+            raise bad
+        return bad if response == "1" else 1.0
+
+    with pytest.raises(ModelError, match="'1'"):
+        calls = RewardCallSettings(reward_concurrency=1, reward_retries=0)
+        CalledReward(reward, calls)(["p"] * 50, [str(number) for number in range(50)])
+    assert asked == ["0", "1"]
 
 
 def test_a_batch_keeps_its_good_rewards(tmp_path):

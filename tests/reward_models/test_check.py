@@ -174,13 +174,13 @@ def test_a_bos_that_the_template_leaves_out(copied, tmp_path, capsys):
 
 
 def test_a_template_that_was_not_there_in_training(made, tmp_path, capsys):
-    folder = made("plain", encode=plain, untaught=by_template, steps=160)
+    folder = made("plain", encode=plain, untaught=by_template, steps=110)
     _, lines = lines_of(folder, tmp_path, capsys)
     assert lines["template"]["verdict"] == "fail" and "plain text" in lines["template"]["advice"]
 
 
 def test_a_closing_that_was_not_there_in_training(made, tmp_path, capsys):
-    folder = made("open", encode=by_open_template, untaught=by_template, steps=160)
+    folder = made("open", encode=by_open_template, untaught=by_template, steps=110)
     _, lines = lines_of(folder, tmp_path, capsys)
     assert lines["closing"]["verdict"] == "fail" and "open answers" in lines["closing"]["advice"]
 
@@ -240,6 +240,12 @@ def test_functions(tmp_path, capsys, monkeypatch):
 
 
 def test_built_in_pairs_and_the_table(made, tmp_path, capsys):
-    check.main(["--reward_model", str(made("llama")), "--device", "cpu"])
-    shown = capsys.readouterr().err
-    assert "32 of 32 pairs used" in shown.replace("\n", " ") or "pairs" in shown
+    recipe = tmp_path / "generate.yaml"
+    recipe.write_text(f"reward_model: {made('llama')}\nbudget: {{nats: 2}}\n")
+    for first in (str(made("llama")), str(recipe)):
+        check.main([first, "--device", "cpu"])
+        shown = capsys.readouterr().err
+        assert "Check of llama" in shown and "32 of 32 pairs" in shown and shown.rstrip().endswith("skip")
+    recipe.write_text("prompts: a.jsonl\n")
+    with pytest.raises(ConfigError, match="has neither reward_model nor output_dir"):
+        check.main([str(recipe)])

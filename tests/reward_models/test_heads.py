@@ -9,16 +9,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reward_models.classification import load_classifier, read_classifier
 from reward_models.inputs import check_reward_model, check_rewards
 from reward_models.loading import load_reward_model
 from reward_models.sources import is_hub_name, local_folder
+from reward_models.value_model import build_value_model
 from tests.byte_tokenizers import byte_tokenizer
 from tests.reward_models.checked import changed
-from tests.reward_models.classifiers import TOKENIZERS, classifier, scores_by_transformers
+from tests.reward_models.classifiers import TOKENIZERS, classifier, config_of, scores_by_transformers
 from tests.reward_models.test_classification import scored, talks_of
+from vgf_llm.data.encoding import encode_prompt
 from vgf_llm.errors import ConfigError, ModelError
 
 
@@ -87,8 +89,6 @@ def test_a_base_that_ends_in_another_token_than_the_classifier(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     expected = torch.tensor(scores_by_transformers(model, own, talks))[:, 0]
     value, _, tokens, mask = scored(load_reward_model(folder, tokenizer=base), base, talks)
-    from vgf_llm.data.encoding import encode_prompt
-
     ids = [encode_prompt(base, talk[:-1]) for talk in talks]
     assert int(tokens[0, 0, mask[0, 0].sum() - 1]) == base.eos_token_id != own.eos_token_id
     assert (value.score(value.prefix(ids), tokens, mask)[:, 0] - expected).abs().max() < 1e-4
@@ -123,3 +123,21 @@ def test_a_name_in_the_cache_of_the_hub_is_found_offline(tmp_path, monkeypatch):
     folder = local_folder("org/judge")
     assert json.loads((snapshot / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
     assert load_reward_model(folder, tokenizer=tokenizer).head.weight.shape == (1, 32)
+
+
+def test_a_value_that_starts_from_a_classifier_is_read_alike_in_training_and_use(tmp_path, capsys):
+    """Training reads every token of prompt and response; use has to read the last one, without a closing."""
+    tokenizer = byte_tokenizer()
+    base = AutoModelForCausalLM.from_config(config_of("llama", tokenizer)).eval()
+    folder = classifier(tmp_path, tokenizer)
+    value = build_value_model(base, start_from=folder, tokenizer=tokenizer)
+    assert "read at every token" in capsys.readouterr().err
+    assert not value.body.get_input_embeddings().weight.requires_grad and value.head.weight.requires_grad
+    prompt, response = [7, 8, 9], [11, 12, 13]
+    values_RS = value(
+        input_ids=torch.tensor([prompt + response]),
+        response_mask=torch.tensor([[0, 0, 0, 1, 1, 1]]),
+        token_level=True,
+    )
+    score_BN = value.score(value.prefix([prompt]), torch.tensor([[response]]), torch.ones(1, 1, 3, dtype=torch.bool))
+    assert torch.allclose(values_RS[0, -1], score_BN[0, 0], atol=1e-5)

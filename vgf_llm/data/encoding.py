@@ -104,10 +104,23 @@ def set_in_template(tokenizer: Any, variables: Mapping[str, Any]) -> None:
         raise ModelError("chat_template_kwargs are set, and the tokenizer has no single chat template; drop them")
     lines = []
     for name, value in variables.items():
-        if not re.search(rf"\b{re.escape(name)}\b", template) or name in ("messages", "tools", "add_generation_prompt"):
+        if name not in in_template(tokenizer, variables):
             raise ModelError(f"chat_template_kwargs: the chat template has no variable {name!r} to be set; drop it")
         lines.append(f"{{% set {name} = {_literal(value, name)} %}}")
     tokenizer.chat_template = "".join(lines) + "{{ '' }}" + template  # what is printed keeps the template's line breaks
+
+
+def in_template(tokenizer: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those variables that a tokenizer's chat template reads; none without a single template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        return {}
+    fixed = ("messages", "tools", "add_generation_prompt")
+    return {
+        name: value
+        for name, value in variables.items()
+        if name not in fixed and re.search(rf"\b{re.escape(name)}\b", template)
+    }
 
 
 def _literal(value: Any, name: str) -> str:

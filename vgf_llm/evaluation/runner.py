@@ -34,7 +34,7 @@ def work(
     done: set[Key],
 ) -> Iterator[list[Row]]:
     """Yield the rows that are not done yet, a batch of prompts and an arm at a time."""
-    gold = Remembered(text_reward(settings.gold, calls=settings))
+    gold = Remembered(text_reward(settings.gold, calls=settings, variables=models.chat_template_kwargs))
     todo = _batches(settings.all_arms(), len(prompts), settings.seed, settings.batch_prompts, done)
     if not todo:
         return

@@ -18,7 +18,7 @@ class RewardCallSettings:
     reward_retries: int = field(default=2, kw_only=True)
     """Further attempts after a call that failed or was late, at least 0; an error in the function's code gets none."""
     reward_concurrency: int = field(default=8, kw_only=True)
-    """Calls under way at a time, of functions that score one response per call and of servers; at least 1."""
+    """Calls under way at a time per process, of servers and of functions that score one response each; at least 1."""
 
     def __post_init__(self) -> None:
         """Validate ranges; raises SettingError."""

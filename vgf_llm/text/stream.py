@@ -28,7 +28,7 @@ from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.bonus import Bonus, BonusSource
 from vgf_llm.text.distribution import Shortlist, truncate
 from vgf_llm.text.noise import gumbel_noise
-from vgf_llm.text.protocols import Reference
+from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import capped_multiplier, kl_divergence, tilt
 
@@ -170,7 +170,7 @@ class StreamSampler:
         steering: How the nats of a response are spent.
     """
 
-    def __init__(self, reference: Reference, source: BonusSource, steering: Steering) -> None:
+    def __init__(self, reference: TorchReference, source: BonusSource, steering: Steering) -> None:
         self.reference, self.source, self.steering = reference, source, steering
 
     def stream(self, prompts: list[list[int]], seeds_BN: Tensor) -> Streamed:

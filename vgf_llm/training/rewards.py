@@ -158,6 +158,7 @@ def load_rewards(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     calls: RewardCallSettings | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> Rewards:
     """Load rewards by name: a folder is a reward model, a YAML file composes several, anything else is a function.
 
@@ -171,6 +172,7 @@ def load_rewards(
         dtype: Of the reward models' bodies.
         device: Where they go.
         calls: How functions and servers are called; None: plainly, without a cache.
+        variables: Of the policy's chat template; the template of a model that reads texts takes those that it has.
 
     Raises:
         ConfigError: A function does not exist, or a file is wrong.
@@ -181,14 +183,14 @@ def load_rewards(
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
         if Path(name).is_dir():
-            scorer = foreign_reward(name, tokenizer, device, dtype, outputs) if foreign else None
+            scorer = foreign_reward(name, tokenizer, device, dtype, outputs, variables) if foreign else None
             scorer = scorer or load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device, outputs=outputs)
         else:
-            scorer = text_reward(name, device, dtype, calls)
+            scorer = text_reward(name, device, dtype, calls, variables)
         members.append(NamedReward(_short(name), float(weight), scorer, name))
     if len({member.name for member in members}) < len(members):  # folders are often called alike
         members = [replace(member, name=f"{member.name}_{i}") for i, member in enumerate(members)]
-    return Rewards(members, tokenizer, None if gold is None else text_reward(gold, device, dtype, calls))
+    return Rewards(members, tokenizer, None if gold is None else text_reward(gold, device, dtype, calls, variables))
 
 
 def _refuse_non_finite(member: NamedReward, scores_BN: Tensor, prompts: list[str]) -> None:
