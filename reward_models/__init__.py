@@ -1,11 +1,12 @@
 """Reward models: what a response is worth, as a differentiable function of its token embeddings.
 
 `modelling` (the model), `loading`, `ensemble`, `functions` (Python rewards), `losses`, `fidelity` (does the input
-gradient predict a token change), `secant` (a fitted direction in its place), `card` (what is known about a trained
-model), `value_losses` and `value_model` (a value of every prefix, learned from rewards), `classification` (models of
-others), `sources` (where they lie), `checking`, `exporting`; `train`, `train_value`, `train_secant`, `check`,
-`import_reward` and `export_reward` (the entry points). Names load on first use, so that `losses` imports torch only and
-`--help` answers at once.
+gradient predict a token change), `secant` (a fitted direction in its place), `directions` (bonuses that need no
+original), `lookahead` (the value itself as one), `card` (what is known about a trained model), `value_losses` and
+`value_model` (a value of every prefix, learned from rewards), `classification` (models of others), `sources` (where they
+lie), `checking`, `exporting`, `calling` and `composed` (rewards that are called); `train`, `train_value`,
+`train_secant`, `train_direction`, `check`, `import_reward` and `export_reward` (the entry points). Names load on first
+use, so that `losses` imports torch only and `--help` answers at once.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ prompts, where it falls back to the constant.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,7 +153,8 @@ def fit_causal(
         DataError: The targets are of one prompt.
     """
     rms, (fitted, held) = table_scale(table_VD), targets.split()
-    head = CausalHead(targets.hidden_XD.shape[1], *reversed(table_VD.shape), training.hidden, training.fit_seed)
+    vocabulary, width = table_VD.shape
+    head = CausalHead(targets.hidden_XD.shape[1], width, vocabulary, training.hidden, training.fit_seed)
     head = head.to(table_VD.device)
     head.unit.copy_(_spread(fitted))
     if constant_D is not None:
@@ -225,10 +226,11 @@ def _with_rest(
     return _held_loss(head, held, table_VD, rms), shrink
 
 
-def _chunks(targets: BonusTargets, table_VD: Tensor) -> tuple[Tensor, ...]:
+def _chunks(targets: BonusTargets, table_VD: Tensor) -> Sequence[Tensor]:
     """Split the rows so that not too many embeddings stand together."""
     at_once = max(1, _NUMBERS // (targets.ids_XK.shape[1] * table_VD.shape[1]))
-    return torch.arange(len(targets), device=targets.ids_XK.device).split(at_once)
+    rows_X = torch.arange(len(targets), device=targets.ids_XK.device)
+    return list(torch.split(rows_X, at_once))
 
 
 @torch.no_grad()

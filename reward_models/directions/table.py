@@ -104,8 +104,8 @@ def fit_table(observations: Observations, table_VD: Tensor) -> TableFit:
     targets = targets_of(observations)
     priors = [(zero_V, zero_V)]
     if len(held.token_O):
-        halves = targets.prompt_X % _HELD_BACK != _HELD_BACK - 1, slice(None)
-        priors.append(tuple(fit_constant(targets.take(half), table_VD).bonus_V.double() for half in halves))
+        fitted_alone = fit_constant(targets.take(targets.prompt_X % _HELD_BACK != _HELD_BACK - 1), table_VD).bonus_V
+        priors.append((fitted_alone.double(), fit_constant(targets, table_VD).bonus_V.double()))
     tried = [best_shrink(fitted, held, of_fitted_V) for of_fitted_V, _ in priors]
     number = min(range(len(tried)), key=lambda index: tried[index][1])
     (shrink, error), nothing = tried[number], left_error(zero_V, held)

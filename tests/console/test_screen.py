@@ -74,6 +74,11 @@ def commands(folder: Path) -> dict[str, tuple[str, list[str]]]:
             [*base, "--reward_model", f"{folder}/fitted", *prompts, *secant, "--steps", "3", "--hidden", "8"]
             + ["--validation_substitutions", "20"],
         ),
+        "direction": (
+            "reward_models.train_direction",
+            [*base, "--kind", "causal", "--reward", "tests.console.test_screen:printing", *prompts, *secant]
+            + ["--steps", "3", "--hidden", "8", "--validation_substitutions", "20"],
+        ),
     }
 
 
@@ -102,7 +107,7 @@ def seen(folder):
     return {asked: one | {"folder": out} for asked, one, out in zip(wanted, found, folders, strict=True)}
 
 
-@pytest.mark.parametrize("name", ["generate", "evaluate", "transport", "reward", "train", "secant"])
+@pytest.mark.parametrize("name", ["generate", "evaluate", "transport", "reward", "train", "secant", "direction"])
 def test_standard_output_is_whole_and_all_data(seen, name):
     redirected = seen[name, "err"]
     assert redirected["code"] == 0, redirected["terminal"]

@@ -14,6 +14,7 @@ COMMANDS = {
     "reward": "reward_models.train",
     "value": "reward_models.train_value",
     "secant": "reward_models.train_secant",
+    "direction": "reward_models.train_direction",
     "generate": "vgf_llm.generate",
     "transport": "vgf_llm.transport",
     "serve": "vgf_llm.serve",

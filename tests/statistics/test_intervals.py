@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from vgf_llm.statistics.intervals import bootstrap_mean, bootstrap_within_seeds, normal_half_width, wilson_interval
+from vgf_llm.statistics.intervals import (
+    bootstrap_mean,
+    bootstrap_of_sums,
+    bootstrap_within_seeds,
+    normal_half_width,
+    wilson_interval,
+)
 
 
 def test_bootstrap_interval_matches_the_normal_one_for_many_prompts():
@@ -48,3 +54,14 @@ def test_the_normal_interval_by_hand():
     """Standard deviation 2 of 16 values: 1.96 * 2 / 4."""
     assert normal_half_width(2.0, 16) == pytest.approx(0.98)
     assert math.isnan(normal_half_width(0.0, 1))
+
+
+def test_a_bootstrap_of_sums_with_one_part_each_is_that_of_the_mean():
+    """Sums of (value, 1) over prompts, and their ratio, are the mean; the resamples are the same."""
+    values = torch.randn(30, dtype=torch.float64)
+    parts = torch.stack([values, torch.ones(30, dtype=torch.float64)], -1)
+    found = bootstrap_of_sums(parts, lambda sums: sums[..., 0] / sums[..., 1], seed=3)
+    expected = bootstrap_mean(values.tolist(), seed=3)
+    assert (found.mean, found.low, found.high) == pytest.approx((expected.mean, expected.low, expected.high))
+    with pytest.raises(ValueError, match="at least one prompt"):
+        bootstrap_of_sums(parts[:0], lambda sums: sums[..., 0])
