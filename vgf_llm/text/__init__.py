@@ -13,6 +13,7 @@ from vgf_llm.text.protocols import Decoded, Decoder, Move, Moved, Reference, Val
 from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses
 from vgf_llm.text.sampler import ReferenceSampler
+from vgf_llm.text.stream import Steering, StreamSampler
 
 __all__ = [
     "BlockDecoder",
@@ -28,6 +29,8 @@ __all__ = [
     "Reference",
     "ReferenceSampler",
     "Responses",
+    "Steering",
+    "StreamSampler",
     "TorchReference",
     "Value",
     "Work",
