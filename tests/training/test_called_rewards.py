@@ -109,6 +109,6 @@ def test_a_killed_run_does_not_pay_again_for_what_it_has_paid_for(tmp_path: Path
     counts = Counter(lines(calls))
     print(f"{paid} calls before the kill, {len(lines(calls)) - paid} after it; without a kill {len(lines(whole))}")
     assert sorted(counts) == sorted(Counter(lines(whole)))
-    assert sum(counts.values()) <= len(lines(whole)) + 1  # the call under way, whose answer nobody had
+    assert sum(counts.values()) <= len(lines(whole)) + 1  # the call that was under way
     adapter = "adapter_model.safetensors"
     assert (tmp_path / "killed" / adapter).read_bytes() == (tmp_path / "whole" / adapter).read_bytes()
