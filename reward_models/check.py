@@ -1,4 +1,4 @@
-"""Check a reward model, of this package or of others: how it reads, what its scores and its gradient are worth.
+"""Check a reward model of this package or of others: its reading of conversations, its scores, its gradient.
 
     vgf-llm reward-check path/to/model
     vgf-llm reward-check recipes/<task>/generate.yaml

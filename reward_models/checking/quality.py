@@ -11,6 +11,7 @@ from reward_models.pair_figures import calibration, length_control
 from vgf_llm.statistics.intervals import wilson_interval
 
 _LEAST_PAIRS = 8  # for a verdict on accuracy, length and calibration
+_USEFUL = 0.7  # accuracy that an interval around chance has to exclude before it is called a failure
 _MOST_CORRELATION = 0.8
 _MOST_GAP = 0.05  # of confidence, beyond the accuracy's interval
 
@@ -48,7 +49,8 @@ def check_accuracy(chosen: Sequence[float], rejected: Sequence[float], is_given:
     Args:
         chosen: Scores of the preferred responses.
         rejected: Scores of the others.
-        is_given: Whether the pairs are the user's: chance is a failure then, and a warning on built-in pairs.
+        is_given: Whether the pairs are the user's. An interval that holds 0.5 and excludes 0.7 is a failure then, and a
+            warning on built-in pairs.
     """
     won, n = sum(c > r for c, r in zip(chosen, rejected, strict=True)), len(chosen)
     low, high = wilson_interval(won, n)
@@ -62,7 +64,10 @@ def check_accuracy(chosen: Sequence[float], rejected: Sequence[float], is_given:
         "the score does not tell better from worse: is the head the trained one (saved with the adapter?), is the "
         "template the one of training, is this the task it was trained for"
     )
-    return judged("accuracy", value, threshold, "pass" if low > 0.5 else "fail" if is_given else "warn", advice)
+    if low <= 0.5 and high >= _USEFUL:
+        advice = f"{n} pairs are too few to tell this accuracy from chance: give more with --limit or another dataset"
+    verdict: Verdict = "pass" if low > 0.5 else "fail" if is_given and high < _USEFUL else "warn"
+    return judged("accuracy", value, f"{threshold}; fails below {_USEFUL:g}", verdict, advice)
 
 
 def check_length(
