@@ -82,9 +82,10 @@ def run(settings: ImportSettings) -> dict[str, Any]:
     stage("writing the folder")
     _copy_small_files(source, output, settings)
     _write_card(card, output)
+    fitted: dict[str, Any] = {}
     if settings.secant:
         stage("fitting a secant head")
-        _fit_secant(settings, subject)
+        fitted = {"secant": _fit_secant(settings, subject)}
     return {
         "output_dir": str(output),
         "accuracy": card.accuracy,
@@ -93,7 +94,7 @@ def run(settings: ImportSettings) -> dict[str, Any]:
         "score_mean": card.score_mean,
         "score_std": card.score_std,
         "fidelity": None if card.fidelity is None else card.fidelity["spearman"],
-    }
+    } | fitted
 
 
 def _checked_output(name: str, source: str) -> Path:
@@ -179,16 +180,16 @@ def _fidelity(settings: ImportSettings, subject: Subject, pairs: list[Preference
 
 
 def _copy_small_files(source: str, output: Path, settings: ImportSettings) -> None:
-    """Copy configuration and tokenizer, and point to the weights; config.json goes last."""
+    """Point to the weights, and copy configuration and tokenizer; without config.json, the last, nothing loads."""
     from reward_models.sources import write_pointer
 
-    for name in ("secant.json", "secant.safetensors"):  # of an earlier import
+    for name in ("config.json", "adapter_config.json", "secant.json", "secant.safetensors"):  # of an earlier import
         (output / name).unlink(missing_ok=True)
+    write_pointer(output, str(Path(source).resolve()), settings.reward_outputs)
     found = {path.name: path for pattern in _SMALL for path in Path(source).glob(pattern) if path.is_file()}
-    for name in sorted(found, key=lambda one: one == "config.json"):
+    for name in sorted(found, key=lambda one: one in ("adapter_config.json", "config.json")):
         if name not in _NOT_SMALL and not name.startswith("reward_card"):
             shutil.copyfile(found[name], output / name)
-    write_pointer(output, str(Path(source).resolve()), settings.reward_outputs)
 
 
 def _write_card(card: RewardCard, output: Path) -> None:
@@ -203,8 +204,8 @@ def _write_card(card: RewardCard, output: Path) -> None:
     show(table)
 
 
-def _fit_secant(settings: ImportSettings, subject: Subject) -> None:
-    """Fit a secant head over the classifier's own gradient."""
+def _fit_secant(settings: ImportSettings, subject: Subject) -> dict[str, Any]:
+    """Fit a secant head over the classifier's own gradient; returns its figures."""
     from reward_models import train_secant
     from reward_models.secant_settings import SecantScript, SecantTraining
     from vgf_llm.settings import SamplingSettings
@@ -220,7 +221,7 @@ def _fit_secant(settings: ImportSettings, subject: Subject) -> None:
         device=settings.device,
     )
     sampling = SamplingSettings(max_new_tokens=settings.max_new_tokens)
-    emit(json.dumps(train_secant.run(script, SecantTraining(base="gradient"), sampling)))
+    return train_secant.run(script, SecantTraining(base="gradient"), sampling)
 
 
 if __name__ == "__main__":
