@@ -10,7 +10,7 @@ the value over a cloud less that of plain samples, the same of the held-out scor
 
 with sigma the spread of plain samples to a prompt and nats those that were really spent. ``gain_per_nat_ratio`` is a
 direction's gain over two-pass ``prior``'s at the same spent nats (between budgets, gains are read off linearly in
-sqrt(nats)). Intervals are paired bootstraps over prompts. A task whose reward model is absent is skipped with a word.
+sqrt(nats), and where ``prior`` gains nothing there is no ratio). Intervals are paired bootstraps over prompts. A task whose reward model is absent is skipped with a word.
 
 Speed: `benchmarks.one_pass_speed`. Texts are appended to ``--work`` prompt by prompt; a run that was stopped goes on.
 """
@@ -232,9 +232,11 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     plain = by_arm["plain"]
     sigma = math.sqrt(statistics.fmean(statistics.variance(row["values"]) for row in plain.values()))
     found = {name: _figures(own, plain, sigma) for name, own in by_arm.items() if name != "plain"}
+    of_prior = [figures for name, figures in found.items() if name.rsplit(" ", 1)[0] == "prior"]
+    prior_gains = bool(of_prior) and all(figures["gain"][1] > 0 for figures in of_prior)  # else a ratio says nothing
     for name, figures in found.items():
         direction = name.rsplit(" ", 1)[0]
-        if direction != "prior" and (two := _gain_at(found, "prior", figures["nats"])):
+        if direction != "prior" and prior_gains and (two := _gain_at(found, "prior", figures["nats"])):
             figures["gain_per_nat_ratio"] = round(figures["gain"][0] / two, 3)
     return {"prompts": len(plain), "texts_per_prompt": PARTICLES, "sigma": round(sigma, 4), "arms": found}
 
