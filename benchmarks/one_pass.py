@@ -10,7 +10,8 @@ the value over a cloud less that of plain samples, the same of the held-out scor
 
 with sigma the spread of plain samples to a prompt and nats those that were really spent. ``gain_per_nat_ratio`` is a
 direction's gain over two-pass ``prior``'s at the same spent nats (between budgets, gains are read off linearly in
-sqrt(nats), and where ``prior`` gains nothing there is no ratio). Intervals are paired bootstraps over prompts. A task whose reward model is absent is skipped with a word.
+sqrt(nats), and where ``prior`` gains nothing there is no ratio). Intervals are paired bootstraps over prompts. A task
+whose reward model is absent is skipped with a word.
 
 Speed: `benchmarks.one_pass_speed`. Texts are appended to ``--work`` prompt by prompt; a run that was stopped goes on.
 """
