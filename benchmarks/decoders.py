@@ -35,6 +35,7 @@ from benchmarks.decoder_arms import (
     growing_arms,
     level_arms,
 )
+from reward_models.composed import Remembered
 from vgf_llm.cli import run_main
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.evaluation.arms import Arm
@@ -236,7 +237,8 @@ def time_arms(
     def no_gold(prompts: list[str], responses: list[str]) -> list[float]:
         return [0.0] * len(responses)
 
-    experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, no_gold, sizes, pipeline.gradient)
+    gold = Remembered(no_gold)
+    experiment = Experiment(pipeline.reference, pipeline.value, pipeline.tokenizer, gold, sizes, pipeline.gradient)
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     started = time.perf_counter()
     for arm in track([*arms, *reversed(arms)], "timing"):

@@ -148,9 +148,11 @@ def test_resume_refuses_a_reward_model_or_prompts_that_changed(models, prompts, 
 
 
 def test_a_gold_function_that_misbehaves_is_named(models, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "reward_models.functions.length_words", lambda prompts, responses: [float("nan")] * len(responses)
-    )
+    def broken(prompts, responses):
+        return [float("nan")] * len(responses)
+
+    broken.__module__ = "reward_models.functions"
+    monkeypatch.setattr("reward_models.functions.length_words", broken)
     with pytest.raises(ModelError, match="finite"):
         evaluate.main(arguments(models, prompts, tmp_path))
 

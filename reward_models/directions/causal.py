@@ -1,9 +1,10 @@
 """`causal`: a direction per position, from the reference's own hidden state before the token.
 
-    g_t = g0 + unit W2 gelu(W1 n(h_t) + b1),     b_t(v) = <g_t, e_v> / rms + d_v,     n = layer norm
+    g_t = g0 + unit W2 gelu(W1 n(h_t) + b1) / sqrt(D),     b_t(v) = <g_t, e_v> / rms + d_v,     n = layer norm
 
 h_t is what the reference's output layer reads at t, so nothing more is run: one-pass decoding has it. e are rows of the
-reference's input table, rms their root mean square, unit the spread of the targets. W2 starts at zero and g0 at the
+reference's input table, rms their root mean square, unit the spread of the targets; by sqrt(D) a step of AdamW moves
+a bonus as far in a wide table as in a narrow one. W2 starts at zero and g0 at the
 `constant` direction; the state that predicts the held-back prompts best is kept, the first one included.
 
     minimise  mean_x sum_k w_xk smooth_l1( (b_xk - a_xk - their weighted means in the row) / unit )
@@ -83,7 +84,7 @@ class CausalHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             inputs = layer_norm(hidden.to(self.first.weight.dtype), hidden.shape[-1:])
             learned = self.second(gelu(self.first(dropout(inputs, drop, training=drop > 0))))
-            found: Tensor = (self.constant + self.unit * learned).float()
+            found: Tensor = (self.constant + self.unit * learned / self.width**0.5).float()
             return found
 
 

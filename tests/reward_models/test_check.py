@@ -235,7 +235,7 @@ def test_functions(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     _, lines = lines_of("mine:noisy", tmp_path, capsys)
     assert lines["batch size"]["verdict"] == "fail"
-    with pytest.raises(ConfigError, match="asks for the columns answer"):
+    with pytest.raises(ConfigError, match="asks takes 'answer', and the prompts' rows have no such column"):
         lines_of("mine:asks", tmp_path, capsys)
 
 
