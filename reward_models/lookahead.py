@@ -6,10 +6,11 @@ candidates,
     b_t(v) = r(x, y_<t, v) - sum_{v' in C} p_t(v') r(x, y_<t, v') / sum_{v' in C} p_t(v')     for v in C, else 0.
 
 Under mean pooling the value of a text of t tokens is the mean of its reads, so r is what a candidate adds to t times
-the value; under last pooling it is the value of the text that ends there. No direction is fitted and none is linear:
-this is the token-level value itself, and the measure of what linear directions lose.
+the value; under last pooling it is the value of the text that ends there, and an input skip counts 1 / t of it. No
+direction is fitted and none is linear: this is the token-level value itself, and the measure of what linear directions
+lose. A classifier that is read after its template's closing says nothing at the candidate, and is refused.
 
-Cost per token: up to K tokens through the reward model's body, packed, with keys and values of its own
+Cost per token: up to K + 1 tokens through the reward model's body, packed, with keys and values of its own
 (:mod:`vgf_llm.models.branches`). Candidates below ``min_probability`` and positions with a single one left are not
 run: a tilt moves little there.
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reward_models.modelling import RewardModel
+from vgf_llm.errors import ConfigError
 from vgf_llm.models.architecture import decoder_of
 from vgf_llm.models.branches import Branches
 from vgf_llm.text.bonus import Bonus
@@ -45,10 +47,22 @@ class Lookahead:
     min_probability: float = 0.01
     reads_hidden: bool = False
 
+    def __post_init__(self) -> None:
+        """Check that the value can be read at any token.
+
+        Raises:
+            ConfigError: It is read after its template's closing.
+        """
+        if self.value.config.closing:
+            raise ConfigError(
+                "a lookahead reads the reward model at every candidate, and this classifier is read after its "
+                "template's closing; fit a direction with `vgf-llm direction`, or start a value from it"
+            )
+
     @property
     def passes(self) -> float:
-        """Forward passes of the value per written token, at most."""
-        return float(self.candidates)
+        """Forward passes of the value per written token, at most: its candidates, and a token that was none of them."""
+        return float(self.candidates + 1)
 
     def begin(self, prompts: list[list[int]], rows_per_prompt: int) -> Bonus:
         """Run the prompts through the value once; see :class:`vgf_llm.text.bonus.BonusSource`."""
@@ -61,6 +75,7 @@ class _Rows:
 
     def __init__(self, source: Lookahead, branches: Branches) -> None:
         self.source, self.branches = source, branches
+        self._written = 0
         self._ids_RC: Tensor | None = None
         self._run_RC: Tensor | None = None
 
@@ -85,6 +100,7 @@ class _Rows:
         """Append what was written; returns where it has still to be run, bool [R]."""
         if last_token_R is None or self._ids_RC is None or self._run_RC is None:
             return None
+        self._written += 1
         is_it_RC = (self._ids_RC == last_token_R.unsqueeze(-1)) & self._run_RC
         known_R = is_it_RC.any(-1)
         self.branches.accept(torch.where(known_R, is_it_RC.long().argmax(-1), -1))
@@ -105,5 +121,5 @@ class _Rows:
         embeddings_XD = value.embed(token_X)
         hidden_XD = self.branches.forward(embeddings_XD, row_X, branch_X)
         is_branch_X = branch_X >= 0
-        reads_RC[run_RC] = value.read_tokens(hidden_XD[is_branch_X], embeddings_XD[is_branch_X])
+        reads_RC[run_RC] = value.read_tokens(hidden_XD[is_branch_X], embeddings_XD[is_branch_X], self._written + 1)
         return reads_RC

@@ -362,13 +362,15 @@ class RewardModel(PreTrainedModel):
         check_pooled(mask_RT)
         return (pool_last if self.config.pooling == "last" else pool_mean)(hidden_RTD, mask_RT)
 
-    def read_tokens(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """Return what the heads read at single tokens, float32 [...], of hidden states and embeddings [..., D].
+    def read_tokens(self, hidden: Tensor, embeddings: Tensor, tokens: int) -> Tensor:
+        """Return what the heads read at the last of ``tokens`` tokens, float32 [...], of [..., D].
 
-        Under mean pooling a response's value is the mean of its tokens' reads.
+        Under mean pooling a response's value is the mean of its tokens' reads; under last pooling a skip counts 1 / T.
         """
         reads = self._read(hidden.float())
-        return reads if self.skip_head is None else reads + self._read_skip(embeddings.float())
+        if self.skip_head is None:
+            return reads
+        return reads + self._read_skip(embeddings.float()) / (1 if self.config.pooling == "mean" else tokens)
 
     def _read(self, pooled: Tensor) -> Tensor:
         """Apply the head in float32 to [..., D]."""

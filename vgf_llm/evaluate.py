@@ -30,6 +30,7 @@ from vgf_llm.runs.claim import claim, refuse_rows
 from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl, write_json_atomic, write_text_atomic
 from vgf_llm.settings import HOW_REWARDS_ARE_CALLED, ModelSettings, SamplingSettings, check_decoder_options
 from vgf_llm.settings.parse import dump, parse
+from vgf_llm.settings.shared import check_backend
 
 _RECORDS = Path("docs/results")
 
@@ -104,6 +105,7 @@ def look_at_inputs(settings: EvaluateSettings, models: ModelSettings) -> list[An
     check_models(models)
     for arm in settings.all_arms():
         check_decoder_options(arm.decoder, arm.decoder_options)
+        check_backend(arm.decoder, settings.backend)
     check_engine(settings.backend, settings.engine.url)
     prompts = load_prompt_texts(
         settings.prompts, settings.prompt_column, limit=settings.num_prompts, system_column=settings.system_column

@@ -149,6 +149,7 @@ def _bonuses_of(source: BonusSource, positions: Positions) -> Tensor:
     responses, shape = positions.responses, positions.distribution.ids.shape
     bonus = source.begin(responses.prompts, shape[1])
     ids_RTK, logps_RTK = positions.distribution.ids.flatten(0, 1), positions.distribution.logps.flatten(0, 1)
+    logps_RTK = logps_RTK.masked_fill(is_any_of(ids_RTK, responses.eos_ids), -torch.inf)  # as decoding asks
     tokens_RT = responses.tokens_BNT.masked_fill(~responses.movable_BNT, -1).flatten(0, 1)
     hidden_RTD = positions.hidden_BNTD.flatten(0, 1)
     found = []

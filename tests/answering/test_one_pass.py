@@ -12,8 +12,9 @@ from reward_models.modelling import RewardModel
 from vgf_llm import evaluate, generate, transport
 from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy
-from vgf_llm.answering.one_pass import Directions, stream_sampler
+from vgf_llm.answering.one_pass import Directions, calibrate, stream_sampler
 from vgf_llm.errors import ConfigError, ModelError, SettingError
+from vgf_llm.evaluation.arms import Arm
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.runs.files import read_jsonl
 from vgf_llm.serving.settings import ServeSettings
@@ -93,6 +94,26 @@ def test_a_fitted_direction_is_found_beside_the_reward_model(folders, reference,
         stream_sampler(reference, value, BUDGET, {"direction": "constant"}, own)
 
 
+def test_a_direction_of_a_function_is_named_by_its_folder(folders, reference, value, tiny_lm, tiny_tokenizer, tmp_path):
+    base, reward = folders
+    own = tmp_path / "brief"
+    bonus = TableBonus(torch.randn(len(value.embedding_table_VD)))
+    save_direction(bonus, "table", own, FittedTo.of("length_words", str(base), tiny_lm, tiny_tokenizer))
+    stream = stream_sampler(reference, value, BUDGET, {"direction": str(own)}, Directions(tiny_tokenizer, str(reward)))
+    assert torch.equal(stream.source.bonus_V, bonus.bonus_V)
+
+
+def test_a_lookahead_is_steered_by_plain_samples_to_the_first_prompts(reference, value):
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12]]
+    policies = [make_policy(ImplicitPolicy, reference, value, BUDGET, "stream", length_unit=1.0) for _ in range(2)]
+    for policy in policies:
+        calibrate(policy, prompts)
+        assert policy.decoder.steering.variance > 0 and len(policy.decoder.steering.left_T) == 6
+    together = policies[0](prompts, row_seeds(0, [0, 1, 2], 2)).transported.tokens_BNT
+    alone = policies[1](prompts[1:2], row_seeds(0, [1], 2)).transported.tokens_BNT
+    assert torch.equal(alone[0], together[1][:, : alone.shape[-1]])
+
+
 @pytest.mark.parametrize(
     ("options", "budget", "message"),
     [
@@ -104,6 +125,7 @@ def test_a_fitted_direction_is_found_beside_the_reward_model(folders, reference,
         ({"speed": 2}, BUDGET, "has no option 'speed'"),
         ({}, TransportBudget(rounds=2), "budget.rounds must be 1, got 2"),
         ({}, TransportBudget(kernel="rbf"), "budget.kernel must be none"),
+        ({}, TransportBudget(step_size=2.0), "budget.step_size does nothing"),
     ],
 )
 def test_what_one_pass_cannot_do_is_refused(options, budget, message, folders, reference, value, tiny_tokenizer):
@@ -146,8 +168,16 @@ def test_evaluate_compares_it_with_two_passes(argv, tmp_path, capsys):
     rows = {(row["arm"], row["prompt_index"]): row for row in read_jsonl(tmp_path / "run" / "rows.jsonl")}
     for index in range(2):
         row = rows["one pass", index]
+        assert row["changed"] is None and row["displacement"] is None
         assert len(row["texts"]) == 3 and max(row["nats"]) <= 1.0 + 1e-4
         assert row["tflops"] > rows["best-of-3", index]["tflops"]  # candidates are read too
+
+
+def test_what_cannot_stream_is_told_before_a_model_is_loaded(argv):
+    with pytest.raises(ConfigError, match="needs backend transformers, got 'vllm'"):
+        generate.main([*argv, "--decoder", "stream", "--backend", "vllm", "--prompt", "write about the sea"])
+    with pytest.raises(SettingError, match="value with the decoder stream"):
+        Arm(decoder="stream", direction="random")
 
 
 def test_commands_that_do_not_have_it_yet_say_so():

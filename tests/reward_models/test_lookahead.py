@@ -7,7 +7,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from reward_models.lookahead import Lookahead
 from reward_models.modelling import RewardModel
 from tests.conftest import build_llama, build_neox
-from vgf_llm.errors import ModelError
+from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.text.distribution import Shortlist
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 4], [9, 4], [12, 13, 14, 5]]
@@ -41,16 +41,16 @@ def read_alone(value, prompt, text):
     hidden = value.body(inputs_embeds=u, use_cache=False).last_hidden_state
     read = value.head(hidden[:, -1]).squeeze()
     if value.skip_head is not None:
-        read = read + value.skip_head(u[:, -1] / value.table_scale).squeeze()
+        skip = value.skip_head(u[:, -1] / value.table_scale).squeeze()
+        read = read + (skip if value.config.pooling == "mean" else skip / len(text))
     return float(read)
 
 
 @pytest.mark.parametrize("build", [build_llama, build_neox, build_windowed])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_the_bonus_is_the_centred_read_at_each_candidate(build, pooling):
-    value = RewardModel.from_base(build(), num_layers=2, pooling=pooling, input_skip=pooling == "mean")
-    if value.skip_head is not None:
-        torch.nn.init.normal_(value.skip_head.weight, std=0.3)
+    value = RewardModel.from_base(build(), num_layers=2, pooling=pooling, input_skip=True)
+    torch.nn.init.normal_(value.skip_head.weight, std=0.3)
     value.freeze()
     generator = torch.Generator().manual_seed(1)
     bonus = Lookahead(value, CANDIDATES, min_probability=0.05).begin(PROMPTS, 2)
@@ -94,6 +94,30 @@ def test_texts_longer_than_the_room_of_the_cache():
     reads = torch.tensor([read_alone(value, [5, 6], [*text, token]) for token in (7, 8, 9)])
     expected_K = reads - (logps_RK[0].exp() * reads).sum()
     torch.testing.assert_close(found_RK[0], expected_K, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_the_bonus_is_what_a_candidate_adds_to_the_score(pooling):
+    """Under mean pooling t times the score, under last the score itself, of text and candidate together."""
+    value = RewardModel.from_base(build_llama(), num_layers=2, pooling=pooling, input_skip=True)
+    torch.nn.init.normal_(value.skip_head.weight, std=0.3)
+    value.freeze()
+    bonus, ids_RK = Lookahead(value, 3, min_probability=0.0).begin([[5, 6]], 1), torch.tensor([[7, 8, 9]])
+    uniform, last_R = Shortlist(ids_RK, torch.full((1, 3), 1 / 3).log()), None
+    for token in (7, 10, 9, 11):
+        found_K = bonus(uniform, None, last_R)[0]
+        last_R = torch.tensor([token])
+    texts_NT = torch.tensor([[7, 10, 9, candidate] for candidate in (7, 8, 9)])
+    scores_N = value.score(value.prefix([[5, 6]]), texts_NT[None], torch.ones(1, 3, 4).bool())[0]
+    expected_K = (scores_N - scores_N.mean()) * (4 if pooling == "mean" else 1)
+    torch.testing.assert_close(found_K, expected_K, atol=2e-5, rtol=1e-4)
+
+
+def test_a_classifier_with_a_closing_is_refused():
+    value = RewardModel.from_base(build_llama(), num_layers=1, pooling="last").freeze()
+    value.config.closing = [4]
+    with pytest.raises(ConfigError, match="read after its template's closing"):
+        Lookahead(value)
 
 
 def test_an_attention_of_its_own_is_refused(monkeypatch):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vgf_llm.errors import SettingError
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text import TorchReference, row_seeds
 from vgf_llm.text.bonus import TableBonus
 from vgf_llm.text.sampler import ReferenceSampler
-from vgf_llm.text.stream import Steering, StreamSampler, bonus_variance, expected_left, steered_multiplier
+from vgf_llm.text.stream import Steering, StreamSampler, TiltedDraws, bonus_variance, expected_left, steered_multiplier
 from vgf_llm.text.tilt import tilt
 
 PAD, EOS, VOCABULARY, LENGTH = 0, 1, 6, 3
@@ -162,3 +163,22 @@ def test_a_bonus_sees_what_the_output_layer_reads(reference):
                 whole = reference.model.model(torch.tensor([PROMPT + text])).last_hidden_state[0, -1]
             torch.testing.assert_close(hidden_ND[row], whole, atol=1e-5, rtol=1e-4)
             assert last_N is None or int(last_N[row]) == text[-1]
+
+
+def test_a_token_that_could_not_vary_says_nothing_of_those_that_can():
+    """The first position has one token alone; the nats are spent at the open one after it."""
+    logits = {0: torch.tensor([[9.0, -99, -99, -99]]), 1: torch.tensor([[1.0, 1.0, 1.0, 1.0]])}
+    bonus = TableBonus(torch.tensor([0.0, 1.0, 2.0, 3.0])).begin([[0]], 1)
+    draws = TiltedDraws(
+        SamplingSettings(top_k=2, max_new_tokens=2), torch.tensor([5]), (7,), bonus, Steering(0.2, math.inf)
+    )
+    draws(logits[0], 0)
+    assert float(draws.nats_R) == pytest.approx(0, abs=1e-6)
+    draws(logits[1], 1)
+    assert float(draws.nats_R) > 0.1
+
+
+@pytest.mark.parametrize(("nats", "cap"), [(math.inf, 1.0), (math.nan, 1.0), (-1.0, 1.0), (1.0, 0.0)])
+def test_steering_refuses_what_is_not_a_budget(nats, cap):
+    with pytest.raises(SettingError):
+        Steering(nats, cap)

@@ -2,7 +2,8 @@
 
 Data goes one way: prompts -> batches -> the implicit policy -> one row a prompt. A row holds the response and its
 value, the best original with its value (what best-of-N would have answered), the sample that the response was moved
-from with its value, whether the response ended by itself, and the distance between sample and response.
+from with its value, whether the response ended by itself, and the distance between sample and response. What was
+written in one pass has neither original nor sample: these are null.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vgf_llm.console.progress import load_libraries, stage, track, working
 from vgf_llm.engines.inputs import check_engine
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.settings import AnswerSettings, ModelSettings, SamplingSettings, check_decoder_options
+from vgf_llm.settings.shared import check_backend
 
 Row = dict[str, Any]
 
@@ -28,6 +30,7 @@ def look_at_inputs(settings: AnswerSettings, models: ModelSettings) -> None:
     """
     check_models(models)
     check_decoder_options(settings.decoder, settings.decoder_options)
+    check_backend(settings.decoder, settings.backend)
     check_engine(settings.backend, settings.engine.url)
 
 
@@ -58,7 +61,7 @@ def answer(
     load_libraries("vgf_llm.answering.pipeline", "vgf_llm.text")
     from vgf_llm.answering.assemble import make_policy
     from vgf_llm.answering.implicit_policy import ImplicitPolicy
-    from vgf_llm.answering.one_pass import Directions
+    from vgf_llm.answering.one_pass import Directions, calibrate
     from vgf_llm.answering.pipeline import encode_prompts, load_pipeline, prompt_text
     from vgf_llm.engines.backends import backend_named
     from vgf_llm.text import row_seeds
@@ -80,6 +83,7 @@ def answer(
             gradient=pipeline.gradient,
             directions=Directions(pipeline.tokenizer, models.reward_model),
         )
+        calibrate(policy, encoded)
         asked = "1 prompt" if len(todo) == 1 else f"{len(todo)} prompts"
         stage(f"answering {asked}, {settings.num_particles} particles of {settings.draws} texts each")
         batches = [todo[at : at + settings.batch_prompts] for at in range(0, len(todo), settings.batch_prompts)]

@@ -9,7 +9,7 @@ min_probability  lookahead: candidates below it are not read, in [0, 1) (default
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,20 @@ from reward_models.directions.saving import load_direction, load_steering
 from reward_models.directions.settings import FOLDER_NAME
 from reward_models.lookahead import Lookahead
 from reward_models.modelling import RewardModel
+from reward_models.sources import local_folder
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
+from vgf_llm.console.progress import working
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import check_decoder_options
 from vgf_llm.text.bonus import BonusSource
+from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.protocols import Reference, Value
 from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.stream import Steering, StreamSampler
 
 _FITTED = ("table", "constant", "causal")
+_CALIBRATION_PROMPTS, _CALIBRATION_TEXTS, _CALIBRATION_SEED = 8, 2, 0x57EE7
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Directions:
 
     Attributes:
         tokenizer: The base model's.
-        reward_model: Folder of the reward model, whose directions are looked for by kind; None for none.
+        reward_model: The reward model, a folder or a name on the hub, whose directions are looked for by kind; None
+            for none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -64,6 +70,9 @@ def stream_sampler(
         raise ConfigError("the decoder 'stream' reads the base model in this process: set backend to transformers")
     if budget.rounds != 1:
         raise ConfigError(f"the decoder 'stream' writes once: budget.rounds must be 1, got {budget.rounds}")
+    for key in ("step", "step_size", "steps", "bandwidth"):
+        if not budget.is_none and getattr(budget, key) != getattr(TransportBudget(), key):
+            raise ConfigError(f"the decoder 'stream' moves no particles, so budget.{key} does nothing: leave it out")
     if budget.kernel != "none":
         raise ConfigError(f"the decoder 'stream' moves no particles: budget.kernel must be none, got {budget.kernel!r}")
     name = options.get("direction", "lookahead")
@@ -102,7 +111,7 @@ def _fitted(
             raise ConfigError(
                 f"decoder_options: direction {name!r} is looked for beside a reward model; name its folder"
             )
-        folder = Path(directions.reward_model, FOLDER_NAME, str(name))
+        folder = Path(local_folder(directions.reward_model), FOLDER_NAME, str(name))
         if not folder.is_dir():
             raise ConfigError(
                 f"decoder_options: there is no direction {name!r} in '{directions.reward_model}'; fit it with "
@@ -112,5 +121,23 @@ def _fitted(
         raise ConfigError(
             f"decoder_options: direction {name!r} is neither lookahead, {', '.join(_FITTED)} nor the folder of one"
         )
-    source = load_direction(folder, reference.model, directions.tokenizer, directions.reward_model)
+    reward = str(folder.parent.parent) if name in _FITTED else None  # one that is named by its folder may be of another
+    source = load_direction(folder, reference.model, directions.tokenizer, reward)
     return source, load_steering(folder, steering, reference.sampling.max_new_tokens)
+
+
+def calibrate(policy: ImplicitPolicy, prompts: Sequence[list[int]]) -> None:
+    """Steer a policy that draws in one pass by plain samples to some of the prompts that it will answer.
+
+    Nothing is done for another decoder, or where a fitted direction brought what steering needs. The samples have seeds
+    of their own, so a text depends on the prompts that are asked together in a run, and never on its batch.
+
+    Args:
+        policy: Of :func:`vgf_llm.answering.assemble.make_policy`.
+        prompts: Every prompt of the run, encoded; the first few are used.
+    """
+    stream, some = policy.decoder, list(prompts[:_CALIBRATION_PROMPTS])
+    if isinstance(stream, StreamSampler) and stream.steering.variance is None and some and not policy.budget.is_none:
+        seeds_BN = row_seeds(_CALIBRATION_SEED, list(range(len(some))), _CALIBRATION_TEXTS)
+        with working("sampling a few texts that steer the nats"):
+            policy.decoder = stream.calibrated(some, seeds_BN)

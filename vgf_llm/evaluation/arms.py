@@ -42,6 +42,9 @@ class Arm:
         """Validate ranges; raises SettingError."""
         for key in ("num_particles", "draws", "num_seeds"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        if self.decoder == "stream":  # moves no particles along a gradient
+            require(self.direction == "value", "direction", self.direction, "value with the decoder stream")
+            require(self.gradient == "auto", "gradient", self.gradient, "auto with the decoder stream")
 
     @property
     def transport(self) -> TransportBudget:

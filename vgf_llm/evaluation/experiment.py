@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_models.composed import Remembered
 from vgf_llm.answering.assemble import make_policy
 from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
-from vgf_llm.answering.one_pass import Directions
+from vgf_llm.answering.one_pass import Directions, calibrate
 from vgf_llm.errors import NonFiniteError
 from vgf_llm.evaluation.arms import Arm
 from vgf_llm.evaluation.controls import flipped_gradient, no_gradient, random_gradient
@@ -64,7 +64,11 @@ class Experiment:
     sizes: Sizes
     gradient: GradientSource = exact_gradient
     reward_model: str | None = None
-    """Folder of the reward model, where fitted directions are looked for."""
+    """The reward model, beside which fitted directions are looked for."""
+    prompts: Sequence[list[int]] = ()
+    """Every prompt, encoded: the first ones steer what is written in one pass."""
+    policies: dict[tuple[str, int], ImplicitPolicy] = field(default_factory=dict)
+    """By arm and seed, as they are made."""
 
     @cached_property
     def length_unit(self) -> float:
@@ -82,10 +86,11 @@ class Experiment:
         prefix = self.reference.prefix(prompts.ids)
         sample_nll_BN = nll_per_token(self.reference, prefix, samples.responses)
         for arm in arms:
+            policy = self._policy(arm, seed)
             started = time.perf_counter()
             originals = samples.responses.first(arm.num_particles)
             try:
-                outcome = self._policy(arm, seed).improve(originals, samples.seeds_BN[:, : arm.num_particles])
+                outcome = policy.improve(originals, samples.seeds_BN[:, : arm.num_particles])
             except NonFiniteError as error:
                 index, text = prompts.indices[error.group], prompts.texts[error.group]
                 message = f"arm {arm.name!r}, prompt {index} ({text!r}): {error}"
@@ -115,6 +120,14 @@ class Experiment:
         return Samples(concatenate(parts), seeds_BN, seconds_by_count)
 
     def _policy(self, arm: Arm, seed: int) -> ImplicitPolicy:
+        """Return the policy of an arm, made once."""
+        if (arm.name, seed) not in self.policies:
+            policy = self._made(arm, seed)
+            calibrate(policy, self.prompts)
+            self.policies[arm.name, seed] = policy
+        return self.policies[arm.name, seed]
+
+    def _made(self, arm: Arm, seed: int) -> ImplicitPolicy:
         source = self.gradient if arm.gradient == "auto" else exact_gradient
         directions: dict[str, GradientSource] = {
             "value": source,
@@ -163,8 +176,8 @@ class Experiment:
                     "gold": [round(g, 5) for g in gold[:n]],
                     "nll": rounded(nll_BM[b, :n]),
                     "nats": None if outcome.nats_BN[b].isnan().any() else rounded(outcome.nats_BN[b]),
-                    "displacement": rounded(outcome.displacement_BN[b]),
-                    "changed": changed_BN[b].tolist(),
+                    "displacement": None if outcome.one_pass else rounded(outcome.displacement_BN[b]),
+                    "changed": None if outcome.one_pass else changed_BN[b].tolist(),
                     "tokens": tokens[:n],
                     "ended": cloud.eos_BNT.any(-1)[b, :n].tolist(),
                     "repetition": [round(repetition(text), 5) for text in texts[b][:n]],

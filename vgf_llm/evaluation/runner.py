@@ -51,6 +51,7 @@ def work(
             sizes,
             pipeline.gradient,
             models.reward_model,
+            ids,
         )
         left = sum(len(indices) * len(arms) for _, indices, arms in todo)
         stage(f"evaluating {len(prompts)} prompts under {len(settings.all_arms())} arms")

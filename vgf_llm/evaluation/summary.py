@@ -65,7 +65,10 @@ def summarise(rows: list[Row], arm_names: list[str]) -> dict[str, Any]:
             "seeds": len({row["seed"] for row in arm_rows}),
         }
         for measure, function in MEASURES.items():
-            lacking = any(row.get(measure, 0) is None for row in arm_rows)  # no distribution, no nats
+            key = "changed" if measure == "changed_tokens" else measure
+            lacking = any(
+                row.get(key, 0) is None for row in arm_rows
+            )  # no distribution, no nats; no original, no change
             entry[measure] = None if lacking else asdict(bootstrap_mean(list(_by_prompt(arm_rows, function).values())))
         parts = {part for row in arm_rows for part in row.get("gold_parts", {})}
         entry |= {f"gold.{part}": _part(arm_rows, part) for part in sorted(parts)}

@@ -39,7 +39,7 @@ class TransportBudget:
     nats: float = 2.0
     """Most KL that decoding may spend on one response over all rounds, in nats >= 0; split evenly over the rounds.
 
-    Read by the decoders prior and block; edit and pivot are limited by temperature and rounds.
+    Read by the decoders prior, block and stream; edit and pivot are limited by temperature and rounds.
     """
     max_token_nats: float = 1.0
     """Largest KL at one token, in nats > 0; at or above ``nats`` it never binds."""

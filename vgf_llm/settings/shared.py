@@ -201,3 +201,15 @@ def check_decoder_options(name: str, options: Iterable[str]) -> None:
         raise ConfigError(
             f"decoder_options: the decoder {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
         )
+
+
+def check_backend(decoder: str, backend: str) -> None:
+    """Refuse a decoder that the backend cannot run.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    if decoder == "stream" and backend != "transformers":
+        raise ConfigError(
+            f"the decoder 'stream' needs backend transformers, got {backend!r}: vllm does not have it yet"
+        )

@@ -17,12 +17,14 @@ the tilt saturates or a cap binds. A token spends at most ``max_token_nats`` and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from vgf_llm.errors import require_finite
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.bonus import Bonus, BonusSource
@@ -33,6 +35,7 @@ from vgf_llm.text.responses import Responses, is_any_of
 from vgf_llm.text.tilt import capped_multiplier, kl_divergence, tilt
 
 _PRIOR_TOKENS = 4.0  # how many tokens the variance from elsewhere counts for
+_NO_VARIANCE = 1e-12
 _BISECTIONS = 20  # a cap is met to within this many halvings of the multiplier, from below
 
 
@@ -52,6 +55,12 @@ class Steering:
     variance: float | None = None
     left_T: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Check the ranges; raises SettingError."""
+        require_finite("nats", self.nats, 0, "a finite number >= 0")
+        if self.max_token_nats != math.inf:
+            require_finite("max_token_nats", self.max_token_nats, 0, "a number > 0", above=True)
+
 
 def steered_multiplier(left_R: Tensor, tokens_R: Tensor | float, variance_R: Tensor) -> Tensor:
     """Return s = sqrt(2 r / (n w)), [R]; 0 where the bonus does not vary.
@@ -62,7 +71,7 @@ def steered_multiplier(left_R: Tensor, tokens_R: Tensor | float, variance_R: Ten
         variance_R: Nats per token that s = sqrt(2) spends, w.
     """
     found_R = (2 * left_R.clamp(min=0) / (tokens_R * variance_R.clamp(min=1e-30))).sqrt()
-    return torch.where(variance_R > 1e-12, found_R, torch.zeros_like(found_R))
+    return torch.where(variance_R > _NO_VARIANCE, found_R, torch.zeros_like(found_R))
 
 
 def bonus_variance(logps_RK: Tensor, bonus_RK: Tensor, is_eos_RK: Tensor) -> Tensor:
@@ -103,6 +112,7 @@ class TiltedDraws:
         """Start with nothing spent."""
         self.nats_R = torch.zeros(len(self.seeds_R), device=self.seeds_R.device)
         self._done_R = torch.zeros_like(self.seeds_R, dtype=torch.bool)
+        self._varied_R = torch.zeros_like(self.nats_R)
         known = self.steering.variance is not None
         self._weight_R = torch.full_like(self.nats_R, _PRIOR_TOKENS if known else 0.0)
         self.variance_R = torch.full_like(self.nats_R, self.steering.variance or 0.0)
@@ -114,12 +124,14 @@ class TiltedDraws:
         text = Shortlist(p.ids, p.logps.masked_fill(is_eos_RK, -torch.inf))
         bonus_RK = self.bonus(text, self._hidden_RD, self._last_R).masked_fill(is_eos_RK, 0)
         own_R = bonus_variance(p.logps, bonus_RK, is_eos_RK)
-        variance_R = torch.where(self._weight_R > 0, self.variance_R, own_R)
+        variance_R = torch.where(self.variance_R > _NO_VARIANCE, self.variance_R, own_R)
         left_R = (self.steering.nats - self.nats_R).clamp(min=0)
         wanted_R = steered_multiplier(left_R, self._to_come(position), variance_R)
         cap_R = left_R.clamp(max=self.steering.max_token_nats)
-        if self.steering.variance is None and position < _PRIOR_TOKENS:  # the first tokens say little of the others
-            cap_R = torch.minimum(cap_R, 2 * left_R / self._to_come(position))
+        if self.steering.variance is None:  # the first tokens that vary say little of the others
+            share_R = torch.minimum(cap_R, 2 * left_R / self._to_come(position))
+            cap_R = torch.where(self._varied_R < _PRIOR_TOKENS, share_R, cap_R)
+            self._varied_R = self._varied_R + (own_R > _NO_VARIANCE)
         multiplier_R = capped_multiplier(p.logps, bonus_RK, wanted_R, is_eos_RK, cap_R, _BISECTIONS)
         logq_RK = tilt(p.logps, bonus_RK, multiplier_R, is_eos_RK)
         nats_R = kl_divergence(logq_RK, p.logps)
