@@ -29,7 +29,8 @@ class CalledReward:
     Args:
         function: As `reward_models.functions` describes it.
         calls: Cache, time limit, retries, concurrency.
-        name: Part of the cache's key; by default the function's module and name.
+        name: Part of the cache's key, such as "module:function"; by default the function's own module and name, which
+            functions of one factory share.
         constants: Arguments of the function that are the same for every response.
     """
 
@@ -54,8 +55,8 @@ class CalledReward:
 
     @functools.cached_property
     def version(self) -> str:
-        """What the rewards depend on besides the arguments: stated, or a digest of the function's file."""
-        return version_of(self.function)
+        """Part of the cache's key: the stated version, or a digest of the files of function and module."""
+        return version_of(self.function, self.name)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return one reward per response.

@@ -136,7 +136,7 @@ def called_part(part: Part, calls: RewardCallSettings | None) -> CalledReward:
     assert part.reward is not None
     if "/" in part.reward:
         raise ConfigError(f"reward: {part.reward!r} is not a folder; name one that exists, or a function")
-    return CalledReward(load_function(part.reward), calls, constants=part.arguments)
+    return CalledReward(load_function(part.reward), calls, name=part.reward, constants=part.arguments)
 
 
 def _check_columns(called: CalledReward, prompts: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,21 +183,23 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", repr(function)))
 
 
-def version_of(function: Any) -> str:
-    """Return what a function's rewards depend on besides their arguments.
+def version_of(function: Any, name: str = "") -> str:
+    """Return the version of a function: its attribute ``version``, or a digest of the files that it is written in.
 
-    It is the function's attribute ``version``, or a digest of the file that it is written in.
+    Args:
+        function: Any callable.
+        name: "module:function". The file of the module counts too: a decorator or a class may be written elsewhere.
     """
     stated = getattr(function, "version", None)
     if stated is not None:
         return str(stated)
     try:
-        path = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:
-        path = None
-    if path is None or not Path(path).is_file():
-        return ""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        written = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # an object that can be called
+        written = None
+    module = getattr(sys.modules.get(name.rpartition(":")[0]), "__file__", None)
+    files = [Path(path) for path in dict.fromkeys((written, module)) if path is not None and Path(path).is_file()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
 
 
 def place_of(prompt: str, response: str) -> str:

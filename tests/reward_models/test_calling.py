@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import sqlite3
@@ -16,6 +17,7 @@ import pytest
 
 from reward_models import attempts
 from reward_models.calling import CalledReward
+from reward_models.foreign import text_reward
 from reward_models.functions import call_function, check_columns, per_response
 from reward_models.reward_cache import RewardCache, reward_key
 from vgf_llm.data.dialogue import PromptText
@@ -205,6 +207,37 @@ def test_the_content_of_a_functions_file_is_its_version(tmp_path, monkeypatch):
     (tmp_path / "judge_file.py").write_text(text + "# stricter\n")
     assert CalledReward(judge_file.reward, cached(tmp_path))(["p"], ["r"]) == [1.0]
     assert len(judge_file.calls) == 2
+
+
+MADE = """
+    class Length:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def __call__(self, prompts, responses):
+            return [self.factor * len(response) for response in responses]
+
+    def scaled(factor):
+        return lambda prompts, responses: [factor * len(response) for response in responses]
+
+    one, two = scaled(1), scaled(2)
+    three, four = Length(3), Length(FOUR)
+"""
+
+
+def test_functions_that_are_made_alike_keep_entries_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "made_rewards.py"
+    path.write_text(textwrap.dedent(MADE.replace("FOUR", "4")))
+
+    def found(*names):
+        return [text_reward(f"made_rewards:{name}", calls=cached(tmp_path))(["p"], ["r"])[0] for name in names]
+
+    assert found("one", "two", "three", "four") == [1.0, 2.0, 3.0, 4.0]
+    path.write_text(textwrap.dedent(MADE.replace("FOUR", "44")))
+    monkeypatch.delitem(sys.modules, "made_rewards")
+    importlib.invalidate_caches()
+    assert found("four", "one") == [44.0, 1.0]  # the file of an object is its module's
 
 
 @pytest.mark.parametrize("fault", ["raises", "nan", "text", "late"])
