@@ -160,6 +160,9 @@ FAULTS = {
     "endpoint: {kind: guess, model: m}": "key 'endpoint.kind': expected one of judge, classify, pooling, score, got",
     "endpoint: {kind: classify}": "key 'endpoint.model': expected the model's name",
     "endpoint: {kind: classify, model: m, outputs: {good: 1}}": "key 'endpoint.outputs': expected weights by",
+    "endpoint: {kind: classify, model: m, outputs: {\u00b2: 1}}": "key 'endpoint.outputs': expected weights by",
+    "endpoint: {kind: score, model: m, outputs: {0: 1}}": "'endpoint.outputs': expected none: an endpoint of kind",
+    "endpoint: {kind: pooling, model: m, template: t}": "'endpoint.template': expected none: an endpoint of kind pool",
     "endpoint: {kind: classify, model: m, url_variable: NO_SUCH_URL}": "environment variable NO_SUCH_URL is not set",
 }
 
