@@ -64,7 +64,8 @@ def check_rewards(
     Raises:
         ConfigError: A function, file or folder does not exist, a function takes a column that the prompts do not have,
             or a server's URL is not set.
-        ModelError: A folder holds no model.
+        DataError: A function takes a column that one of the prompts does not have.
+        ModelError: A folder does not hold a model.
         OutputError: The cache cannot be used.
     """
     for name in names:

@@ -21,7 +21,7 @@ from reward_models.foreign import text_reward
 from reward_models.functions import call_function, check_columns, per_response
 from reward_models.reward_cache import RewardCache, reward_key
 from vgf_llm.data.dialogue import PromptText
-from vgf_llm.errors import ConfigError, ModelError, OutputError, SettingError
+from vgf_llm.errors import ConfigError, DataError, ModelError, OutputError, SettingError
 from vgf_llm.settings import RewardCallSettings
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +76,45 @@ def test_the_conversation_may_come_first_and_one_response_may_be_scored_per_call
     assert call_function(single, PROMPTS, ["4", "5"]) == [2.0, 2.0]
     assert call_function(later, PROMPTS, ["4", "5"]) == [6.0, 0.0]
     assert call_function(all_at_once, PROMPTS, ["4", "5"]) == [1.0, 0.0]
+
+
+def test_a_column_is_filled_by_name_wherever_it_stands_and_never_with_responses():
+    def exact(responses, answer):
+        return [float(response == right) for response, right in zip(responses, answer, strict=True)]
+
+    def between(prompts, answer, responses):
+        return exact(responses, answer)
+
+    def limited(responses, least=2.0):
+        assert least == 2.0
+        return [least] * len(responses)
+
+    @per_response
+    def single(response, answer):
+        return float(response == answer)
+
+    def plain(questions, answers):  # the first two, whatever they are called
+        return [float(len(question) + len(answer)) for question, answer in zip(questions, answers, strict=True)]
+
+    for reward in (exact, between, single):
+        assert call_function(reward, PROMPTS, ["4", "5"]) == [1.0, 0.0]
+        with pytest.raises(ConfigError, match="takes 'answer', and the prompts' rows have no such column"):
+            call_function(reward, ["p"], ["r"])
+    assert call_function(limited, PROMPTS, ["4", "5"]) == [2.0, 2.0]
+    assert call_function(plain, ["ab"], ["c"]) == [3.0]
+
+
+def test_a_row_without_a_column_that_is_needed_is_named():
+    def reward(prompts, responses, level):
+        return [float(one) for one in level]
+
+    with pytest.raises(
+        DataError, match="the prompt 'Be brief.*: no column 'level', which reward function reward takes"
+    ):
+        call_function(reward, PROMPTS, ["4", "5"])
+    with pytest.raises(DataError, match="b.jsonl, row 7: no column 'level'"):
+        check_columns(reward, [PROMPTS[0], PromptText("p", {"answer": "4"}, "b.jsonl, row 7")])
+    assert CalledReward(reward, constants={"level": 2})(PROMPTS, ["4", "5"]) == [2.0, 2.0]
 
 
 def test_arguments_that_are_the_same_for_all_stand_for_columns():
