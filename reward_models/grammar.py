@@ -49,7 +49,7 @@ class Part:
     """Arguments of the function that are the same for every response; others are columns."""
     standardise: bool | dict[str, Any] = False
     """true: minus the mean, over the deviation, of all values of the training run so far. {mean, deviation}: fixed."""
-    clip: list[float] | None = None
+    clip: list[float | None] | None = None
     """Least and greatest value; either may be null."""
     require: list[Part] = field(default_factory=list)
     """Constraints; a response keeps one where its value is above 0."""
@@ -182,14 +182,12 @@ def _part(content: Mapping[str, Any], source: str, key: str) -> Part:
     return Part(**made)
 
 
-def _clip(block: _Block) -> list[float]:
+def _clip(block: _Block) -> list[float | None]:
     bounds = block.content["clip"]
     good = len(bounds) == 2 and all(bound is None or _is_number(bound) for bound in bounds)
     block.require(good, "clip", "two numbers, the least and the greatest, or null for one of them")
-    least = -math.inf if bounds[0] is None else float(bounds[0])
-    greatest = math.inf if bounds[1] is None else float(bounds[1])
-    block.require(least <= greatest, "clip", "the least number first")
-    return [least, greatest]
+    block.require(None in bounds or bounds[0] <= bounds[1], "clip", "the least number first")
+    return [None if bound is None else float(bound) for bound in bounds]
 
 
 def _check_standardise(block: _Block) -> None:
