@@ -88,7 +88,7 @@ class CalledReward:
         for prompt, response in zip(prompts, responses, strict=True):
             text = PromptText(prompt)
             columns = {name: text.columns.get(name) for name in read} | constants
-            keys.append(reward_key(self.name, self.version, as_messages(text.prompt), response, columns))
+            keys.append(reward_key(self.name, self.version, prompt, as_messages(text.prompt), response, columns))
         return keys
 
     def _paid(

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -348,12 +349,47 @@ def test_a_file_that_is_no_cache_is_named(tmp_path):
         RewardCache(other).check()
 
 
+def test_a_cache_that_another_process_makes_at_the_same_time_is_shared(tmp_path, monkeypatch):
+    """The other one makes its table between this one's look at the version and its lock."""
+    path, plain, others = tmp_path / "rewards.sqlite", sqlite3.connect, []
+
+    class Slow(sqlite3.Connection):
+        def execute(self, query, *more):
+            found = super().execute(query, *more)
+            if query != "PRAGMA user_version" or others:
+                return found
+            others.append(path)
+            row = found.fetchone()
+            found.close()
+            RewardCache(path).put("reward", {"other": 1.0})
+            return SimpleNamespace(fetchone=lambda: row)
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **more: plain(*args, **more, factory=Slow))
+    RewardCache(path).put("reward", {"mine": 2.0})
+    assert others and RewardCache(path).get(["mine", "other"]) == {"mine": 2.0, "other": 1.0}
+
+
+def test_texts_of_one_conversation_that_differ_are_scored_apart(tmp_path):
+    """A dialogue as text and as messages is one conversation, and a function reads its text."""
+    asked = []
+
+    def reward(prompts, responses):
+        asked.extend(prompts)
+        return [float(len(prompt)) for prompt in prompts]
+
+    texts = ["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman:  Hi\n\nAssistant:"]
+    assert CalledReward(reward, cached(tmp_path))(texts, ["r"] * 2) == [float(len(text)) for text in texts]
+    assert asked == texts
+
+
 def test_a_key_tells_everything_apart():
-    key = ("judge", "1", [{"role": "user", "content": "a"}], "b", {"answer": "4"})
-    others = [("judge2", *key[1:]), (key[0], "2", *key[2:]), (*key[:3], "c", key[4]), (*key[:4], {"answer": 4})]
+    key = ("judge", "1", "a", [{"role": "user", "content": "a"}], "b", {"answer": "4"})
+    others = [(*key[:i], other, *key[i + 1 :]) for i, other in enumerate(("judge2", "2", "a ", [], "c", {"answer": 4}))]
     keys = {reward_key(*one) for one in [key, *others]}
-    assert len(keys) == 5
-    assert reward_key("j", "1", [{"content": "\ud83d", "role": "user"}], "", {})  # half a character, from a data file
+    assert len(keys) == 7
+    assert reward_key(
+        "j", "1", "", [{"content": "\ud83d", "role": "user"}], "", {}
+    )  # half a character, from a data file
 
 
 WRITER = """
