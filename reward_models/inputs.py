@@ -24,7 +24,7 @@ def check_reward_model(name: str | None) -> None:
 
     Raises:
         ConfigError: None is named.
-        ModelError: The folder does not exist, or holds no model.
+        ModelError: The folder does not exist, or does not hold a model.
     """
     if name is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
@@ -129,7 +129,7 @@ def called_part(part: Part, calls: RewardCallSettings | None) -> CalledReward:
         calls: How it is called.
 
     Raises:
-        ConfigError: There is no such function, it does not take the arguments, or a server's settings are wrong.
+        ConfigError: The function does not exist, it does not take the arguments, or a server's settings are wrong.
     """
     if part.endpoint is not None:
         limit = None if calls is None else calls.reward_timeout_sec

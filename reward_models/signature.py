@@ -147,7 +147,7 @@ class Signature:
         """Return the columns that the function reads, of those that there are.
 
         Raises:
-            ConfigError: A parameter without a default is no column of any row.
+            ConfigError: A parameter without a default is not a column of any row.
         """
         for name, needed in self.columns.items():
             if needed and name not in there and name not in self.constants:
