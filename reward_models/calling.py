@@ -17,7 +17,7 @@ from reward_models.attempts import Ended, LateError, Limits, ended_calls, may_pa
 from reward_models.reward_cache import RewardCache, reward_key
 from reward_models.signature import Arguments, Signature, columns_of, is_finite_number, name_of, place_of, version_of
 from vgf_llm.data.dialogue import PromptText, as_messages
-from vgf_llm.errors import ModelError, VGFError
+from vgf_llm.errors import ConfigError, ModelError, VGFError
 from vgf_llm.settings import RewardCallSettings
 
 _OWN = ("reward_models.functions", "reward_models.constraints")  # cheaper to call than to look up
@@ -29,7 +29,8 @@ class CalledReward:
     Args:
         function: As `reward_models.functions` describes it.
         calls: Cache, time limit, retries, concurrency.
-        name: Part of the cache's key; by default the function's module and name.
+        name: Part of the cache's key, such as "module:function"; by default the function's own module and name, which
+            functions of one factory share.
         constants: Arguments of the function that are the same for every response.
     """
 
@@ -54,14 +55,15 @@ class CalledReward:
 
     @functools.cached_property
     def version(self) -> str:
-        """What the rewards depend on besides the arguments: stated, or a digest of the function's file."""
-        return version_of(self.function)
+        """Part of the cache's key: the stated version, or a digest of the files of function and module."""
+        return version_of(self.function, self.name)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Return one reward per response.
 
         Raises:
             ConfigError: It takes a column that the rows do not have.
+            DataError: It takes a column that one of the rows does not have.
             ModelError: A call raises, is late, or returns something else than one finite number per response.
             OutputError: The cache cannot be used.
         """
@@ -86,7 +88,7 @@ class CalledReward:
         for prompt, response in zip(prompts, responses, strict=True):
             text = PromptText(prompt)
             columns = {name: text.columns.get(name) for name in read} | constants
-            keys.append(reward_key(self.name, self.version, as_messages(text.prompt), response, columns))
+            keys.append(reward_key(self.name, self.version, prompt, as_messages(text.prompt), response, columns))
         return keys
 
     def _paid(
@@ -149,8 +151,8 @@ class CalledReward:
         """Return the error of a call as one that names the response."""
         where = place_of(prompts[unit[0]], responses[unit[0]])
         if isinstance(error, VGFError):
-            named = isinstance(error, ModelError) and self.signature.one_by_one
-            return ModelError(f"{error}; it was asked about {where}") if named else error
+            named = type(error) in (ConfigError, ModelError) and self.signature.one_by_one
+            return type(error)(f"{error}; it was asked about {where}") if named else error
         where = where if self.signature.one_by_one else f"{len(unit)} responses; the first: {where}"
         kept = "" if self.cache is None else f"; rewards paid for before are in '{self.cache.path}'"
         attempts = self.limits.retries + 1 if may_pass(error) else 1

@@ -16,8 +16,8 @@ from typing import Any
 from reward_models.functions import RewardFunction, call_function
 from reward_models.grammar import Part
 from reward_models.running import Running, RunningRewards
-from reward_models.signature import name_of
-from vgf_llm.errors import ConfigError
+from reward_models.signature import name_of, place_of
+from vgf_llm.errors import ConfigError, ModelError
 
 Components = dict[str, list[float]]
 """Values of the parts by name, before they are standardised, clipped or weighted; NaN where one was not scored."""
@@ -78,6 +78,7 @@ class ComposedReward:
 
         Raises:
             ConfigError: As for `check_fixed`, where no statistics are given.
+            ModelError: The value of a part is not finite.
             VGFError: A part cannot be scored.
         """
         if statistics is None:
@@ -111,7 +112,16 @@ class _Scoring:
             left = [row for row, value in zip(left, kept, strict=True) if value > 0]
         found = dict.fromkeys(rows, part.otherwise)
         found |= dict(zip(left, self._clipped(part, self._standardised(part, self._raw(part, left))), strict=True))
-        return [part.weight * found[row] for row in rows]
+        values = [part.weight * found[row] for row in rows]
+        for row, value in zip(rows, values, strict=True):
+            if not math.isfinite(value):
+                name = part.label or ("a sum" if part.sum else "a product")
+                where = place_of(self.prompts[row], self.responses[row])
+                raise ModelError(
+                    f"reward part {name} is {value} after standardise, clip and weight, for {where}; give it a clip "
+                    "or a smaller weight"
+                )
+        return values
 
     def _raw(self, part: Part, rows: list[int]) -> list[float]:
         if not rows:
@@ -143,7 +153,9 @@ class _Scoring:
         if part.clip is None:
             return values
         least, greatest = part.clip
-        return [min(max(value, least), greatest) for value in values]
+        lowest = -math.inf if least is None else least
+        highest = math.inf if greatest is None else greatest
+        return [min(max(value, lowest), highest) for value in values]
 
 
 def scored(
@@ -188,7 +200,7 @@ class Remembered:
 
     def __init__(self, function: RewardFunction) -> None:
         self.function, self.__name__ = function, name_of(function)
-        self._known: dict[tuple[str, str, str], tuple[float, dict[str, float]]] = {}
+        self._known: dict[tuple[str, ...], tuple[float, dict[str, float]]] = {}
 
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
         """Return one reward per response."""
@@ -197,7 +209,10 @@ class Remembered:
     def scored(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[float], Components]:
         """Return the rewards and their components."""
         pairs = list(zip(prompts, responses, strict=True))
-        keys = [(str(prompt), response, repr(getattr(prompt, "columns", None))) for prompt, response in pairs]
+        read = ("prompt", "columns")  # of a prompt besides its text
+        keys = [
+            (str(prompt), response, *(repr(getattr(prompt, name, None)) for name in read)) for prompt, response in pairs
+        ]
         new = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._known}
         if new:
             asked, answers = zip(*new.values(), strict=True)

@@ -97,7 +97,9 @@ def valid_json(
     return [float(_has_keys(response, _names(names))) for response, names in zip(responses, wanted, strict=True)]
 
 
-def without_words(prompts: list[str], responses: list[str], banned: Sequence[str | Sequence[str]]) -> list[float]:
+def without_words(
+    prompts: list[str], responses: list[str], banned: Sequence[str | Sequence[str] | None]
+) -> list[float]:
     """Ask for a response without given words, whole words in any case.
 
     Args:
@@ -112,7 +114,7 @@ def without_words(prompts: list[str], responses: list[str], banned: Sequence[str
     return kept
 
 
-def sentences_exactly(prompts: list[str], responses: list[str], number: Sequence[int]) -> list[float]:
+def sentences_exactly(prompts: list[str], responses: list[str], number: Sequence[int | None]) -> list[float]:
     """Ask for an exact number of sentences (`sentences_of`).
 
     Args:
@@ -128,7 +130,7 @@ def ends_with_question(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(response.rstrip(_CLOSING).endswith("?")) for response in responses]
 
 
-def word_in_second_half(prompts: list[str], responses: list[str], word: Sequence[str]) -> list[float]:
+def word_in_second_half(prompts: list[str], responses: list[str], word: Sequence[str | None]) -> list[float]:
     """Ask for a word in the second half of the words; of an odd number the middle one is in the second half.
 
     Args:
@@ -139,11 +141,11 @@ def word_in_second_half(prompts: list[str], responses: list[str], word: Sequence
     found = []
     for response, one in zip(responses, _each("word_in_second_half", "word", word, len(responses)), strict=True):
         words = words_of(response)
-        found.append(float(str(one).lower() in words[len(words) // 2 :]))
+        found.append(float(one is None or str(one).lower() in words[len(words) // 2 :]))
     return found
 
 
-def without_letter(prompts: list[str], responses: list[str], letter: Sequence[str]) -> list[float]:
+def without_letter(prompts: list[str], responses: list[str], letter: Sequence[str | None]) -> list[float]:
     """Ask for a response, not empty, in which a letter does not occur, in neither case.
 
     Args:
@@ -153,7 +155,7 @@ def without_letter(prompts: list[str], responses: list[str], letter: Sequence[st
     """
     letters = _each("without_letter", "letter", letter, len(responses))
     return [
-        float(bool(response.strip()) and not set(str(one).lower()) & set(response.lower()))
+        float(one is None or (bool(response.strip()) and not set(str(one).lower()) & set(response.lower())))
         for response, one in zip(responses, letters, strict=True)
     ]
 

@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 import http.client
 import inspect
+import ipaddress
 import json
 import os
 import re
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,8 +38,11 @@ _TIMEOUT_SEC = 120.0
 _GRACE_SEC = 5.0  # the caller's limit ends a call first; this closes the connection of one that was left behind
 _LONGEST_MESSAGE = 300
 _MAY_PASS = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-_NUMBER = r"([-+]?\d+(?:\.\d+)?)"
-_SCORE = rf"(?i:score|rating|grade|reward)\W{{0,6}}?(?:is\W{{0,3}}?)?{_NUMBER}"
+_VALUE = r"[-+\u2212]?(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+\u2212]?\d++)?+"
+_NUMBER = rf"({_VALUE})(?![,.]?\d|[-\u2013\u2014]\d|\s*to\s+\d)"  # not "1,000", and not the start of a range
+_RANGE = rf"\s*[(\[][^()\[\]\n]{{0,40}}[)\]]|\s*{_VALUE}\s*(?:[-\u2013\u2014]|to)\s*{_VALUE}"
+_SCORE = rf"(?i:score|rating|grade|reward)(?:(?:{_RANGE})(?=\W{{0,4}}?:))?+\W{{0,6}}?(?:is\W{{0,3}}?)?{_NUMBER}"
+_PRINTABLE = re.compile(r"[!-~]+")
 _OWN = ("messages", "prompt", "response", "row")  # of a template
 
 
@@ -56,8 +61,8 @@ class EndpointSettings:
     template: str | None = None
     """File of the judge's prompt, a Jinja template of messages, prompt, response, row, and columns by name."""
     pattern: str | None = None
-    """Regular expression whose first group is the judge's number; its last match counts. Null: "score: 7", or a bare
-    number."""
+    """Regular expression whose first group is the judge's number; its last match counts. Null: "score: 7" or
+    "score (0-10): 7", or a bare number."""
     max_tokens: int = 512
     """Tokens of the judge's answer, at least 1."""
     temperature: float = 0.0
@@ -66,6 +71,17 @@ class EndpointSettings:
     """Weights of the outputs of a classifier with several, by number."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template at the server."""
+    version: str | None = None
+    """Of what the server runs: another one pays anew for rewards in the cache. Null: a digest of the URL."""
+
+
+READ_BY_KIND: dict[str, tuple[str, ...]] = {
+    "judge": ("template", "pattern", "max_tokens", "temperature", "chat_template_kwargs"),
+    "classify": ("outputs", "chat_template_kwargs"),
+    "pooling": ("outputs", "chat_template_kwargs"),
+    "score": (),
+}
+"""Settings that one kind reads and another does not."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -83,7 +99,8 @@ class EndpointReward:
         timeout_sec: Seconds that an answer may take.
 
     Raises:
-        ConfigError: The URL's variable is not set, the template cannot be read, or settings do not go together.
+        ConfigError: The variable of the URL or key has no usable value, the template cannot be read, or settings do not
+            go together.
     """
 
     per_response = True
@@ -93,13 +110,15 @@ class EndpointReward:
         self.__name__ = f"{settings.kind}_{re.sub(r'[^A-Za-z0-9_.-]', '_', settings.model)}"
         self.__module__, self.__qualname__ = __name__, self.__name__
         self._url = _url(settings)
+        _key(settings)
         self._template, source, read = _template(settings)
         self._pattern = _pattern(settings)
-        self.version = hashlib.sha256(json.dumps([asdict(settings), source], sort_keys=True).encode()).hexdigest()
+        stated = asdict(settings) | {"version": settings.version or hashlib.sha256(self._url.encode()).hexdigest()}
+        self.version = hashlib.sha256(json.dumps([stated, source], sort_keys=True).encode()).hexdigest()
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
         names = [("messages", kinds[0]), ("response", kinds[0]), *((name, kinds[1]) for name in read)]
         self.__signature__ = inspect.Signature([inspect.Parameter(*one) for one in names])
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, *_without_proxy(self._url))
 
     def __call__(self, messages: list[Message], response: str, **columns: Any) -> float:
         """Return the reward of a response.
@@ -110,7 +129,8 @@ class EndpointReward:
             columns: Those that the template reads.
 
         Raises:
-            ModelError: The server refuses, or its answer has no number.
+            ConfigError: The template cannot be filled in with this row.
+            ModelError: The server refuses, or its answer was cut or has no number.
             MayPassError: It is busy, broken or not there.
         """
         if self.settings.kind == "judge":
@@ -127,18 +147,32 @@ class EndpointReward:
 
     def _judged(self, messages: list[Message], response: str, columns: dict[str, Any]) -> float:
         prompt = conversation_text(messages)
-        text = self._template.render(messages=messages, prompt=prompt, response=response, **columns)
+        text = self._rendered(messages=messages, prompt=prompt, response=response, **columns)
         body = {
             "messages": [{"role": "user", "content": text}],
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
         } | self._template_variables
         choice = _found(self._post("/v1/chat/completions", body), "choices", 0)
-        said = _found(choice, "message", "content")
+        said, reason = _found(choice, "message", "content"), choice.get("finish_reason")
         if not isinstance(said, str) or not said.strip():
-            reason = choice.get("finish_reason")
             raise ModelError(f"judge {self.settings.model} answered nothing (it ended by {reason!r}); raise max_tokens")
+        if reason == "length":  # the number may be one that is taken back, or half of it
+            raise ModelError(
+                f"judge {self.settings.model}: its answer was cut after {self.settings.max_tokens} tokens "
+                f"({shorten(repr(said), 100)}); raise max_tokens"
+            )
         return self.parsed(said)
+
+    def _rendered(self, **values: Any) -> str:
+        import jinja2
+
+        try:
+            return str(self._template.render(**values))
+        except jinja2.TemplateError as error:
+            raise ConfigError(
+                f"endpoint: '{self.settings.template}' cannot be filled in ({type(error).__name__}: {error})"
+            ) from error
 
     def parsed(self, said: str) -> float:
         """Return the number in a judge's answer.
@@ -152,8 +186,8 @@ class EndpointReward:
         else:
             found = [match[1] for match in self._pattern.finditer(said)]
         try:
-            return float(found[-1])
-        except (IndexError, TypeError, ValueError):
+            return float(found[-1].replace("\u2212", "-"))
+        except (AttributeError, IndexError, ValueError):  # the group may be None
             wanted = "'score: <number>'" if self._pattern is None else f"{self._pattern.pattern!r}"
             raise ModelError(
                 f"judge {self.settings.model}: no number as {wanted} in its answer {shorten(repr(said), 300)}; ask for "
@@ -179,7 +213,7 @@ class EndpointReward:
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         """Send a request and return the answer's JSON; whatever is said of it names the variable, not the URL."""
-        settings, key = self.settings, os.environ.get(self.settings.key_variable)
+        settings, key = self.settings, _key(self.settings)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         data = json.dumps({"model": settings.model, **body}).encode()
         server = f"the server of ${settings.url_variable}"
@@ -196,6 +230,8 @@ class EndpointReward:
             raise ModelError(message + hint) from None
         except ValueError:
             raise ModelError(f"{server} answers {path} with something else than JSON; is it the right URL?") from None
+        except http.client.InvalidURL:  # its reason shows the URL
+            raise ConfigError(f"endpoint: {server} cannot be asked: the URL there is malformed") from None
         except (OSError, http.client.HTTPException) as error:  # urllib's own are OSErrors
             reason = getattr(error, "reason", None) or error
             message = self._without_secrets(f"{server} cannot be reached: {reason!r}; is it running?")
@@ -215,7 +251,44 @@ def _url(settings: EndpointSettings) -> str:
             f"endpoint: the environment variable {settings.url_variable} {state}; set it to the server's URL, or name "
             "another as url_variable"
         )
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = _PRINTABLE.fullmatch(url) and parts.hostname and (parts.port is None or parts.port > 0)
+        more = "@" in parts.netloc or bool(parts.query or parts.fragment)
+    except ValueError:  # a port that is not a number
+        good, more = None, False
+    if not good or more:
+        fault = "has a user, a query or a fragment in it" if more else "is malformed: a blank, a line break, or no host"
+        raise ConfigError(
+            f"endpoint: the URL in the environment variable {settings.url_variable} {fault}; set it to "
+            f"http(s)://host:port, and put the key into {settings.key_variable}"
+        )
     return url.removesuffix("/v1")
+
+
+def _key(settings: EndpointSettings) -> str | None:
+    """Return the key, or None where none is set.
+
+    Raises:
+        ConfigError: It has characters that a header cannot have; the message does not show it.
+    """
+    key = os.environ.get(settings.key_variable)
+    if key and not _PRINTABLE.fullmatch(key):
+        raise ConfigError(
+            f"endpoint: the key in the environment variable {settings.key_variable} has a blank, a line break or a "
+            "character outside ASCII; set it to the key alone"
+        )
+    return key or None
+
+
+def _without_proxy(url: str) -> list[urllib.request.BaseHandler]:
+    """Return what keeps requests to this machine from a proxy, which would look for the server on its own."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        here = False
+    return [urllib.request.ProxyHandler({})] if here else []
 
 
 def _template(settings: EndpointSettings) -> tuple[Any, str, list[str]]:

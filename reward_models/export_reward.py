@@ -63,7 +63,9 @@ def run(settings: ExportSettings) -> dict[str, Any]:
     try:
         tokenizer = load_tokenizer(folder)
     except ModelError as error:
-        raise ModelError(f"'{folder}' holds no tokenizer, which the classifier needs: {error}") from error
+        raise ModelError(
+            f"the classifier needs the tokenizer of '{folder}', which cannot be loaded: {error}"
+        ) from error
     with working(f"exporting {settings.reward_model}"):
         value = load_reward_model(folder, tokenizer=tokenizer)
         tokenizer = tokenizer_for(tokenizer, settings.pad_token)

@@ -141,7 +141,7 @@ def text_reward(
         return ComposedReward(read_composed(name), scorer, name)
     name = local_folder(name)
     if not Path(name).is_dir():
-        return CalledReward(load_function(name), calls)
+        return CalledReward(load_function(name), calls, name=name)
     if classifier_class(name) is not None:
         return classifier_reward(name, None, device, dtype, variables)
     model = load_reward_model(name, tokenizer=load_tokenizer(name), dtype=dtype, device=device)

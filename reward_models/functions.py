@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from reward_models.calling import CalledReward, listed, not_finite
-from reward_models.signature import Signature, columns_of, is_finite_number, name_of, per_response
+from reward_models.signature import Signature, is_finite_number, name_of, per_response
 from vgf_llm.errors import ConfigError, ModelError, VGFError
 
 __all__ = [
@@ -123,10 +123,12 @@ def further_arguments(function: RewardFunction, prompts: Sequence[str]) -> dict[
         prompts: those of `vgf_llm.data.dialogue.PromptText` bring columns; others have none.
 
     Returns:
-        One list per column, a value per prompt, None where a row has no such column; messages and rows likewise.
+        One list per column, a value per prompt; messages and rows likewise. Where a parameter has a default, a row
+        without its column gives None.
 
     Raises:
-        ConfigError: a parameter without a default is no column of any row.
+        ConfigError: a parameter without a default is not a column of any row.
+        DataError: it is not a column of one of the rows.
     """
     return Signature(function).arguments(prompts, [""] * len(prompts)).by_name
 
@@ -135,10 +137,11 @@ def check_columns(function: RewardFunction, prompts: Sequence[str]) -> None:
     """Refuse a function that takes a column which the prompts do not have.
 
     Raises:
-        ConfigError: naming function and column, and the columns that there are.
+        ConfigError: no row has it; naming function and column, and the columns that there are.
+        DataError: one row does not have it.
     """
     signature = function.signature if isinstance(function, CalledReward) else Signature(function)
-    signature.read_columns(columns_of(prompts))
+    signature.check_rows(prompts)
 
 
 def call_function(function: RewardFunction, prompts: list[str], responses: list[str]) -> list[float]:
@@ -148,6 +151,7 @@ def call_function(function: RewardFunction, prompts: list[str], responses: list[
 
     Raises:
         ConfigError: it takes a column that the rows do not have.
+        DataError: it takes a column that one of the rows does not have.
         ModelError: it raises, the number of rewards differs from that of the responses, or one is not a finite number.
     """
     name, signature = name_of(function), Signature(function)

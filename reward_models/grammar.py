@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from reward_models.endpoint import EndpointKind, EndpointSettings
+from reward_models.endpoint import READ_BY_KIND, EndpointKind, EndpointSettings
 from vgf_llm.data.contents import scorer_contents
 from vgf_llm.errors import ConfigError
 from vgf_llm.settings.keys import field_hints, load_recipe
@@ -49,7 +49,7 @@ class Part:
     """Arguments of the function that are the same for every response; others are columns."""
     standardise: bool | dict[str, Any] = False
     """true: minus the mean, over the deviation, of all values of the training run so far. {mean, deviation}: fixed."""
-    clip: list[float] | None = None
+    clip: list[float | None] | None = None
     """Least and greatest value; either may be null."""
     require: list[Part] = field(default_factory=list)
     """Constraints; a response keeps one where its value is above 0."""
@@ -182,14 +182,12 @@ def _part(content: Mapping[str, Any], source: str, key: str) -> Part:
     return Part(**made)
 
 
-def _clip(block: _Block) -> list[float]:
+def _clip(block: _Block) -> list[float | None]:
     bounds = block.content["clip"]
     good = len(bounds) == 2 and all(bound is None or _is_number(bound) for bound in bounds)
     block.require(good, "clip", "two numbers, the least and the greatest, or null for one of them")
-    least = -math.inf if bounds[0] is None else float(bounds[0])
-    greatest = math.inf if bounds[1] is None else float(bounds[1])
-    block.require(least <= greatest, "clip", "the least number first")
-    return [least, greatest]
+    block.require(None in bounds or bounds[0] <= bounds[1], "clip", "the least number first")
+    return [None if bound is None else float(bound) for bound in bounds]
 
 
 def _check_standardise(block: _Block) -> None:
@@ -203,14 +201,18 @@ def _endpoint(block: _Block) -> EndpointSettings:
     content = block.content
     block.require(content.get("kind") in get_args(EndpointKind), "kind", f"one of {', '.join(get_args(EndpointKind))}")
     block.require(content.get("model") is not None, "model", "the model's name at the server")
-    block.require_texts("model", "url_variable", "key_variable", "template", "pattern")
+    block.require_texts("model", "url_variable", "key_variable", "template", "pattern", "version")
+    kind, some = content["kind"], dict.fromkeys(name for names in READ_BY_KIND.values() for name in names)
+    for name in some:
+        allowed = content.get(name) is None or name in READ_BY_KIND[kind]
+        block.require(allowed, name, f"none: an endpoint of kind {kind} does not read it")
     block.require_numbers("temperature")
     block.require(content.get("temperature", 0.0) >= 0, "temperature", "at least 0")
     tokens = content.get("max_tokens", 1)
     whole = isinstance(tokens, int) and not isinstance(tokens, bool)
     block.require(whole and tokens >= 1, "max_tokens", "an integer >= 1")
     outputs, variables = content.get("outputs") or {}, content.get("chat_template_kwargs") or {}
-    weights = isinstance(outputs, Mapping) and all(str(k).isdigit() and _is_number(v) for k, v in outputs.items())
+    weights = isinstance(outputs, Mapping) and all(str(k).isdecimal() and _is_number(v) for k, v in outputs.items())
     block.require(weights, "outputs", "weights by the number of an output")
     block.require(isinstance(variables, Mapping), "chat_template_kwargs", "a block of names and values")
     made = {name: value for name, value in content.items() if value is not None}

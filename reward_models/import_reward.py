@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from vgf_llm.data.prompts import PreferencePair
 
 _SMALL = ("*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
-_NOT_SMALL = ("trainer_state.json", "training_args.json", "model.safetensors.index.json", "secant.json")
+_NOT_SMALL = (
+    "trainer_state.json",
+    "training_args.json",
+    "model.safetensors.index.json",
+    "secant.json",
+    "imported.json",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,11 +187,12 @@ def _fidelity(settings: ImportSettings, subject: Subject, pairs: list[Preference
 
 def _copy_small_files(source: str, output: Path, settings: ImportSettings) -> None:
     """Point to the weights, and copy configuration and tokenizer; without config.json, the last, nothing loads."""
-    from reward_models.sources import write_pointer
+    from reward_models.sources import imported_outputs, weights_folder, write_pointer
 
     for name in ("config.json", "adapter_config.json", "secant.json", "secant.safetensors"):  # of an earlier import
         (output / name).unlink(missing_ok=True)
-    write_pointer(output, str(Path(source).resolve()), settings.reward_outputs)
+    outputs = settings.reward_outputs or imported_outputs(source)
+    write_pointer(output, str(weights_folder(source).resolve()), outputs)  # the weights of an import lie elsewhere
     found = {path.name: path for pattern in _SMALL for path in Path(source).glob(pattern) if path.is_file()}
     for name in sorted(found, key=lambda one: one in ("adapter_config.json", "config.json")):
         if name not in _NOT_SMALL and not name.startswith("reward_card"):

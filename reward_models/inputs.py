@@ -24,7 +24,7 @@ def check_reward_model(name: str | None) -> None:
 
     Raises:
         ConfigError: None is named.
-        ModelError: The folder does not exist, or holds no model.
+        ModelError: The folder does not exist, or does not hold a model.
     """
     if name is None:
         raise ConfigError("reward_model is not set; train one with `vgf-llm reward` and name its folder")
@@ -64,7 +64,8 @@ def check_rewards(
     Raises:
         ConfigError: A function, file or folder does not exist, a function takes a column that the prompts do not have,
             or a server's URL is not set.
-        ModelError: A folder holds no model.
+        DataError: A function takes a column that one of the prompts does not have.
+        ModelError: A folder does not hold a model.
         OutputError: The cache cannot be used.
     """
     for name in names:
@@ -128,7 +129,7 @@ def called_part(part: Part, calls: RewardCallSettings | None) -> CalledReward:
         calls: How it is called.
 
     Raises:
-        ConfigError: There is no such function, it does not take the arguments, or a server's settings are wrong.
+        ConfigError: The function does not exist, it does not take the arguments, or a server's settings are wrong.
     """
     if part.endpoint is not None:
         limit = None if calls is None else calls.reward_timeout_sec
@@ -136,7 +137,7 @@ def called_part(part: Part, calls: RewardCallSettings | None) -> CalledReward:
     assert part.reward is not None
     if "/" in part.reward:
         raise ConfigError(f"reward: {part.reward!r} is not a folder; name one that exists, or a function")
-    return CalledReward(load_function(part.reward), calls, constants=part.arguments)
+    return CalledReward(load_function(part.reward), calls, name=part.reward, constants=part.arguments)
 
 
 def _check_columns(called: CalledReward, prompts: Sequence[Any]) -> None:

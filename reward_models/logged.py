@@ -143,7 +143,7 @@ def _filled(name: str, texts: list[tuple[PromptText, str]], calls: RewardCallSet
 def _filler(name: str, calls: RewardCallSettings | None) -> RewardFunction:
     """Return what fills missing rewards; models are imported where a composed reward is named alone."""
     if not is_composed(name):
-        return CalledReward(load_function(name), calls)
+        return CalledReward(load_function(name), calls, name=name)
     from reward_models.foreign import text_reward
 
     return text_reward(name, calls=calls)

@@ -17,22 +17,23 @@ from typing import Any
 from vgf_llm.errors import OutputError
 
 _WAIT_SEC = 120.0  # for other processes that write
-_VERSION = 1  # of the table and of the key
+_VERSION = 2  # of the table and of the key
 _ASKED = 500  # keys per query
 _TABLE = "CREATE TABLE IF NOT EXISTS rewards (key TEXT PRIMARY KEY, reward REAL NOT NULL, name TEXT NOT NULL)"
 
 
-def reward_key(name: str, version: str, messages: Any, response: str, columns: dict[str, Any]) -> str:
+def reward_key(name: str, version: str, prompt: str, messages: Any, response: str, columns: dict[str, Any]) -> str:
     """Return the key of a reward: a SHA-256 of all that it depends on.
 
     Args:
         name: Of the reward.
         version: Of the reward, see `reward_models.signature.version_of`.
+        prompt: The conversation before the response as plain text, which functions read.
         messages: The conversation before the response.
         response: The response.
         columns: The columns of the row that the reward reads, with their values.
     """
-    parts = [_VERSION, name, version, messages, response, columns]
+    parts = [_VERSION, name, version, str(prompt), messages, response, columns]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 
 
@@ -96,14 +97,21 @@ class RewardCache:
             ) from error
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == _VERSION:
+        if _version_of(connection) == _VERSION:
             return
-        if version != 0 or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            raise OutputError(
-                f"reward_cache '{self.path}' is a database of something else (version {version}); name another file"
-            )
         with connection:
             connection.execute("BEGIN IMMEDIATE")
+            version = _version_of(connection)  # again: another process may have made the table since
+            if version == _VERSION:
+                return
+            if version != 0 or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise OutputError(
+                    f"reward_cache '{self.path}' is a database of something else, or of another version of this "
+                    f"package (its version is {version}, expected {_VERSION}); name another file"
+                )
             connection.execute(_TABLE)
             connection.execute(f"PRAGMA user_version = {_VERSION}")
+
+
+def _version_of(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])

@@ -1,6 +1,7 @@
 """Arguments of a reward function, filled by place and by name: texts, messages, rows and single columns.
 
-The first two parameters are the prompts and the responses. A parameter named ``messages`` gets the conversations as
+The first two parameters are the prompts and the responses, unless responses are named elsewhere: then what is not is a
+column, as `answer` in ``exact(responses, answer)``. A parameter named ``messages`` gets the conversations as
 lists of ``{"role", "content"}``, ``rows`` gets every column of the data rows, and any other name gets that column.
 A function that scores one response per call (`per_response`) gets one item of each, and ``row`` in place of ``rows``.
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from vgf_llm.data.dialogue import PromptText, as_messages
-from vgf_llm.errors import ConfigError
+from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.runs.files import shorten
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -101,9 +103,15 @@ class Signature:
         first = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)][:2]
         if any(one.kind is one.VAR_POSITIONAL for one in parameters):
             first = []  # all of them may be taken by place
+        told = {name for one in (*first, *named) if (name := self._filled(one.name))}
+        places: list[str] = []
+        for one, place in zip(first, _FILLED, strict=False):
+            filled = self._filled(one.name)
+            if filled is None and place in told and one.kind is not one.POSITIONAL_ONLY:
+                break  # a column, which is filled by name, and so is what follows
+            places.append(filled or place)
+        first = first[: len(places)]
         rest = [one for one in named if one not in first]
-        places = [self._filled(one.name) or place for one, place in zip(first, _FILLED, strict=False)]
-        told = [name for one in (*first, *rest) if (name := self._filled(one.name))]
         if len(places) == 2 or told:  # else it is called with two, and Python says what is wrong
             self.places = places
         self.by_name = {one.name: name for one in rest if (name := self._filled(one.name))}
@@ -117,11 +125,29 @@ class Signature:
             name = _PLURAL.get(name, name)
         return name if name in _FILLED else None
 
+    def check_rows(self, prompts: Sequence[str]) -> None:
+        """Refuse rows without a column that a parameter without a default asks for.
+
+        Raises:
+            ConfigError: No row has it.
+            DataError: A row does not have it; the message names row and column.
+        """
+        self.read_columns(columns_of(prompts))
+        needed = [name for name, is_needed in self.columns.items() if is_needed and name not in self.constants]
+        for prompt in prompts if needed else ():
+            for name in needed:
+                if name not in getattr(prompt, "columns", {}):
+                    where = getattr(prompt, "place", "") or f"the prompt {shorten(repr(str(prompt)))}"
+                    raise DataError(
+                        f"{where}: no column {name!r}, which reward function {self.name} takes; give the row a value, "
+                        "or the parameter a default"
+                    )
+
     def read_columns(self, there: Sequence[str]) -> list[str]:
         """Return the columns that the function reads, of those that there are.
 
         Raises:
-            ConfigError: A parameter without a default is no column of any row.
+            ConfigError: A parameter without a default is not a column of any row.
         """
         for name, needed in self.columns.items():
             if needed and name not in there and name not in self.constants:
@@ -155,10 +181,11 @@ class Signature:
             responses: One per prompt.
 
         Raises:
-            ConfigError: As for `read_columns`.
+            ConfigError: As for `check_rows`.
+            DataError: As for `check_rows`.
         """
+        self.check_rows(prompts)
         rows = [getattr(prompt, "columns", {}) for prompt in prompts]
-        self.read_columns(columns_of(prompts))
         made: dict[str, Callable[[], list[Any]]] = {
             "prompts": lambda: list(prompts),
             "responses": lambda: list(responses),
@@ -182,21 +209,23 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", repr(function)))
 
 
-def version_of(function: Any) -> str:
-    """Return what a function's rewards depend on besides their arguments.
+def version_of(function: Any, name: str = "") -> str:
+    """Return the version of a function: its attribute ``version``, or a digest of the files that it is written in.
 
-    It is the function's attribute ``version``, or a digest of the file that it is written in.
+    Args:
+        function: Any callable.
+        name: "module:function". The file of the module counts too: a decorator or a class may be written elsewhere.
     """
     stated = getattr(function, "version", None)
     if stated is not None:
         return str(stated)
     try:
-        path = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:
-        path = None
-    if path is None or not Path(path).is_file():
-        return ""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        written = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # an object that can be called
+        written = None
+    module = getattr(sys.modules.get(name.rpartition(":")[0]), "__file__", None)
+    files = [Path(path) for path in dict.fromkeys((written, module)) if path is not None and Path(path).is_file()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
 
 
 def place_of(prompt: str, response: str) -> str:

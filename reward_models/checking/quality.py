@@ -94,7 +94,7 @@ def check_length(
 
 
 def check_calibration(chosen: Sequence[float], rejected: Sequence[float]) -> Line:
-    """Warn where sigmoid(score difference) is no probability of winning."""
+    """Warn where sigmoid(score difference) is not a probability of winning."""
     n = len(chosen)
     if n < _LEAST_PAIRS:
         return skipped("calibration", f"{n} pairs are too few")
@@ -108,5 +108,5 @@ def check_calibration(chosen: Sequence[float], rejected: Sequence[float]) -> Lin
         value,
         f"confidence within {_MOST_GAP:g} of the accuracy's interval",
         "warn" if is_off else "pass",
-        f"differences of scores are no log-odds, so budget.temperature has another meaning{by}",
+        f"differences of scores are not log-odds, so budget.temperature has another meaning{by}",
     )

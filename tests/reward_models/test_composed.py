@@ -145,6 +145,7 @@ FAULTS = {
     "reward: length_words\nweight: heavy": "key 'weight': expected a finite number, got 'heavy'",
     "reward: length_words\nweight: .nan": "key 'weight': expected a finite number, got nan",
     "reward: length_words\nclip: [1]": "key 'clip': expected two numbers",
+    "reward: length_words\nclip: [a, null]": "key 'clip",
     "reward: length_words\nclip: [1, 0]": "key 'clip': expected the least number first",
     "reward: length_words\nstandardise: {mean: 0}": "key 'standardise': expected true, false, or",
     "reward: length_words\nstandardise: {mean: 0, deviation: 0}": "key 'standardise': expected true, false, or",
@@ -160,6 +161,9 @@ FAULTS = {
     "endpoint: {kind: guess, model: m}": "key 'endpoint.kind': expected one of judge, classify, pooling, score, got",
     "endpoint: {kind: classify}": "key 'endpoint.model': expected the model's name",
     "endpoint: {kind: classify, model: m, outputs: {good: 1}}": "key 'endpoint.outputs': expected weights by",
+    "endpoint: {kind: classify, model: m, outputs: {\u00b2: 1}}": "key 'endpoint.outputs': expected weights by",
+    "endpoint: {kind: score, model: m, outputs: {0: 1}}": "'endpoint.outputs': expected none: an endpoint of kind",
+    "endpoint: {kind: pooling, model: m, template: t}": "'endpoint.template': expected none: an endpoint of kind pool",
     "endpoint: {kind: classify, model: m, url_variable: NO_SUCH_URL}": "environment variable NO_SUCH_URL is not set",
 }
 
@@ -185,6 +189,38 @@ def test_a_part_that_fails_says_so(tmp_path):
     broken = ComposedReward(read_composed(str(tmp_path / "reward.yaml")), lambda part: lambda p, r: [math.nan], "r")
     with pytest.raises(ModelError, match="returned nan for response 0"):
         broken([""], ["a"])
+
+
+OVERFLOWS = {
+    "reward: length_words\nweight: 1.0e308": "reward part length_words is inf after standardise, clip and weight, for",
+    "reward: length_words\nname: long\nstandardise: {mean: 0, deviation: 1.0e-308}": "part long is inf",
+    "product: [{reward: length_words, weight: 5.0e307}, {reward: length_words, name: b}]": "part a product is inf",
+    "sum: [{reward: length_words, weight: 8.0e307}, {reward: length_words, name: b, weight: 8.0e307}]": "a sum is inf",
+}
+
+
+@pytest.mark.parametrize("text", OVERFLOWS)
+def test_a_part_that_overflows_is_named_with_prompt_and_response(tmp_path, text):
+    reward = composed(tmp_path, text)
+    prompt = PromptText("p", {}, "a.jsonl, row 3")
+    with pytest.raises(ModelError, match=f"{OVERFLOWS[text]}.* a.jsonl, row 3: the prompt 'p', response 'a b'"):
+        reward([prompt], ["a b"])
+
+
+def test_a_clip_mends_an_overflow(tmp_path):
+    text = "reward: length_words\nstandardise: {mean: 0, deviation: 1.0e-308}\nclip: [null, 3]\n"
+    assert composed(tmp_path, text)([""], ["a b"]) == [3.0]
+    assert composed(tmp_path, "reward: brevity\nclip: [-2, null]")([""] * 2, ["a", "a b c"]) == [-1.0, -2.0]
+
+
+def test_prompts_of_one_text_are_remembered_apart():
+    def turns(messages, responses):
+        return [float(len(one)) for one in messages]
+
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    prompts = [PromptText([{"role": "user", "content": str(PromptText(talk))}]), PromptText(talk)]
+    assert prompts[0] == prompts[1]
+    assert Remembered(turns)(prompts, ["r", "r"]) == [1.0, 3.0]
 
 
 def test_what_a_file_is_does_not_depend_on_how_it_is_written(tmp_path):

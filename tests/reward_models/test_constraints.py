@@ -69,6 +69,14 @@ def test_a_letter_that_must_not_occur():
     assert kept("without_letter", ["dog", "cat"], letter="do") == [0, 1]
 
 
+def test_a_limit_of_null_is_not_asked_for():
+    for name, key in (
+        ("without_letter", "letter"), ("word_in_second_half", "word"), ("sentences_exactly", "number"),
+        ("without_words", "banned"), ("words_within", "at_most"),
+    ):  # fmt: skip
+        assert kept(name, ["The sea is deep.", ""], **{key: None}) == [1, 1]
+
+
 def test_limits_come_from_columns_and_a_single_value_is_refused():
     prompts = [PromptText("a", {"at_most": 1}), PromptText("b", {"at_most": 2})]
     assert call_function(load_function("words_within"), prompts, ["x y", "x y"]) == [0, 1]

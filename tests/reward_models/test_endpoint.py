@@ -120,12 +120,87 @@ def test_a_reward_model_scores_the_conversation(server, kind, answer, path, more
     [
         ("7", None, 7), (" **-1.5** ", None, -1.5), ("I give 3 of 10. Score: 4", None, 4), ("rating is 9", None, 9),
         ("Score: 1, no: Score: 2", None, 2), ("Score: -3", None, -3), ("<7>", r"<(\d)>", 7),
+        ("Score (0-10): 7", None, 7), ("Rating (1-5): 4", None, 4), ("**Rating 1 to 5:** 4", None, 4),
+        ("Score [out of 10]: 8.", None, 8), ("Score: 7. See Score (0-10).", None, 7), ("Score (strict): 3/10", None, 3),
+        (".5", None, 0.5), ("Score: .5", None, 0.5), ("Score: \u22122", None, -2), ("\u22121.5", None, -1.5),
+        ("Score: 1e-3", None, 0.001), ("1e-3", None, 0.001), ("<\u22127>", r"<(\S\d)>", -7),
     ],
 )  # fmt: skip
 def test_numbers_of_a_judge(server, tmp_path, said, pattern, number):
     (tmp_path / "t.txt").write_text("{{ response }}")
     settings = EndpointSettings("judge", "m", template=str(tmp_path / "t.txt"), pattern=pattern)
     assert EndpointReward(settings).parsed(said) == number
+
+
+@pytest.mark.parametrize("said", ["1,000", "Score: 1,000", "Score: 10,5", "Score (0-10): high", "Score: 3-4"])
+def test_what_may_be_several_numbers_is_refused(server, tmp_path, said):
+    (tmp_path / "t.txt").write_text("{{ response }}")
+    reward = EndpointReward(EndpointSettings("judge", "m", template=str(tmp_path / "t.txt")))
+    with pytest.raises(ModelError, match="no number as 'score: <number>'"):
+        reward.parsed(said)
+
+
+def test_a_cut_answer_is_refused_whatever_it_says(server, tmp_path):
+    choice = {"message": {"content": "Score: 1"}, "finish_reason": "length"}
+    server.answer = lambda *_: (200, {"choices": [choice]})
+    with pytest.raises(ModelError, match="its answer was cut after 5 tokens .*; raise max_tokens; it was .*row 1"):
+        text_reward(judge(tmp_path, max_tokens=5))(PROMPTS[:1], ["4"])
+
+
+def test_a_template_that_cannot_be_filled_in_is_named_with_its_row_and_asks_nothing(server, tmp_path):
+    path = judge(tmp_path)
+    (tmp_path / "judge.txt").write_text("{{ answer.right.first }} {{ response }}")
+    with pytest.raises(ConfigError, match="judge.txt' cannot be filled in .UndefinedError: .*a.jsonl, row 1"):
+        text_reward(path, calls=RewardCallSettings(reward_retries=3))(PROMPTS[:1], ["4"])
+    assert server.asked == []
+
+
+def test_a_cached_score_is_of_one_server_or_of_a_stated_version(server, tmp_path, monkeypatch):
+    calls = RewardCallSettings(reward_cache=str(tmp_path / "cache.sqlite"))
+    server.answer = says("5")
+
+    def asked(path, variable="REWARD_URL", url=f"{server.url}"):
+        monkeypatch.setenv(variable, url)
+        text_reward(path, calls=calls)(PROMPTS[:1], ["4"])
+        return len(server.asked)
+
+    other = f"{server.url}/v1/../v1"
+    assert [asked(judge(tmp_path)), asked(judge(tmp_path)), asked(judge(tmp_path), url=other)] == [1, 1, 2]
+    stated = judge(tmp_path, version="2026-01")
+    assert [asked(stated), asked(stated, url=other)] == [3, 3]
+    assert asked(judge(tmp_path, version="2026-02")) == 4
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    server.answer = says("5")
+    assert text_reward(judge(tmp_path))(PROMPTS[:1], ["4"]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:hidden@host:1",
+        "http://hidden host",
+        "http://hidden\n.org",
+        "http://hidden:port",
+        "http://h?key=hidden",
+    ],
+)
+def test_a_malformed_url_is_refused_without_showing_it(tmp_path, monkeypatch, url):
+    monkeypatch.setenv("REWARD_URL", url)
+    with pytest.raises(ConfigError, match="the URL in the .* REWARD_URL (has a user|is malf)") as raised:
+        check_rewards([judge(tmp_path)])
+    assert "hidden" not in str(raised.value)
+
+
+def test_a_malformed_key_is_refused_without_showing_it(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("REWARD_API_KEY", f"{KEY}\n")
+    with pytest.raises(ConfigError, match="the key in the environment variable REWARD_API_KEY has") as raised:
+        check_rewards([judge(tmp_path)])
+    assert KEY not in str(raised.value) and server.asked == []
 
 
 def test_an_answer_without_a_number_is_named(server, tmp_path):

@@ -22,6 +22,7 @@ from tests.reward_models.classifiers import LLAMA3, TOKENIZERS, classifier, conf
 from tests.reward_models.test_classification import scored, talks_of
 from vgf_llm import generate
 from vgf_llm.answering.pipeline import load_gradient
+from vgf_llm.data.contents import scorer_contents
 from vgf_llm.errors import ConfigError, ModelError, OutputError
 from vgf_llm.models.loading import load_tokenizer
 
@@ -72,6 +73,21 @@ def test_an_imported_classifier_has_a_card_and_no_weights(base, tmp_path, capsys
     ]
     assert generate.main(argv) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["value"] is not None
+
+
+def test_an_import_is_imported_again_with_other_outputs(base, tmp_path):
+    source = classifier(tmp_path / "source", byte_tokenizer(), num_labels=2, id2label={0: "good", 1: "long"})
+    first = imported(base, source, tmp_path, "--reward_outputs", "{good: 1.0}")
+    imported(base, first, tmp_path, "--output_dir", str(tmp_path / "kept"))
+    imported(base, first, tmp_path, "--output_dir", str(tmp_path / "other"), "--reward_outputs", "{long: -2.0}")
+    pointers = [json.loads((tmp_path / name / "imported.json").read_text()) for name in ("imported", "kept", "other")]
+    assert [one["source"] for one in pointers] == [str(source.resolve())] * 3
+    assert [one["outputs"] for one in pointers] == [{"good": 1.0}, {"good": 1.0}, {"long": -2.0}]
+    asked = ["Rain"], ["It falls."]
+    assert classifier_reward(tmp_path / "kept")(*asked) == classifier_reward(source, {"good": 1.0})(*asked)
+    assert classifier_reward(tmp_path / "other")(*asked) == classifier_reward(source, {"long": -2.0})(*asked)
+    contents = [scorer_contents(str(tmp_path / name)) for name in ("imported", "kept", "other")]
+    assert contents[0] == contents[1] != contents[2]
 
 
 def test_a_source_that_changes_or_goes_is_told(base, tmp_path):

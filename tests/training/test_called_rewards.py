@@ -10,13 +10,17 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 
 from tests.training.launch import ROOT
 from tests.training.tiny import settings, tiny_run, write_inputs
+from vgf_llm.errors import ModelError
 from vgf_llm.runs.files import read_jsonl, write_json_atomic
 from vgf_llm.settings.parse import dump
+from vgf_llm.training.rewards import NamedReward, Rewards
 
 SEEN: list[tuple[str, str, str]] = []
 
@@ -43,6 +47,28 @@ def test_a_rows_answer_decides_its_reward(tmp_path: Path) -> None:
     assert all(0 <= line["reward_reward.right/original"] <= 1 for line in lines)
     for kind in ("original", "transported", "policy", "selected"):
         assert f"reward_reward.length_words/{kind}" in lines[0] and f"reward_reward.words_within/{kind}" in lines[0]
+
+
+def test_rewards_that_float32_does_not_hold_are_refused() -> None:
+    """1e39 is infinite as float32; so is 3e38 twice, where the weighted rewards are added."""
+
+    class Texts:
+        tokens_BNT = torch.zeros(1, 2, 1, dtype=torch.long)
+
+        def texts(self, tokenizer: Any) -> list[list[str]]:
+            return [["a", "b"]]
+
+    def scores(*tops: float) -> dict[str, torch.Tensor]:
+        members = [NamedReward(f"r{top}", 1.0, lambda p, r, top=top: [0.0, top], "rewards:r") for top in tops]
+        return Rewards(members, cast(Any, None))(["the prompt"], cast(Any, Texts()))
+
+    assert scores(3e38)["reward"].isfinite().all()
+    with pytest.raises(
+        ModelError, match=r"reward r1e\+39 \(rewards:r\) gave inf to response 1 of .*'the prompt'.*scale it"
+    ):
+        scores(1e39)
+    with pytest.raises(ModelError, match="weighted and added, gave inf to response 1 of .*'the prompt'.*their weights"):
+        scores(3e38, 3.1e38)
 
 
 COUNTED = '''

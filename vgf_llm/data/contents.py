@@ -23,11 +23,11 @@ def contents(prompts: str, reward_model: str | None, base_model: str | None = No
 
 
 def scorer_contents(name: str) -> str:
-    """Return a reward function's name, or the SHA-256 of a model folder's weights and configuration."""
+    """Return a reward function's name, or the SHA-256 of a model folder's weights, configuration and pointer."""
     folder = Path(name)
     if not folder.is_dir():
         return name
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("imported.json")]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -12,7 +12,8 @@ class RewardCallSettings:
     """How rewards that are functions or servers are called."""
 
     reward_cache: str | None = field(default=None, kw_only=True)
-    """File that keeps every reward that was paid for, so that no run pays twice; null keeps none. Runs may share it."""
+    """File that keeps every reward that was paid for, so that no run pays twice; null keeps none. Runs may share it.
+    A function must score each response on its own: it is called with those alone that are not in the file."""
     reward_timeout_sec: float | None = field(default=None, kw_only=True)
     """Seconds that one call of a reward may take, above 0; null waits for a function, and 120 s for a server."""
     reward_retries: int = field(default=2, kw_only=True)

@@ -89,7 +89,7 @@ class Rewards:
             learn: Whether running statistics take the values in.
 
         Raises:
-            ModelError: A function raises, or returns something else than finite numbers.
+            ModelError: A function raises, or a reward or the sum is not a finite float32 number.
         """
         texts = responses.texts(self.tokenizer)
         parts: dict[str, Tensor] = {}
@@ -97,8 +97,9 @@ class Rewards:
         for member in self.members:
             found[member.name], inside = self._one(member, prompts, texts, responses, learn)
             parts |= {f"reward_{member.name}.{name}": values_BN for name, values_BN in inside.items()}
-        weighted = [member.weight * found[member.name] for member in self.members]
-        scores = {"reward": torch.stack(weighted).sum(0)}
+        total_BN = torch.stack([member.weight * found[member.name] for member in self.members]).sum(0)
+        _refuse_non_finite("of all rewards, weighted and added,", total_BN, prompts, "lower their weights")
+        scores = {"reward": total_BN}
         if len(self.members) > 1:
             scores |= {f"reward_{name}": values_BN for name, values_BN in found.items()}
         scores |= parts
@@ -111,20 +112,22 @@ class Rewards:
         self, member: NamedReward, prompts: list[str], texts: list[list[str]], responses: Responses, learn: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores of one reward, and those of its components, [B, N]."""
-        scorer = member.scorer
+        scorer, source = member.scorer, f"{member.name} ({member.source})"
         if isinstance(scorer, RewardModel):
             scores_BN = scorer.score(scorer.prefix(responses.prompts), responses.tokens_BNT, responses.mask_BNT).float()
-            _refuse_non_finite(member, scores_BN, prompts)
+            _refuse_non_finite(source, scores_BN, prompts, "train the model again, or load it in another dtype")
             return scores_BN, {}
         flat_prompts = [prompt for prompt, group in zip(prompts, texts, strict=True) for _ in group]
         flat_texts = [text for group in texts for text in group]
         running = None if member is self.gold else self.running
         rewards, inside = scored(scorer, flat_prompts, flat_texts, running, f"{member.name}.", learn)
         shape, device = responses.tokens_BNT.shape[:2], responses.tokens_BNT.device
-        return (
-            torch.tensor(rewards, device=device).view(shape),
-            {name: torch.tensor(values, device=device).view(shape) for name, values in inside.items()},
-        )
+        scores_BN = torch.tensor(rewards, dtype=torch.float32, device=device).view(shape)
+        _refuse_non_finite(source, scores_BN, prompts, "scale it, so that it is a number of float32 (below 3.4e38)")
+        return scores_BN, {
+            name: torch.tensor(values, dtype=torch.float32, device=device).view(shape)
+            for name, values in inside.items()
+        }
 
     def flow(self) -> Flow:
         """Return what gives the flow its value and direction where no value is learned.
@@ -193,13 +196,13 @@ def load_rewards(
     return Rewards(members, tokenizer, None if gold is None else text_reward(gold, device, dtype, calls, variables))
 
 
-def _refuse_non_finite(member: NamedReward, scores_BN: Tensor, prompts: list[str]) -> None:
+def _refuse_non_finite(name: str, scores_BN: Tensor, prompts: list[str], mend: str) -> None:
     bad = (~torch.isfinite(scores_BN)).nonzero()
     if len(bad):
         b, n = bad[0].tolist()
         raise ModelError(
-            f"reward {member.name} ({member.source}) gave {float(scores_BN[b, n])} to response {n} of the prompt "
-            f"{prompts[b][:60]!r}; a reward must be finite: train the model again, or load it in another dtype"
+            f"reward {name} gave {float(scores_BN[b, n])} to response {n} of the prompt "
+            f"{prompts[b][:60]!r}; a reward must be finite: {mend}"
         )
 
 
