@@ -129,11 +129,11 @@ class ImplicitPolicy:
         Raises:
             NonFiniteError: If a value or gradient is not finite.
         """
-        if isinstance(self.decoder, StreamSampler) and not self.budget.is_none:
+        if self.budget.is_none:
+            return self._nothing_moved(self.value.prefix(originals.prompts), originals, seeds_BN)
+        if isinstance(self.decoder, StreamSampler):
             return self._one_pass(self.decoder, originals.prompts, seeds_BN)
         value_prefix = self.value.prefix(originals.prompts)
-        if self.budget.is_none:
-            return self._nothing_moved(value_prefix, originals, seeds_BN)
         flow, score = partial(self.transport, value_prefix), partial(self._score, value_prefix)
         context = self.decoder.prepare(originals.prompts)
         first = flow(originals)
