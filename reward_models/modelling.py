@@ -367,10 +367,8 @@ class RewardModel(PreTrainedModel):
 
         Under mean pooling a response's value is the mean of its tokens' reads; under last pooling a skip counts 1 / T.
         """
-        reads = self._read(hidden.float())
-        if self.skip_head is None:
-            return reads
-        return reads + self._read_skip(embeddings.float()) / (1 if self.config.pooling == "mean" else tokens)
+        reads, share = self._read(hidden.float()), 1 if self.config.pooling == "mean" else tokens
+        return reads if self.skip_head is None else reads + self._read_skip(embeddings.float()) / share
 
     def _read(self, pooled: Tensor) -> Tensor:
         """Apply the head in float32 to [..., D]."""
