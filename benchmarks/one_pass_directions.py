@@ -20,7 +20,7 @@ def directions(pipeline: Pipeline[Any], folder: Path, names: Sequence[str]) -> d
     Args:
         pipeline: Base and reward model.
         folder: Of the reward model; fitted directions lie in its folder ``directions``, by name.
-        names: What is asked for; ``prior`` is no direction and is passed over.
+        names: What is asked for; ``prior`` is not a direction and is passed over.
     """
     found: dict[str, BonusSource] = {}
     for name in names:
