@@ -12,7 +12,7 @@ from vgf_llm.errors import ModelError
 
 
 def test_our_server_answers_a_judges_request(running, tmp_path, monkeypatch):
-    """The tiny model knows no numbers, so its answer is refused, and shown."""
+    """The tiny model knows no numbers, so its answer is refused, and shown; it ends before four tokens or is cut."""
     monkeypatch.setenv("REWARD_URL", running.url)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "judge.txt").write_text("{{ prompt }} {{ response }} {{ tone }}")
@@ -20,5 +20,6 @@ def test_our_server_answers_a_judges_request(running, tmp_path, monkeypatch):
     (tmp_path / "judge.yaml").write_text(f"endpoint: {lines}")
     prompts = [PromptText("the sea", {"tone": "happy"}, "a.jsonl, row 1")]
     check_rewards(["judge.yaml"], prompts=prompts)
-    with pytest.raises(ModelError, match=r"no number as 'score: <number>' in its answer '\w+.*a.jsonl, row 1"):
+    refused = r"(no number as 'score: <number>' in its answer '\w+|was cut after 4 tokens \('\w+).*a.jsonl, row 1"
+    with pytest.raises(ModelError, match=refused):
         text_reward("judge.yaml")(prompts, ["is blue"])
