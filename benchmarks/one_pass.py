@@ -11,9 +11,11 @@ the value over a cloud less that of plain samples, the same of the held-out scor
 with sigma the spread of plain samples to a prompt and nats those that were really spent. ``gain_per_nat_ratio`` is a
 direction's gain over two-pass ``prior``'s at the same spent nats (between budgets, gains are read off linearly in
 sqrt(nats), and where ``prior`` gains nothing there is no ratio). Intervals are paired bootstraps over prompts. A task
-whose reward model is absent is skipped with a word.
+whose reward model is absent is skipped with a word. ``picked`` is the held-out score of the text with the highest value in
+a cloud, less that of the same number of plain samples.
 
 Speed: `benchmarks.one_pass_speed`. Texts are appended to ``--work`` prompt by prompt; a run that was stopped goes on.
+Texts of other weights, or of a direction that was fitted again since, are left out and written again.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.one_pass_directions import directions
+from benchmarks.one_pass_directions import directions, written_by
 from benchmarks.one_pass_speed import measure
 from reward_models.functions import call_function, load_function
 from vgf_llm.answering.assemble import make_policy
@@ -145,10 +147,11 @@ def run_task(task: Task, work: Path, arguments: argparse.Namespace) -> list[Row]
     """Return a row for every arm and prompt; those in the work folder are not run again."""
     path = work / "rows.jsonl"
     check_writable(str(work))
-    done = list(read_jsonl(path)) if path.exists() else []
-    known = {(row["arm"], row["prompt"]) for row in done}
     sampling = SamplingSettings(top_k=50, max_new_tokens=task.tokens)
     pipeline = load_pipeline(ModelSettings(reward_model=task.reward, dtype="float32"), sampling)
+    marks = written_by(Path(task.reward), arguments.directions)
+    done = [row for row in read_jsonl(path) if row["mark"] == marks.get(_direction(row["arm"]))] if path.exists() else []
+    known = {(row["arm"], row["prompt"]) for row in done}
     prompts = load_prompts(task.prompts)[: arguments.prompts]
     fitted = [encode_prompt(pipeline.tokenizer, prompt) for prompt in load_prompts(task.fitted_on)]
     for name, write in arms(pipeline, fitted, task, arguments.directions).items():
@@ -156,6 +159,7 @@ def run_task(task: Task, work: Path, arguments: argparse.Namespace) -> list[Row]
         batches = [todo[start : start + PROMPTS_AT_ONCE] for start in range(0, len(todo), PROMPTS_AT_ONCE)]
         for batch in track(batches, f"{work.name}: {name}"):
             rows = _rows(pipeline, task, name, write, [prompts[index] for index in batch], batch)
+            rows = [{**row, "mark": marks[_direction(name)]} for row in rows]
             append_jsonl(path, rows)
             done += rows
     return [row for row in done if row["prompt"] < len(prompts)]
@@ -233,11 +237,10 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     plain = by_arm["plain"]
     sigma = math.sqrt(statistics.fmean(statistics.variance(row["values"]) for row in plain.values()))
     found = {name: _figures(own, plain, sigma) for name, own in by_arm.items() if name != "plain"}
-    of_prior = [figures for name, figures in found.items() if name.rsplit(" ", 1)[0] == "prior"]
+    of_prior = [figures for name, figures in found.items() if _direction(name) == "prior"]
     prior_gains = bool(of_prior) and all(figures["gain"][1] > 0 for figures in of_prior)  # else a ratio says nothing
     for name, figures in found.items():
-        direction = name.rsplit(" ", 1)[0]
-        if direction != "prior" and prior_gains and (two := _gain_at(found, "prior", figures["nats"])):
+        if _direction(name) != "prior" and prior_gains and (two := _gain_at(found, "prior", figures["nats"])):
             figures["gain_per_nat_ratio"] = round(figures["gain"][0] / two, 3)
     return {"prompts": len(plain), "texts_per_prompt": PARTICLES, "sigma": round(sigma, 4), "arms": found}
 
@@ -260,7 +263,20 @@ def _figures(own: dict[int, Row], plain: dict[int, Row], sigma: float) -> dict[s
     if all("gold" in own[p] and "gold" in plain[p] for p in prompts):
         gold = bootstrap_mean(difference("gold"))
         figures["gold"] = [round(x, 4) for x in (gold.mean, gold.low, gold.high)]
+        picked = bootstrap_mean([_picked(own[p]) - _picked(plain[p]) for p in prompts])
+        figures["picked"] = [round(x, 4) for x in (picked.mean, picked.low, picked.high)]
     return figures
+
+
+def _picked(row: Row) -> float:
+    """Return the held-out score of the text with the highest value."""
+    found: float = row["gold"][max(range(len(row["values"])), key=row["values"].__getitem__)]
+    return found
+
+
+def _direction(arm: str) -> str:
+    """Return an arm's name without its nats."""
+    return arm.rsplit(" ", 1)[0]
 
 
 def _gain_at(found: dict[str, dict[str, Any]], direction: str, nats: float) -> float | None:
@@ -269,7 +285,7 @@ def _gain_at(found: dict[str, dict[str, Any]], direction: str, nats: float) -> f
     points += sorted(
         (math.sqrt(figures["nats"]), figures["gain"][0])
         for name, figures in found.items()
-        if name.rsplit(" ", 1)[0] == direction
+        if _direction(name) == direction
     )
     if len(points) == 1:
         return None
