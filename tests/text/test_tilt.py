@@ -45,6 +45,35 @@ def test_cap_binds_only_where_it_must():
     assert s[1].item() == 5.0
 
 
+@pytest.mark.parametrize("cap", [1e-3, 0.05, 1.0, 2.5])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_cap_is_met_from_below_whatever_stands_beside(cap, size):
+    """Rows of every shape: flat and peaked, one token nearly sure, half of the mass on EOS, tokens cut off."""
+    torch.manual_seed(2)
+    logps = (torch.randn(64, 12) * torch.linspace(0.1, 6, 64)[:, None]).log_softmax(-1)
+    logps[::7, -3:] = -torch.inf
+    logps = logps.log_softmax(-1)
+    bonus = torch.randn(64, 12) * size
+    eos = torch.zeros(64, 12, dtype=torch.bool)
+    eos[::3, 0] = True
+    wanted = torch.full((64,), 50.0 / size)
+    s = capped_multiplier(logps, bonus, wanted, eos, cap)
+    nats = kl_divergence(tilt(logps, bonus, s, eos), logps)
+    assert (nats <= cap * (1 + 1e-3) + 1e-6).all()
+    at_most = kl_divergence(tilt(logps, bonus, wanted, eos), logps)
+    binds = at_most > cap
+    assert binds.any() and torch.equal(s[~binds], wanted[~binds])
+    torch.testing.assert_close(nats[binds], torch.full_like(nats[binds], cap), rtol=1e-3, atol=2e-6)
+    alone = torch.cat([capped_multiplier(logps[i : i + 1], bonus[i : i + 1], wanted[:1], eos[i : i + 1], cap) for i in range(64)])
+    torch.testing.assert_close(alone, s, rtol=1e-5, atol=0)
+
+
+def test_nothing_is_spent_under_a_cap_of_zero():
+    logp = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    eos = torch.zeros(2, 2, dtype=torch.bool)
+    assert (capped_multiplier(logp, torch.tensor([[1.0, -1.0]]).expand(2, 2), torch.ones(2), eos, 0.0) == 0).all()
+
+
 @pytest.mark.parametrize("nats", [0.1, 0.5, 2.0])
 def test_one_multiplier_spends_the_budget_and_more_where_the_bonus_is_large(nats):
     torch.manual_seed(1)

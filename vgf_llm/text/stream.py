@@ -36,7 +36,6 @@ from vgf_llm.text.tilt import capped_multiplier, kl_divergence, tilt
 
 _PRIOR_TOKENS = 4.0  # how many tokens the variance from elsewhere counts for
 _NO_VARIANCE = 1e-12
-_BISECTIONS = 20  # a cap is met to within this many halvings of the multiplier, from below
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class TiltedDraws:
             share_R = torch.minimum(cap_R, 2 * left_R / self._to_come(position))
             cap_R = torch.where(self._varied_R < _PRIOR_TOKENS, share_R, cap_R)
             self._varied_R = self._varied_R + (own_R > _NO_VARIANCE)
-        multiplier_R = capped_multiplier(p.logps, bonus_RK, wanted_R, is_eos_RK, cap_R, _BISECTIONS)
+        multiplier_R = capped_multiplier(p.logps, bonus_RK, wanted_R, is_eos_RK, cap_R)
         logq_RK = tilt(p.logps, bonus_RK, multiplier_R, is_eos_RK)
         nats_R = kl_divergence(logq_RK, p.logps)
         self._learn(nats_R, wanted_R, own_R)
