@@ -11,7 +11,8 @@ the value over a cloud less that of plain samples, the same of the held-out scor
 with sigma the spread of plain samples to a prompt and nats those that were really spent. ``gain_per_nat_ratio`` is a
 direction's gain over two-pass ``prior``'s at the same spent nats (between budgets, gains are read off linearly in
 sqrt(nats), and where ``prior`` gains nothing there is no ratio). Intervals are paired bootstraps over prompts. A task
-whose reward model is absent is skipped with a word. ``picked`` is the held-out score of the text with the highest value in
+whose reward model is absent is skipped with a word. ``best`` is the highest value in a cloud less the highest of plain
+samples, ``picked`` the held-out score of the text with the highest value in
 a cloud, less that of the same number of plain samples.
 
 Speed: `benchmarks.one_pass_speed`. Texts are appended to ``--work`` prompt by prompt; a run that was stopped goes on.
@@ -25,91 +26,31 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.one_pass_directions import directions, written_by
+from benchmarks.one_pass_clouds import PARTICLES, Row, Task, direction_of, run_task
 from benchmarks.one_pass_speed import measure
-from reward_models.functions import call_function, load_function
-from vgf_llm.answering.assemble import make_policy
-from vgf_llm.answering.implicit_policy import ImplicitPolicy
-from vgf_llm.answering.pipeline import Pipeline, load_pipeline
-from vgf_llm.console.progress import track
 from vgf_llm.data.prompts import encode_prompt, load_prompts
-from vgf_llm.evaluation.measures import nll_per_token
-from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.machine.facts import hardware
-from vgf_llm.runs.files import append_jsonl, check_writable, read_jsonl, write_json_atomic
-from vgf_llm.settings import ModelSettings, SamplingSettings
+from vgf_llm.runs.files import check_writable, write_json_atomic
 from vgf_llm.statistics.intervals import bootstrap_mean
-from vgf_llm.text.noise import row_seeds
-from vgf_llm.text.protocols import Reference
-from vgf_llm.text.sampler import ReferenceSampler
-from vgf_llm.text.stream import Steering, StreamSampler
 
 RECORD = Path("docs/results/one_pass.json")
-NATS, TOKEN_CAP, PARTICLES, PROMPTS_AT_ONCE = (1.0, 2.0, 4.0), 1.0, 8, 4
-CALIBRATION_PROMPTS, CALIBRATION_TEXTS, SEED = 8, 4, 0
-Row = dict[str, Any]
-Write = Callable[[list[list[int]], Tensor], tuple[Any, Tensor]]
-"""(prompts, seeds_BN) -> the cloud's responses and their nats [B, N]."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A reward model, the prompts it is tried on, and a held-out score where there is one.
-
-    Attributes:
-        reward: Folder of the reward model.
-        prompts: File of test prompts.
-        fitted_on: File of other prompts, which directions and steering are fitted on.
-        gold: Name of a reward function; "" for none.
-        tokens: Longest response.
-    """
-
-    reward: str
-    prompts: str
-    fitted_on: str
-    gold: str
-    tokens: int
-
-
-_SENTENCES = "recipes/smollm2_sentiment/data"
-_DIALOGUES = "outputs/smollm2_dialogue"
+_SENTENCES, _DIALOGUES = "recipes/smollm2_sentiment/data", "outputs/smollm2_dialogue"
+_TOPICS = f"{_SENTENCES}/prompts_test.jsonl", f"{_SENTENCES}/prompts_validation.jsonl"
+_TALKS = f"{_DIALOGUES}/data/prompts_test.jsonl", f"{_DIALOGUES}/data/prompts_validation.jsonl"
 TASKS = {
-    "sentiment": Task(
-        "outputs/smollm2_sentiment/reward",
-        f"{_SENTENCES}/prompts_test.jsonl",
-        f"{_SENTENCES}/prompts_validation.jsonl",
-        "vader_compound",
-        24,
-    ),
-    "dialogues": Task(
-        f"{_DIALOGUES}/reward",
-        f"{_DIALOGUES}/data/prompts_test.jsonl",
-        f"{_DIALOGUES}/data/prompts_validation.jsonl",
-        "",
-        32,
-    ),
-    "relevance": Task(
-        "outputs/smollm2_context/relevance",
-        f"{_SENTENCES}/prompts_test.jsonl",
-        f"{_SENTENCES}/prompts_validation.jsonl",
-        "",
-        24,
-    ),
-    "order": Task(
-        "outputs/smollm2_context/order",
-        f"{_SENTENCES}/prompts_test.jsonl",
-        f"{_SENTENCES}/prompts_validation.jsonl",
-        "",
-        24,
-    ),
+    "sentiment": Task("outputs/smollm2_sentiment/reward", *_TOPICS, "vader_compound", 24),
+    "dialogues": Task(f"{_DIALOGUES}/reward", *_TALKS, "recipes.smollm2_dialogue.gold:held_out", 32),
+    "relevance": Task("outputs/smollm2_context/relevance", *_TOPICS, None, 24),
+    "order": Task("outputs/smollm2_context/order", *_TOPICS, None, 24),
+    "two_sentences": Task("recipes.constraints.rewards:two_sentences", *_TOPICS, None, 24),
+    "question": Task("recipes.constraints.rewards:question_at_the_end", *_TOPICS, None, 24),
+    "no_e": Task("recipes.constraints.rewards:words_without_e", *_TOPICS, None, 24),
 }
 
 
@@ -121,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(str(RECORD.parent))
     quality = {}
     for name in arguments.tasks:
-        if not Path(TASKS[name].reward).is_dir():
+        if not TASKS[name].is_there():
             print(f"{name}: skipped, '{TASKS[name].reward}' is not there; train it first", file=sys.stderr)
             continue
         rows = run_task(TASKS[name], Path(arguments.work, name), arguments)
@@ -143,92 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_task(task: Task, work: Path, arguments: argparse.Namespace) -> list[Row]:
-    """Return a row for every arm and prompt; those in the work folder are not run again."""
-    path = work / "rows.jsonl"
-    check_writable(str(work))
-    sampling = SamplingSettings(top_k=50, max_new_tokens=task.tokens)
-    pipeline = load_pipeline(ModelSettings(reward_model=task.reward, dtype="float32"), sampling)
-    marks = written_by(Path(task.reward), arguments.directions)
-    done = [row for row in read_jsonl(path) if row["mark"] == marks.get(_direction(row["arm"]))] if path.exists() else []
-    known = {(row["arm"], row["prompt"]) for row in done}
-    prompts = load_prompts(task.prompts)[: arguments.prompts]
-    fitted = [encode_prompt(pipeline.tokenizer, prompt) for prompt in load_prompts(task.fitted_on)]
-    for name, write in arms(pipeline, fitted, task, arguments.directions).items():
-        todo = [index for index in range(len(prompts)) if (name, index) not in known]
-        batches = [todo[start : start + PROMPTS_AT_ONCE] for start in range(0, len(todo), PROMPTS_AT_ONCE)]
-        for batch in track(batches, f"{work.name}: {name}"):
-            rows = _rows(pipeline, task, name, write, [prompts[index] for index in batch], batch)
-            rows = [{**row, "mark": marks[_direction(name)]} for row in rows]
-            append_jsonl(path, rows)
-            done += rows
-    return [row for row in done if row["prompt"] < len(prompts)]
-
-
-def arms(pipeline: Pipeline[Any], fitted: list[list[int]], task: Task, names: Sequence[str]) -> dict[str, Write]:
-    """Return how each arm writes a cloud, by name; ``<direction> <nats>`` but for plain samples."""
-    reference, sampler = pipeline.reference, ReferenceSampler(pipeline.reference)
-    found: dict[str, Write] = {
-        "plain": lambda prompts, seeds_BN: (sampler.sample(prompts, seeds_BN), torch.zeros(seeds_BN.shape))
-    }
-    for nats in NATS:
-        if "prior" in names:
-            found[f"prior {nats:g}"] = _two_passes(pipeline, nats)
-    seeds_BN = row_seeds(SEED + 1, list(range(CALIBRATION_PROMPTS)), CALIBRATION_TEXTS)
-    for name, source in directions(pipeline, Path(task.reward), names).items():
-        stream = StreamSampler(reference, source, Steering(0.0, TOKEN_CAP))
-        stream = stream.calibrated(fitted[:CALIBRATION_PROMPTS], seeds_BN)
-        for nats in NATS:
-            found[f"{name} {nats:g}"] = _one_pass(stream.at(nats))
-    return found
-
-
-def _one_pass(stream: StreamSampler) -> Write:
-    def write(prompts: list[list[int]], seeds_BN: Tensor) -> tuple[Any, Tensor]:
-        streamed = stream.stream(prompts, seeds_BN)
-        return streamed.responses, streamed.nats_BN
-
-    return write
-
-
-def _two_passes(pipeline: Pipeline[Any], nats: float) -> Write:
-    budget = TransportBudget(nats=nats, max_token_nats=TOKEN_CAP)
-    policy = make_policy(ImplicitPolicy, pipeline.reference, pipeline.value, budget, gradient=pipeline.gradient)
-
-    def write(prompts: list[list[int]], seeds_BN: Tensor) -> tuple[Any, Tensor]:
-        outcome = policy(prompts, seeds_BN)
-        return outcome.transported, outcome.nats_BN
-
-    return write
-
-
-def _rows(
-    pipeline: Pipeline[Any], task: Task, name: str, write: Write, prompts: Sequence[Any], indices: list[int]
-) -> list[Row]:
-    """Write and measure the clouds of a few prompts."""
-    ids = [encode_prompt(pipeline.tokenizer, prompt) for prompt in prompts]
-    responses, nats_BN = write(ids, row_seeds(SEED, indices, PARTICLES))
-    reference: Reference = pipeline.reference
-    values_BN = pipeline.value.score(pipeline.value.prefix(ids), responses.tokens_BNT, responses.mask_BNT)
-    nll_BN = nll_per_token(reference, reference.prefix(ids), responses)
-    texts = responses.texts(pipeline.tokenizer)
-    rows = []
-    for b, index in enumerate(indices):
-        row = {
-            "arm": name,
-            "prompt": index,
-            "values": _rounded(values_BN[b]),
-            "nats": _rounded(nats_BN[b]),
-            "nll": _rounded(nll_BN[b]),
-            "texts": texts[b],
-        }
-        if task.gold:
-            asked = [str(prompts[b])] * PARTICLES
-            row["gold"] = [round(g, 4) for g in call_function(load_function(task.gold), asked, texts[b])]
-        rows.append(row)
-    return rows
-
-
 def summary(rows: list[Row]) -> dict[str, Any]:
     """Return sigma and the figures of every arm."""
     by_arm: dict[str, dict[int, Row]] = {}
@@ -237,10 +92,10 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     plain = by_arm["plain"]
     sigma = math.sqrt(statistics.fmean(statistics.variance(row["values"]) for row in plain.values()))
     found = {name: _figures(own, plain, sigma) for name, own in by_arm.items() if name != "plain"}
-    of_prior = [figures for name, figures in found.items() if _direction(name) == "prior"]
+    of_prior = [figures for name, figures in found.items() if direction_of(name) == "prior"]
     prior_gains = bool(of_prior) and all(figures["gain"][1] > 0 for figures in of_prior)  # else a ratio says nothing
     for name, figures in found.items():
-        if _direction(name) != "prior" and prior_gains and (two := _gain_at(found, "prior", figures["nats"])):
+        if direction_of(name) != "prior" and prior_gains and (two := _gain_at(found, "prior", figures["nats"])):
             figures["gain_per_nat_ratio"] = round(figures["gain"][0] / two, 3)
     return {"prompts": len(plain), "texts_per_prompt": PARTICLES, "sigma": round(sigma, 4), "arms": found}
 
@@ -260,6 +115,8 @@ def _figures(own: dict[int, Row], plain: dict[int, Row], sigma: float) -> dict[s
         "eta": [round(x / unit, 3) for x in (gain.mean, gain.low, gain.high)],
         "nll": round(bootstrap_mean(difference("nll")).mean, 3),
     }
+    best = bootstrap_mean([max(own[p]["values"]) - max(plain[p]["values"]) for p in prompts])
+    figures["best"] = [round(x, 4) for x in (best.mean, best.low, best.high)]
     if all("gold" in own[p] and "gold" in plain[p] for p in prompts):
         gold = bootstrap_mean(difference("gold"))
         figures["gold"] = [round(x, 4) for x in (gold.mean, gold.low, gold.high)]
@@ -274,18 +131,13 @@ def _picked(row: Row) -> float:
     return found
 
 
-def _direction(arm: str) -> str:
-    """Return an arm's name without its nats."""
-    return arm.rsplit(" ", 1)[0]
-
-
 def _gain_at(found: dict[str, dict[str, Any]], direction: str, nats: float) -> float | None:
     """Return a direction's gain at ``nats`` spent, read off its budgets linearly in sqrt(nats), from 0 at 0."""
     points = [(0.0, 0.0)]
     points += sorted(
         (math.sqrt(figures["nats"]), figures["gain"][0])
         for name, figures in found.items()
-        if _direction(name) == direction
+        if direction_of(name) == direction
     )
     if len(points) == 1:
         return None
@@ -308,10 +160,6 @@ def measured_speed(arguments: argparse.Namespace) -> dict[str, Any]:
 def _pick(arms_of_task: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
     found = {name: figures[key] for name, figures in arms_of_task.items() if key in figures}
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
-
-
-def _rounded(values_N: Tensor) -> list[float]:
-    return [round(value, 5) for value in values_N.detach().double().tolist()]
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

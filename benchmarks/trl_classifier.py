@@ -137,7 +137,8 @@ def train(seed: int) -> None:
 
 def _figures(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the clouds of a model; returns its card's and secant head's figures and those of the arms."""
-    from benchmarks.one_pass import Task, run_task, summary
+    from benchmarks.one_pass import summary
+    from benchmarks.one_pass_clouds import Task, run_task
     from reward_models.card import read_card
 
     task = Task(
