@@ -16,7 +16,7 @@ from torch import Tensor
 
 _DOUBLINGS = 20
 _BISECTIONS = 45
-_NEWTON_STEPS, _CAP_SLACK = 40, 1e-4  # a cap is met in three or four steps, unless the tilt saturates
+_NEWTON_STEPS, _CAP_SLACK = 40, 2e-5  # a cap is met in three or four steps, unless the tilt saturates
 _NUMBERS_PER_CHUNK = 2**24  # embeddings that are looked up at once: K * D for each position
 
 
@@ -69,7 +69,7 @@ def capped_multiplier(
 ) -> Tensor:
     """Return the largest multiplier, at most ``multiplier``, whose KL at a position is within its cap; [...].
 
-    Where the cap binds, the KL is at most the cap and at least ``1 - 2e-4`` of it, up to float32's rounding.
+    Where the cap binds, the KL is at most the cap and at least ``1 - 4e-5`` of it, up to float32's rounding.
     """
     max_nats = torch.as_tensor(max_nats, dtype=logps.dtype, device=logps.device).expand(multiplier.shape)
     spent = kl_divergence(tilt(logps, bonus, multiplier, is_eos), logps)
