@@ -2,7 +2,8 @@
 
     python -m recipes.arithmetic.make_data
 
-Every pair of numbers from 1 to 30 stands once, in one order. The pairs are shuffled by a fixed seed and cut.
+Every pair of numbers from 1 to 12 stands in both orders, and both are in the same file. The pairs are shuffled by a fixed
+seed and cut, so no sum of a test problem's two numbers was trained on.
 """
 
 from __future__ import annotations
@@ -17,22 +18,20 @@ from vgf_llm.console.screen import say
 from vgf_llm.runs.files import check_writable, write_text_atomic
 
 HERE = Path(__file__).parent
-LARGEST, SEED = 30, 20260414
-SIZES = {"train": 320, "validation": 40, "test": 80}
+LARGEST, SEED = 12, 20260414
+PAIRS = {"train": 52, "validation": 6, "test": 20}
 
 
 def make_problems() -> dict[str, list[dict[str, str]]]:
     """Return rows of ``prompt`` and ``answer`` by split."""
     pairs = [(a, b) for a in range(1, LARGEST + 1) for b in range(a, LARGEST + 1)]
-    rng = random.Random(SEED)
-    rng.shuffle(pairs)
-    rows = []
-    for a, b in pairs:
-        left, right = (a, b) if rng.random() < 0.5 else (b, a)
-        rows.append({"prompt": f"What is {left} + {right}? Answer with the number alone.", "answer": str(a + b)})
+    random.Random(SEED).shuffle(pairs)
     splits, start = {}, 0
-    for name, size in SIZES.items():
-        splits[name] = rows[start : start + size]
+    for name, size in PAIRS.items():
+        orders = [order for a, b in pairs[start : start + size] for order in dict.fromkeys([(a, b), (b, a)])]
+        splits[name] = [
+            {"prompt": f"What is {a} + {b}? Answer with the number alone.", "answer": str(a + b)} for a, b in orders
+        ]
         start += size
     return splits
 

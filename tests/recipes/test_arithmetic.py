@@ -20,15 +20,17 @@ RECIPE = ROOT / "recipes" / "arithmetic"
 def test_problems_are_right_disjoint_and_those_of_the_repository(tmp_path):
     make_data.main(["--output", str(tmp_path)])
     seen: set[tuple[int, ...]] = set()
-    for name, size in make_data.SIZES.items():
+    for name, size in make_data.PAIRS.items():
         file = f"problems_{name}.jsonl"
         assert (tmp_path / file).read_text() == (RECIPE / "data" / file).read_text()
         rows = list(read_jsonl(tmp_path / file))
-        numbers = [tuple(sorted(map(int, re.findall(r"\d+", row["prompt"])))) for row in rows]
-        assert [sum(pair) for pair in numbers] == [int(row["answer"]) for row in rows] and len(rows) == size
-        assert not seen & set(numbers)
-        seen |= set(numbers)
-    assert len(seen) == sum(make_data.SIZES.values())
+        numbers = [tuple(map(int, re.findall(r"\d+", row["prompt"]))) for row in rows]
+        assert [sum(pair) for pair in numbers] == [int(row["answer"]) for row in rows]
+        pairs = {tuple(sorted(pair)) for pair in numbers}
+        assert len(pairs) == size and len(numbers) == sum(2 - (a == b) for a, b in pairs)  # both orders
+        assert not seen & pairs
+        seen |= pairs
+    assert len(seen) == sum(make_data.PAIRS.values())
 
 
 def test_the_last_number_of_a_response_is_its_answer():
