@@ -75,7 +75,9 @@ def run_task(task: Task, work: Path, arguments: argparse.Namespace) -> list[Row]
     )
     fitted = folder_of(task, work)
     marks = written_by(task.reward, fitted, arguments.directions)
-    done = [row for row in read_jsonl(path) if row["mark"] == marks.get(direction_of(row["arm"]))] if path.exists() else []
+    done = (
+        [row for row in read_jsonl(path) if row["mark"] == marks.get(direction_of(row["arm"]))] if path.exists() else []
+    )
     known = {(row["arm"], row["prompt"]) for row in done}
     prompts = ground.encode(load_prompt_texts(task.prompts)[: arguments.prompts])
     for name, write in arms(ground, task, fitted, arguments.directions).items():
@@ -126,9 +128,7 @@ def _one_pass(stream: StreamSampler) -> Write:
 def _two_passes(ground: Ground, task: Task, nats: float) -> Write:
     assert isinstance(ground.reward, ModelReward)
     budget, value = TransportBudget(nats=nats, max_token_nats=TOKEN_CAP), ground.reward.value
-    policy = make_policy(
-        ImplicitPolicy, ground.reference, value, budget, gradient=load_gradient(task.reward, value)
-    )
+    policy = make_policy(ImplicitPolicy, ground.reference, value, budget, gradient=load_gradient(task.reward, value))
 
     def write(prompts: list[TextPrompt], seeds_BN: Tensor) -> tuple[Any, Tensor]:
         outcome = policy(prompts, seeds_BN)
@@ -149,7 +149,12 @@ def _rows(ground: Ground, name: str, write: Write, prompts: list[TextPrompt], in
     scores |= {"nats": nats_BN, "nll": nll_per_token(ground.reference, ground.reference.prefix(prompts), responses)}
     texts = responses.texts(ground.tokenizer)
     return [
-        {"arm": name, "prompt": index, **{key: _rounded(found_BN[b]) for key, found_BN in scores.items()}, "texts": texts[b]}
+        {
+            "arm": name,
+            "prompt": index,
+            **{key: _rounded(found_BN[b]) for key, found_BN in scores.items()},
+            "texts": texts[b],
+        }
         for b, index in enumerate(indices)
     ]
 

@@ -2,8 +2,8 @@
 
     python -m recipes.arithmetic.make_data
 
-Every pair of numbers from 1 to 12 stands in both orders, and both are in the same file. The pairs are shuffled by a fixed
-seed and cut, so no sum of a test problem's two numbers was trained on.
+Every pair of numbers from 1 to 12 stands in both orders, and both are in the same file. The pairs are shuffled by a
+fixed seed and cut, so that no test problem was trained on in either order.
 """
 
 from __future__ import annotations

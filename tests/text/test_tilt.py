@@ -64,7 +64,9 @@ def test_a_cap_is_met_from_below_whatever_stands_beside(cap, size):
     binds = at_most > cap
     assert binds.any() and torch.equal(s[~binds], wanted[~binds])
     torch.testing.assert_close(nats[binds], torch.full_like(nats[binds], cap), rtol=1e-3, atol=2e-6)
-    alone = torch.cat([capped_multiplier(logps[i : i + 1], bonus[i : i + 1], wanted[:1], eos[i : i + 1], cap) for i in range(64)])
+    alone = torch.cat(
+        [capped_multiplier(logps[i : i + 1], bonus[i : i + 1], wanted[:1], eos[i : i + 1], cap) for i in range(64)]
+    )
     torch.testing.assert_close(alone, s, rtol=1e-5, atol=0)
 
 
