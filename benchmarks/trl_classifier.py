@@ -4,7 +4,8 @@
     python -m benchmarks.trl_classifier [--record]
 
 Both learn from the same pairs (part A of `recipes/smollm2_dialogue`, responses cut at 32 tokens) on the same six layers
-of the embedded base: ours by `recipes/smollm2_dialogue/reward.yaml`, the other by TRL's RewardTrainer at its default rate.
+of the embedded base: ours by `recipes/smollm2_dialogue/reward.yaml`, the other by TRL's RewardTrainer at its default
+rate.
 The classifier is imported (`vgf-llm import-reward`), and both get a secant head on prompts of the training pairs. Then
 clouds of eight are written to unseen dialogues, as in `benchmarks.one_pass`: gain of the model's own score and of the
 held-out model's (gold) over plain samples, and eta. ``selected_gold`` is the gold of the response that the model picks,
