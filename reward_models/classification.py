@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from reward_models.body import parameters_on_meta, truncated_config
@@ -31,6 +32,7 @@ from reward_models.configuration import RewardModelConfig
 from reward_models.heads import attach_head
 from reward_models.modelling import RewardModel
 from reward_models.sources import imported_outputs, weights_folder
+from vgf_llm.data.encoding import in_template, set_in_template, template_variables
 from vgf_llm.data.endings import closing_id, closing_ids, eos_ids_of
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.architecture import check_structure, decoder_of, input_table, text_config
@@ -223,7 +225,7 @@ def load_classifier(
         folder: Of the model, or of a PEFT adapter around one.
         outputs: Weights of its outputs by name or number; needed where there are several.
         base_tokenizer: The base model's. Both must give texts the same ids; templates may differ: prompts are then
-            read under the classifier's own.
+            read under the classifier's own, with those variables that are fixed in the base's and that it reads.
         dtype: Of the decoder; the head is float32.
 
     Raises:
@@ -237,7 +239,7 @@ def load_classifier(
             "it among the rewards of `vgf-llm train` with value: learned, where it is called as a function"
         )
     weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{folder}'")
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = own_tokenizer(folder, template_variables(base_tokenizer))
     if base_tokenizer is not None and not same_ids(tokenizer, base_tokenizer):
         raise ModelError(
             f"the tokenizer of '{folder}' gives other ids than the base model's, so its gradient means nothing there; "
@@ -250,6 +252,13 @@ def load_classifier(
     if base_tokenizer is not None and tokenizer.chat_template != base_tokenizer.chat_template:
         value.own_tokenizer = tokenizer
     return value
+
+
+def own_tokenizer(folder: str | Path, variables: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """Load a reward model's own tokenizer, with those variables of the policy's chat template that its own reads."""
+    tokenizer = load_tokenizer(str(folder))
+    set_in_template(tokenizer, in_template(tokenizer, variables or {}))
+    return tokenizer
 
 
 def as_reward_model(model: Any, folder: str | Path, tokenizer: Any, weights_K: Tensor) -> RewardModel:
