@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.classification import output_names, output_weights, own_tokenizer, read_classifier
-from reward_models.sources import imported_outputs
+from reward_models.sources import imported_outputs, shown_name
 from vgf_llm.data.dialogue import PromptText, as_messages, as_text
 from vgf_llm.errors import DataError
 from vgf_llm.models.architecture import max_positions
@@ -133,6 +133,5 @@ def classifier_reward(
         ConfigError: It has several outputs and no weights, or a weight of an output that there is not.
     """
     model: Any = read_classifier(folder, dtype)
-    weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{folder}'")
+    weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{shown_name(folder)}'")
     return ClassifierReward(model.to(device), own_tokenizer(folder, variables), weights_K)
-

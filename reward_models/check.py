@@ -21,6 +21,7 @@ from reward_models.checking.line import Line
 from reward_models.checking.settings import CheckSettings, PairSettings
 from reward_models.grammar import holds_part, is_composed
 from reward_models.inputs import check_rewards
+from reward_models.sources import is_hub_name
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries, working
@@ -157,7 +158,7 @@ def read_pairs(settings: PairSettings) -> Pairs:
 def _print_table(name: str, lines: Sequence[Line]) -> None:
     from rich.table import Table
 
-    table: Any = Table(title=f"Check of {Path(name).name}")
+    table: Any = Table(title=f"Check of {name if is_hub_name(name) else Path(name).name}")
     for column in ("check", "verdict", "seen", "limit", "what to do"):
         table.add_column(column)
     for line in lines:

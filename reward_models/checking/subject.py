@@ -27,7 +27,7 @@ from reward_models.foreign import text_reward
 from reward_models.grammar import is_composed
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
-from reward_models.sources import imported_outputs, local_folder
+from reward_models.sources import imported_outputs, local_folder, shown_name
 from vgf_llm.data.dialogue import PromptText, as_messages, as_text
 from vgf_llm.data.encoding import encode_prompt, encode_response
 from vgf_llm.data.endings import closing_ids, eos_ids_of
@@ -144,7 +144,7 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
         subject.score = _score_ours(own)
         return subject
     model: Any = read_classifier(name)
-    weights_K = output_weights(output_names(model), outputs or imported_outputs(name), f"'{name}'")
+    weights_K = output_weights(output_names(model), outputs or imported_outputs(name), f"'{shown_name(name)}'")
     kind: Kind = "decoder" if hasattr(model, "score") else "encoder"
     subject = Subject(name, kind, None, None, tokenizer, side, model.to(device))
     subject.score = _score_classifier(model, weights_K, tokenizer.pad_token_id)

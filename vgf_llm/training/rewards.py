@@ -26,7 +26,7 @@ from reward_models.inputs import check_rewards
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.running import RunningRewards
-from reward_models.sources import local_folder
+from reward_models.sources import local_folder, shown_name
 from reward_models.weighted import WeightedRewards
 from vgf_llm.answering.pipeline import load_gradient
 from vgf_llm.data.encoding import template_variables
@@ -113,7 +113,7 @@ class Rewards:
         self, member: NamedReward, prompts: list[str], texts: list[list[str]], responses: Responses, learn: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores of one reward, and those of its components, [B, N]."""
-        scorer, source = member.scorer, f"{member.name} ({member.source})"
+        scorer, source = member.scorer, f"{member.name} ({shown_name(member.source)})"
         if isinstance(scorer, RewardModel):
             scores_BN = scorer.score(scorer.prefix(responses.prompts), responses.tokens_BNT, responses.mask_BNT).float()
             _refuse_non_finite(source, scores_BN, prompts, "train the model again, or load it in another dtype")
@@ -210,4 +210,7 @@ def _refuse_non_finite(name: str, scores_BN: Tensor, prompts: list[str], mend: s
 def _short(name: str) -> str:
     if is_composed(name):
         return Path(name).stem
-    return Path(name).name if Path(name).is_dir() else name.rpartition(":")[2]
+    if not Path(name).is_dir():
+        return name.rpartition(":")[2]
+    shown = shown_name(name)
+    return Path(name).name if shown == name else shown
