@@ -37,7 +37,8 @@ from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
     from reward_models.directions.agreement import Agreement
-    from reward_models.directions.fitting import Fitted, Ground
+    from reward_models.directions.fitting import Fitted
+    from reward_models.directions.ground import Ground
     from vgf_llm.data.dialogue import PromptText
 
 Shared = TypeVar("Shared", SecantScript, SecantTraining)
@@ -90,9 +91,11 @@ def run(script: DirectionScript, training: DirectionTraining, sampling: Sampling
     check_base_model(script.model_name_or_path)
     folder = check_writable(output_folder(script))
     prompts, unseen, guided = _prompts(script)
-    load_libraries("reward_models.loading", "reward_models.directions.fitting")
+    load_libraries("reward_models.loading", "reward_models.directions.measuring")
     script = with_dtype(script)
-    from reward_models.directions.fitting import fit_direction, load_ground, measure_fitted
+    from reward_models.directions.fitting import fit_direction
+    from reward_models.directions.ground import load_ground
+    from reward_models.directions.measuring import measure_fitted
 
     ground = load_ground(script, sampling)
     fitted = fit_direction(ground, script, training, prompts, guided)
