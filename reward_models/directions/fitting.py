@@ -7,20 +7,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from reward_models.directions.causal import CausalDirection, fit_causal
 from reward_models.directions.constant import ConstantFit, fit_constant
-from reward_models.directions.ground import Ground, read_guided
+from reward_models.directions.ground import Ground, check_usable, read_guided
 from reward_models.directions.positions import Positions, sample_positions
 from reward_models.directions.regrown import regrown_changes
 from reward_models.directions.reward import ModelReward
 from reward_models.directions.saving import Direction, Kind
 from reward_models.directions.settings import DirectionScript, DirectionTraining
 from reward_models.directions.table import candidate_tokens, fit_table, observations_of, observe_tokens
-from reward_models.directions.targets import BonusTargets, from_changes, from_source
+from reward_models.directions.targets import BonusTargets, check_split, from_changes, from_source
 from reward_models.fidelity import ExactChanges, exact_changes
 from reward_models.lookahead import Lookahead
 from reward_models.modelling import RewardModel
-from vgf_llm.data.dialogue import PromptText
+from vgf_llm.data.dialogue import PromptText, prompt_key
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.text.bonus import TableBonus
 from vgf_llm.text.noise import row_seeds
@@ -83,17 +86,22 @@ def fit_direction(
         VGFError: A prompt or response cannot be used, or the reward fails.
     """
     clock = _Clock()
+    teacher = _teacher(ground, script) if training.target == "lookahead" else None
     encoded = ground.encode(prompts)
     sampled = sample_positions(ground.reference, encoded, script.responses, script.shortlist, script.seed)
     clock.lap("sample")
-    more = _swaps(ground, read_guided(ground, guided, script.shortlist), script, training) if guided else None
+    given = read_guided(ground, guided, script.shortlist) if guided else None
+    numbers_B = _numbers([*prompts, *guided])
+    _check_prompts(script, numbers_B, [sampled] if given is None else [sampled, given])
+    more = None if given is None else _swaps(ground, given, script, training)
     if script.kind == "table":
         return _fit_table(ground, script, training, sampled, more, clock)
-    if training.target == "lookahead":
-        targets = from_source(_teacher(ground, script), sampled)
-    else:
+    if teacher is None:
         targets = from_changes(sampled, _changes(ground, sampled, script, training))
-    targets = targets.and_more(from_changes(*more)) if more else targets
+    else:
+        targets = from_source(teacher, sampled)
+    targets = targets.numbered(numbers_B)
+    targets = targets.and_more(from_changes(*more).numbered(numbers_B[len(prompts) :])) if more else targets
     clock.lap("score")
     line = fit_constant(targets, ground.table_VD)
     constant, figures = TableBonus(line.bonus_V), _constant_figures(line, targets)
@@ -104,6 +112,24 @@ def fit_direction(
     clock.lap("fit")
     direction = CausalDirection.of(head, ground.table_VD)
     return Fitted(direction, "causal", constant, ground.reward.calls, clock.seconds, figures | of_head)
+
+
+def _numbers(prompts: Sequence[PromptText]) -> Tensor:
+    """Number prompts, int64; one that comes again, also from another file, has the number that it had."""
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(prompt_key(text.prompt), len(known)) for text in prompts])
+
+
+def _check_prompts(script: DirectionScript, numbers_B: Tensor, parts: Sequence[Positions]) -> None:
+    """Refuse responses that nothing can be fitted to; a table needs no prompt that is held back.
+
+    Raises:
+        DataError: No response has a token that could be replaced, or those to one prompt alone do.
+    """
+    sources = [script.prompts, str(script.guided)]
+    usable = [check_usable(part, source).cpu() for part, source in zip(parts, sources, strict=False)]
+    if script.kind != "table":
+        check_split(numbers_B[torch.cat(usable)])
 
 
 def _fit_table(

@@ -83,6 +83,31 @@ def load_ground(script: DirectionScript, sampling: SamplingSettings) -> Ground:
     return Ground(base, reference, reward, gold)
 
 
+def check_usable(positions: Positions, source: str) -> Tensor:
+    """Refuse responses that nothing can be learned from, before the reward is asked.
+
+    Args:
+        positions: Responses with their shortlists.
+        source: The prompts' file, for the message.
+
+    Returns:
+        Whether a prompt's responses have a token that could be replaced, bool [B].
+
+    Raises:
+        DataError: No prompt's responses do.
+    """
+    is_other_BNTK = positions.candidates_BNTK != positions.responses.tokens_BNT.unsqueeze(-1)
+    usable_B = is_other_BNTK.flatten(1).any(-1)
+    if not usable_B.any():
+        text_BN = positions.responses.movable_BNT.any(-1)
+        raise DataError(
+            f"{source}: no response of the base has a token that could be replaced ({int((~text_BN).sum())} of "
+            f"{text_BN.numel()} responses are empty); raise max_new_tokens, responses or top_p, or give other "
+            "prompts"
+        )
+    return usable_B
+
+
 def read_guided(ground: Ground, guided: Sequence[PromptText], shortlist: int) -> Positions:
     """Look up what stands before the tokens of given responses, one to each prompt.
 

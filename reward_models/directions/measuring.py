@@ -7,7 +7,7 @@ from typing import Any
 
 from reward_models.directions.agreement import Agreement, measure_direction, whole_position_changes
 from reward_models.directions.fitting import Fitted
-from reward_models.directions.ground import Ground
+from reward_models.directions.ground import Ground, check_usable
 from reward_models.directions.positions import Positions, bonuses_along, sample_positions
 from reward_models.directions.settings import DirectionScript
 from vgf_llm.data.dialogue import PromptText
@@ -15,17 +15,32 @@ from vgf_llm.text.bonus import BonusSource
 from vgf_llm.text.stream import bonus_variance, expected_left
 
 
+def sample_unseen(ground: Ground, script: DirectionScript, prompts: Sequence[PromptText]) -> Positions:
+    """Sample the base's responses to prompts that a direction is not fitted to.
+
+    Raises:
+        DataError: A prompt cannot be used, or no response has a token that could be replaced.
+    """
+    encoded = ground.encode(prompts)
+    unseen = sample_positions(ground.reference, encoded, script.responses, script.shortlist, script.seed + 1)
+    check_usable(unseen, script.validation_prompts)
+    return unseen
+
+
 def measure_fitted(
-    ground: Ground, script: DirectionScript, fitted: Fitted, prompts: Sequence[PromptText]
+    ground: Ground, script: DirectionScript, fitted: Fitted, unseen: Positions
 ) -> tuple[dict[str, dict[str, Agreement]], int]:
     """Measure the direction, and a causal head's constant, on responses to unseen prompts.
+
+    Args:
+        ground: Models.
+        script: Number of substitutions, seed.
+        fitted: The direction; what steering needs is added to its figures.
+        unseen: Of `sample_unseen`.
 
     Returns:
         Agreement by reward ("reward", "gold") and direction; and the calls that it took.
     """
-    unseen = sample_positions(
-        ground.reference, ground.encode(prompts), script.responses, script.shortlist, script.seed + 1
-    )
     fitted.figures["steering"] = measured_steering(ground, fitted, unseen)
     sources: dict[str, BonusSource] = {fitted.kind: fitted.direction}
     if fitted.constant is not None:
