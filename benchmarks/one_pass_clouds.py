@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.one_pass_directions import directions, written_by
-from reward_models.directions.fitting import Ground, load_ground
+from reward_models.directions.ground import Ground, load_ground
 from reward_models.directions.reward import ModelReward, TextPrompt
 from reward_models.directions.settings import DirectionScript
 from vgf_llm.answering.assemble import make_policy

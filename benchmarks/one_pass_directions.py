@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reward_models.directions.fitting import Ground
+from reward_models.directions.ground import Ground
 from reward_models.directions.reward import ModelReward
 from reward_models.directions.saving import WEIGHTS_NAME, load_direction, reward_digest
 from reward_models.directions.settings import FOLDER_NAME

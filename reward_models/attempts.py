@@ -2,7 +2,8 @@
 
 Calls run on one event loop, in a thread that stays for as long as the process: a client that a module keeps (an HTTP
 session) finds the loop that it was made on. A function without ``async`` gets a thread per call. Python cannot stop a
-thread, so a late one is left behind and its answer ignored.
+thread, so a late one is left behind and its answer ignored. A coroutine that waits without ``await`` holds up the loop,
+and with it the other calls and all time limits: the caller is told where the loop's own clock stands still.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,6 +22,8 @@ from vgf_llm.errors import VGFError
 
 _FIRST_WAIT_SEC = 1.0
 _LONGEST_WAIT_SEC = 60.0
+_BEAT_SEC, _POLL_SEC = 0.1, 0.25
+_STALL_SEC = 1.0  # without a beat, while calls are waited for
 _FAULTS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
     SyntaxError, TypeError, ValueError,
@@ -71,6 +75,42 @@ class Limits:
     concurrency: int = 1
 
 
+class _Pulse:
+    """The beat of a loop while calls run on it, and how long they were waited for without one.
+
+    Args:
+        stalled: Called, once, where that is too long.
+    """
+
+    def __init__(self, stalled: Callable[[], None] | None) -> None:
+        self.stalled, self.beats, self._seen, self._still_sec = stalled, 0, 0, 0.0
+
+    async def beat(self) -> None:
+        """Count for as long as the loop runs."""
+        while True:
+            self.beats += 1
+            await asyncio.sleep(_BEAT_SEC)
+
+    def next_of(self, done: Done) -> tuple[Ended, asyncio.Event] | None:
+        """Return the next call that ended, None at the end."""
+        while True:
+            started = time.monotonic()
+            try:
+                return done.get(timeout=_POLL_SEC)
+            except queue.Empty:
+                continue
+            finally:
+                self._waited(time.monotonic() - started)
+
+    def _waited(self, sec: float) -> None:
+        """Take in a wait; a process that was stopped for long counts as one that waited a little."""
+        self._still_sec = self._still_sec + min(sec, _POLL_SEC) if self.beats == self._seen else 0.0
+        self._seen = self.beats
+        if self._still_sec > _STALL_SEC and self.stalled is not None:
+            tell, self.stalled = self.stalled, None
+            tell()
+
+
 def may_pass(error: BaseException) -> bool:
     """Return whether another attempt may go better: errors in code and inputs stay what they are."""
     if isinstance(error, json.JSONDecodeError):  # a cut answer
@@ -85,7 +125,10 @@ def wait_sec(attempt: int, error: BaseException) -> float:
 
 
 def ended_calls(
-    calls: Sequence[Callable[[], Any]], limits: Limits, is_good: Callable[[Any], bool] = lambda value: True
+    calls: Sequence[Callable[[], Any]],
+    limits: Limits,
+    is_good: Callable[[Any], bool] = lambda value: True,
+    stalled: Callable[[], None] | None = None,
 ) -> Iterator[Ended]:
     """Make calls, and yield each as it ends.
 
@@ -97,14 +140,15 @@ def ended_calls(
         calls: Functions without arguments; what they return is awaited where it can be.
         limits: Time, attempts and how many at a time.
         is_good: Whether what a call returned can be used.
+        stalled: Called, once, where the loop stands still for over a second: a coroutine waits without ``await``.
     """
     if not calls:
         return
     done: Done = queue.SimpleQueue()
-    loop = _loop()
-    work = asyncio.run_coroutine_threadsafe(_all(calls, limits, is_good, done), loop)
+    loop, pulse = _loop(), _Pulse(stalled)
+    work = asyncio.run_coroutine_threadsafe(_all(calls, limits, is_good, done, pulse), loop)
     try:
-        while (item := done.get()) is not None:
+        while (item := pulse.next_of(done)) is not None:
             ended, taken = item
             yield ended
             loop.call_soon_threadsafe(taken.set)
@@ -121,7 +165,9 @@ def _loop() -> asyncio.AbstractEventLoop:
     return _loops[pid]
 
 
-async def _all(calls: Sequence[Callable[[], Any]], limits: Limits, is_good: Callable[[Any], bool], done: Done) -> None:
+async def _all(
+    calls: Sequence[Callable[[], Any]], limits: Limits, is_good: Callable[[Any], bool], done: Done, pulse: _Pulse
+) -> None:
     left, failed = iter(enumerate(calls)), False
 
     async def work() -> None:
@@ -135,9 +181,11 @@ async def _all(calls: Sequence[Callable[[], Any]], limits: Limits, is_good: Call
             if failed:
                 return
 
+    beat = asyncio.ensure_future(pulse.beat())
     try:
         await asyncio.gather(*(work() for _ in range(min(limits.concurrency, len(calls)))))
     finally:
+        beat.cancel()
         done.put(None)
 
 

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.classification import output_names, output_weights, read_classifier
-from reward_models.sources import imported_outputs
+from reward_models.classification import output_names, output_weights, own_tokenizer, read_classifier
+from reward_models.sources import imported_outputs, shown_name
 from vgf_llm.data.dialogue import PromptText, as_messages, as_text
-from vgf_llm.data.encoding import in_template, set_in_template
 from vgf_llm.errors import DataError
 from vgf_llm.models.architecture import max_positions
-from vgf_llm.models.loading import load_tokenizer
 from vgf_llm.runs.files import shorten
 
 _ROWS = 32  # conversations scored in one forward
@@ -135,12 +133,5 @@ def classifier_reward(
         ConfigError: It has several outputs and no weights, or a weight of an output that there is not.
     """
     model: Any = read_classifier(folder, dtype)
-    weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{folder}'")
+    weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{shown_name(folder)}'")
     return ClassifierReward(model.to(device), own_tokenizer(folder, variables), weights_K)
-
-
-def own_tokenizer(folder: str | Path, variables: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
-    """Load a reward model's own tokenizer, with those variables of the policy's chat template that its own reads."""
-    tokenizer = load_tokenizer(str(folder))
-    set_in_template(tokenizer, in_template(tokenizer, variables or {}))
-    return tokenizer

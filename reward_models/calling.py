@@ -16,11 +16,13 @@ from typing import Any
 from reward_models.attempts import Ended, LateError, Limits, ended_calls, may_pass, wait_sec
 from reward_models.reward_cache import RewardCache, reward_key
 from reward_models.signature import Arguments, Signature, columns_of, is_finite_number, name_of, place_of, version_of
+from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import PromptText, as_messages
 from vgf_llm.errors import ConfigError, ModelError, VGFError
 from vgf_llm.settings import RewardCallSettings
 
 _OWN = ("reward_models.functions", "reward_models.constraints")  # cheaper to call than to look up
+_told: set[str] = set()  # rewards that were said to hold up the loop
 
 
 class CalledReward:
@@ -113,8 +115,21 @@ class CalledReward:
         calls = [self._call(arguments.of(unit)) for unit in units]
         if self.signature.one_by_one or self.is_async or self.limits.timeout_sec is not None:
             is_good = is_finite_number if self.signature.one_by_one else lambda value: True
-            return ended_calls(calls, self.limits, is_good)
+            side_by_side = len(calls) > 1 and self.limits.concurrency > 1
+            watched = self.is_async and (side_by_side or self.limits.timeout_sec is not None)
+            return ended_calls(calls, self.limits, is_good, self._tell_stalled if watched else None)
         return [_here(index, call, self.limits.retries) for index, call in enumerate(calls)]
+
+    def _tell_stalled(self) -> None:
+        """Say once per process that an ``async`` function waits without ``await``."""
+        if self.name not in _told:
+            _told.add(self.name)
+            say(
+                f"warning: reward {self.__name__} is async, and waits for over a second without await (time.sleep, "
+                "requests, a long computation): its calls run one after another, so that reward_concurrency and "
+                "reward_timeout_sec do nothing; await what waits (asyncio.sleep, httpx.AsyncClient), or drop `async`: "
+                "a plain function gets a thread per call"
+            )
 
     def _call(self, arguments: Arguments) -> Callable[[], Any]:
         by_place, by_name = arguments.by_place, arguments.by_name

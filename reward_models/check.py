@@ -2,6 +2,7 @@
 
     vgf-llm reward-check path/to/model
     vgf-llm reward-check recipes/<task>/generate.yaml
+    vgf-llm reward-check reward.yaml
     vgf-llm reward-check --reward_model mypackage.rewards:politeness --dataset pairs.jsonl --json
 
 Prints a line per check with the value seen, the limit, a verdict and what to do. Ends with exit code 1 where a check
@@ -18,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from reward_models.checking.line import Line
 from reward_models.checking.settings import CheckSettings, PairSettings
+from reward_models.grammar import holds_part, is_composed
 from reward_models.inputs import check_rewards
+from reward_models.sources import is_hub_name
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries, working
 from vgf_llm.console.screen import emit, say, show
+from vgf_llm.data.dialogue import PromptText
 from vgf_llm.errors import ConfigError
 from vgf_llm.machine.device import resolve_device
 from vgf_llm.models.inputs import check_base_model
@@ -30,6 +34,9 @@ from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
     from reward_models.checking.pairs import Pairs
+
+_NAMING = ("reward_model", "rewards", "reward", "output_dir", "reward_function", "gold")
+"""Keys of recipes that name a reward: the first that is set counts, a missing output_dir last."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_names(argv: Sequence[str]) -> list[str]:
-    """Spell out a first argument without a key: a reward model, or a recipe of any command that names one."""
+    """Spell out a first argument without a key: a reward, a file that composes one, or a recipe that names one.
+
+    Raises:
+        ConfigError: The file cannot be read, or is a recipe that names no reward, or several.
+    """
     if not argv or argv[0].startswith("-"):
         return list(argv)
     first, rest = argv[0], list(argv[1:])
@@ -64,12 +75,30 @@ def _with_names(argv: Sequence[str]) -> list[str]:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe '{first}' cannot be read: {error}") from error
     recipe = recipe if isinstance(recipe, dict) else {}
-    model = recipe.get("reward_model") or recipe.get("output_dir")
-    if not model:
-        raise ConfigError(f"recipe '{first}' has neither reward_model nor output_dir; name the model's folder")
+    if holds_part(recipe):
+        return ["--reward_model", first, *rest]
     outputs = recipe.get("reward_outputs")
-    given = ["--reward_model", str(model), *(["--reward_outputs", json.dumps(outputs)] if outputs else [])]
+    given = ["--reward_model", _named(recipe, first), *(["--reward_outputs", json.dumps(outputs)] if outputs else [])]
     return [*given, *rest]
+
+
+def _named(recipe: dict[str, Any], path: str) -> str:
+    """Return the reward that a recipe names."""
+    named = {key: recipe[key] for key in _NAMING if recipe.get(key)}
+    if len(named) > 1 and not Path(str(named.get("output_dir"))).is_dir():
+        named.pop("output_dir", None)
+    if not named:
+        raise ConfigError(
+            f"recipe '{path}' has neither reward_model nor output_dir, nor another key that names a reward "
+            "(rewards, reward, reward_function, gold); name the reward itself"
+        )
+    found = next(iter(named.values()))
+    names = found if isinstance(found, list) else [found]
+    if len(names) > 1:
+        raise ConfigError(
+            f"recipe '{path}' names {len(names)} rewards ({', '.join(map(str, names))}); name one of them"
+        )
+    return str(names[0])
 
 
 def run(settings: CheckSettings) -> list[Line]:
@@ -78,19 +107,23 @@ def run(settings: CheckSettings) -> list[Line]:
     Raises:
         VGFError: There is no such model, function or file, or the pairs cannot be read.
     """
-    check_rewards([settings.reward_model])
+    name = settings.reward_model
+    composed = name if is_composed(name) else None  # looked at as gold is: there are no running statistics here
+    names = [name] if composed is None else []
+    check_rewards(names, composed)
     if settings.model_name_or_path is not None:
         check_base_model(settings.model_name_or_path)
     pairs = read_pairs(settings)
+    check_rewards(names, composed, [PromptText(pair.prompt) for pair in pairs.kept])
     load_libraries("reward_models.checking.report")
     from reward_models.checking.report import check_reward
     from vgf_llm.models.loading import load_tokenizer
 
     base = None if settings.model_name_or_path is None else load_tokenizer(settings.model_name_or_path)
     found = []
-    with working(f"checking {settings.reward_model} on {len(pairs.kept)} pairs"):
+    with working(f"checking {name} on {len(pairs.kept)} pairs"):
         device = resolve_device(settings.device)
-        for line in check_reward(settings.reward_model, settings.reward_outputs, pairs, device, base):
+        for line in check_reward(name, settings.reward_outputs, pairs, device, base):
             say(f"  {line.check}: {line.verdict}")
             found.append(line)
     return found
@@ -125,7 +158,7 @@ def read_pairs(settings: PairSettings) -> Pairs:
 def _print_table(name: str, lines: Sequence[Line]) -> None:
     from rich.table import Table
 
-    table: Any = Table(title=f"Check of {Path(name).name}")
+    table: Any = Table(title=f"Check of {name if is_hub_name(name) else Path(name).name}")
     for column in ("check", "verdict", "seen", "limit", "what to do"):
         table.add_column(column)
     for line in lines:

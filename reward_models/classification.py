@@ -24,13 +24,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from reward_models.body import parameters_on_meta, truncated_config
 from reward_models.configuration import RewardModelConfig
 from reward_models.heads import attach_head
 from reward_models.modelling import RewardModel
-from reward_models.sources import imported_outputs, weights_folder
+from reward_models.sources import imported_outputs, shown_name, weights_folder
+from vgf_llm.data.encoding import in_template, set_in_template, template_variables
 from vgf_llm.data.endings import closing_id, closing_ids, eos_ids_of
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.models.architecture import check_structure, decoder_of, input_table, text_config
@@ -223,7 +225,7 @@ def load_classifier(
         folder: Of the model, or of a PEFT adapter around one.
         outputs: Weights of its outputs by name or number; needed where there are several.
         base_tokenizer: The base model's. Both must give texts the same ids; templates may differ: prompts are then
-            read under the classifier's own.
+            read under the classifier's own, with those variables that are fixed in the base's and that it reads.
         dtype: Of the decoder; the head is float32.
 
     Raises:
@@ -236,12 +238,13 @@ def load_classifier(
             f"'{folder}' is a {type(model).__name__}: an encoder, which has no value in the policy's token space; name "
             "it among the rewards of `vgf-llm train` with value: learned, where it is called as a function"
         )
-    weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{folder}'")
-    tokenizer = load_tokenizer(str(folder))
+    weights_K = output_weights(output_names(model), outputs or imported_outputs(folder), f"'{shown_name(folder)}'")
+    tokenizer = own_tokenizer(folder, template_variables(base_tokenizer))
     if base_tokenizer is not None and not same_ids(tokenizer, base_tokenizer):
         raise ModelError(
-            f"the tokenizer of '{folder}' gives other ids than the base model's, so its gradient means nothing there; "
-            "name it among the rewards of `vgf-llm train` with value: learned, where it is called as a function"
+            f"the tokenizer of '{shown_name(folder)}' gives other ids than the base model's, so its gradient means "
+            "nothing there; name it among the rewards of `vgf-llm train` with value: learned, where it is called as a "
+            "function"
         )
     value = as_reward_model(model, folder, tokenizer, weights_K)
     if base_tokenizer is not None:  # its responses end in its own EOS, which the closing takes the place of
@@ -250,6 +253,13 @@ def load_classifier(
     if base_tokenizer is not None and tokenizer.chat_template != base_tokenizer.chat_template:
         value.own_tokenizer = tokenizer
     return value
+
+
+def own_tokenizer(folder: str | Path, variables: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """Load a reward model's own tokenizer, with those variables of the policy's chat template that its own reads."""
+    tokenizer = load_tokenizer(str(folder))
+    set_in_template(tokenizer, in_template(tokenizer, variables or {}))
+    return tokenizer
 
 
 def as_reward_model(model: Any, folder: str | Path, tokenizer: Any, weights_K: Tensor) -> RewardModel:
@@ -264,7 +274,7 @@ def as_reward_model(model: Any, folder: str | Path, tokenizer: Any, weights_K: T
     Raises:
         ModelError: Its decoder is not supported, or its head is not a stack that ends in a Linear.
     """
-    check_structure(model, str(folder))
+    check_structure(model, shown_name(folder))
     head = reward_head(model.score, weights_K)
     decoder, config = decoder_of(model), text_config(model.config)
     with parameters_on_meta():
@@ -272,7 +282,7 @@ def as_reward_model(model: Any, folder: str | Path, tokenizer: Any, weights_K: T
             RewardModelConfig(
                 body_config=truncated_config(model.config, None),
                 pooling="last",
-                base_name=str(folder),
+                base_name=shown_name(folder),
                 train_embeddings=True,
                 pad_token_id=config.pad_token_id,
                 embedding_width=input_table(model).shape[-1],
@@ -284,7 +294,7 @@ def as_reward_model(model: Any, folder: str | Path, tokenizer: Any, weights_K: T
     value.body = decoder
     value._modules["head"] = head  # linear, or a stack that ends in a linear layer
     settle_attention(value.body)
-    check_decoder(value.body, str(folder))
+    check_decoder(value.body, shown_name(folder))
     value.config.base_weights = model_mark(value.body)
     ready: RewardModel = value.eval()
     return ready

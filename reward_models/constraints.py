@@ -1,8 +1,8 @@
 """Constraints as reward functions: 1.0 where a response keeps one, 0.0 where it does not.
 
 Every function takes prompts and responses. It takes its limits as one value per response: a column of the prompt file
-of that name, or the same value for all by ``arguments`` in a composed reward (docs/reward_models.md). Words are runs of
-letters, digits and apostrophes, compared without case. A limit of None is not asked for.
+of that name, or the same value for all by ``arguments`` in a composed reward (docs/reward_models.md). Words and
+sentences are those of `reward_models.words`, in any script. A limit of None is not asked for.
 """
 
 from __future__ import annotations
@@ -13,27 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from reward_models.words import ends_in_question, holds, letters_of, lowered, sentences_of, words_of
 from vgf_llm.errors import ConfigError
-
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-_SENTENCE_END = re.compile(r"[.!?\u2026]+[\"'\u2019\u201d)\]*_]*(?=\s|$)")
-_CLOSING = "\"'\u2019\u201d)]*_ \t\r\n"
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words of a text in lower case; "don't" and "well-known" are one each."""
-    return [word.lower() for word in _WORD.findall(text)]
-
-
-def sentences_of(text: str) -> list[str]:
-    """Return the sentences of a text.
-
-    A sentence ends in ``.``, ``!``, ``?`` or an ellipsis before white space or the end; what is left at the end counts
-    as one. An abbreviation that white space follows ("Dr. No") ends one too, a decimal point does not.
-    """
-    cuts = [match.end() for match in _SENTENCE_END.finditer(text)]
-    parts = [text[start:end].strip() for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    return [part for part in parts if words_of(part)]
 
 
 def words_within(
@@ -100,17 +81,22 @@ def valid_json(
 def without_words(
     prompts: list[str], responses: list[str], banned: Sequence[str | Sequence[str] | None]
 ) -> list[float]:
-    """Ask for a response without given words, whole words in any case.
+    """Ask for a response without given words or phrases, whole words in any case.
+
+    A phrase is found whatever blanks, line breaks or marks part its words (`reward_models.words.holds`).
 
     Args:
         prompts: Not read.
         responses: R texts.
-        banned: A word or a list of words, per response.
+        banned: A word or phrase, or a list of them, per response.
+
+    Raises:
+        ConfigError: One of them is blank.
     """
     kept = []
     for response, names in zip(responses, _each("without_words", "banned", banned, len(responses)), strict=True):
-        there = " ".join(["", *words_of(response), ""])
-        kept.append(float(not any(f" {' '.join(words_of(word))} " in there for word in _names(names))))
+        wanted = [_not_blank("without_words", "banned", one) for one in _names(names)]
+        kept.append(float(not any(holds(response, one) for one in wanted)))
     return kept
 
 
@@ -126,8 +112,8 @@ def sentences_exactly(prompts: list[str], responses: list[str], number: Sequence
 
 
 def ends_with_question(prompts: list[str], responses: list[str]) -> list[float]:
-    """Ask for a response that ends in a question mark; closing quotes, brackets and blanks may follow it."""
-    return [float(response.rstrip(_CLOSING).endswith("?")) for response in responses]
+    """Ask for a response that ends in a question mark; ``!``, closing quotes, brackets and blanks may follow it."""
+    return [float(ends_in_question(response)) for response in responses]
 
 
 def word_in_second_half(prompts: list[str], responses: list[str], word: Sequence[str | None]) -> list[float]:
@@ -136,12 +122,15 @@ def word_in_second_half(prompts: list[str], responses: list[str], word: Sequence
     Args:
         prompts: Not read.
         responses: R texts.
-        word: Per response, in any case.
+        word: Per response, in any case; a phrase has to stand there as a whole.
+
+    Raises:
+        ConfigError: One of them is blank.
     """
     found = []
     for response, one in zip(responses, _each("word_in_second_half", "word", word, len(responses)), strict=True):
-        words = words_of(response)
-        found.append(float(one is None or str(one).lower() in words[len(words) // 2 :]))
+        half = len(words_of(response)) // 2
+        found.append(float(one is None or holds(response, _not_blank("word_in_second_half", "word", one), half)))
     return found
 
 
@@ -152,12 +141,18 @@ def without_letter(prompts: list[str], responses: list[str], letter: Sequence[st
         prompts: Not read.
         responses: R texts.
         letter: Per response; several letters are each asked for.
+
+    Raises:
+        ConfigError: One of them is blank.
     """
-    letters = _each("without_letter", "letter", letter, len(responses))
-    return [
-        float(one is None or (bool(response.strip()) and not set(str(one).lower()) & set(response.lower())))
-        for response, one in zip(responses, letters, strict=True)
-    ]
+    kept = []
+    for response, one in zip(responses, _each("without_letter", "letter", letter, len(responses)), strict=True):
+        if one is None:
+            kept.append(1.0)
+            continue
+        there, wanted = lowered(response), letters_of(_not_blank("without_letter", "letter", one))
+        kept.append(float(bool(response.strip()) and not any(each in there for each in wanted)))
+    return kept
 
 
 def _within(name: str, counts: list[int], at_least: Any, at_most: Any) -> list[float]:
@@ -179,6 +174,17 @@ def _each(name: str, key: str, values: Any, count: int) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != count:
         raise ConfigError(f"{name}: the {key} limit must be a list with one value for each of {count} responses")
     return list(values)
+
+
+def _not_blank(name: str, key: str, asked: Any) -> str:
+    """Return what is looked for, as text.
+
+    Raises:
+        ConfigError: It is blank, so that nothing could be looked for.
+    """
+    if not letters_of(str(asked)):
+        raise ConfigError(f"{name}: {key} is {asked!r}, which is blank; name what is meant, or null for no limit")
+    return str(asked)
 
 
 def _names(names: Any) -> list[str]:

@@ -14,35 +14,21 @@ One request per response: as many are under way as the caller asks for, and the 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import inspect
-import ipaddress
 import json
-import os
 import re
-import urllib.error
-import urllib.parse
-import urllib.request
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from reward_models.attempts import MayPassError
+from reward_models.endpoint_answers import found_in, number_in, number_pattern, weighted
+from reward_models.endpoint_server import TIMEOUT_SEC, EndpointServer
 from vgf_llm.data.dialogue import Message, conversation_text
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.runs.files import shorten
 
 EndpointKind = Literal["judge", "classify", "pooling", "score"]
 
-_TIMEOUT_SEC = 120.0
-_GRACE_SEC = 5.0  # the caller's limit ends a call first; this closes the connection of one that was left behind
-_LONGEST_MESSAGE = 300
-_MAY_PASS = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-_VALUE = r"[-+\u2212]?(?:\d++(?:\.\d*+)?+|\.\d++)(?:[eE][-+\u2212]?\d++)?+"
-_NUMBER = rf"({_VALUE})(?![,.]?\d|[-\u2013\u2014]\d|\s*to\s+\d)"  # not "1,000", and not the start of a range
-_RANGE = rf"\s*[(\[][^()\[\]\n]{{0,40}}[)\]]|\s*{_VALUE}\s*(?:[-\u2013\u2014]|to)\s*{_VALUE}"
-_SCORE = rf"(?i:score|rating|grade|reward)(?:(?:{_RANGE})(?=\W{{0,4}}?:))?+\W{{0,6}}?(?:is\W{{0,3}}?)?{_NUMBER}"
-_PRINTABLE = re.compile(r"[!-~]+")
 _OWN = ("messages", "prompt", "response", "row")  # of a template
 
 
@@ -84,13 +70,6 @@ READ_BY_KIND: dict[str, tuple[str, ...]] = {
 """Settings that one kind reads and another does not."""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows none: the key would go along to wherever it leads."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
 class EndpointReward:
     """A server's reward of one response, as a function that scores one response per call.
 
@@ -106,19 +85,19 @@ class EndpointReward:
     per_response = True
 
     def __init__(self, settings: EndpointSettings, timeout_sec: float | None = None) -> None:
-        self.settings, self.timeout_sec = settings, timeout_sec or _TIMEOUT_SEC
+        self.settings, self.timeout_sec = settings, timeout_sec or TIMEOUT_SEC
         self.__name__ = f"{settings.kind}_{re.sub(r'[^A-Za-z0-9_.-]', '_', settings.model)}"
         self.__module__, self.__qualname__ = __name__, self.__name__
-        self._url = _url(settings)
-        _key(settings)
+        self._server = EndpointServer(settings.url_variable, settings.key_variable, self.timeout_sec)
         self._template, source, read = _template(settings)
-        self._pattern = _pattern(settings)
-        stated = asdict(settings) | {"version": settings.version or hashlib.sha256(self._url.encode()).hexdigest()}
+        self._pattern = number_pattern(settings.pattern)
+        stated = asdict(settings) | {
+            "version": settings.version or hashlib.sha256(self._server.url.encode()).hexdigest()
+        }
         self.version = hashlib.sha256(json.dumps([stated, source], sort_keys=True).encode()).hexdigest()
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
         names = [("messages", kinds[0]), ("response", kinds[0]), *((name, kinds[1]) for name in read)]
         self.__signature__ = inspect.Signature([inspect.Parameter(*one) for one in names])
-        self._opener = urllib.request.build_opener(_NoRedirect, *_without_proxy(self._url))
 
     def __call__(self, messages: list[Message], response: str, **columns: Any) -> float:
         """Return the reward of a response.
@@ -137,12 +116,12 @@ class EndpointReward:
             return self._judged(messages, response, columns)
         if self.settings.kind == "score":
             body = {"text_1": conversation_text(messages), "text_2": response, "use_activation": False}
-            return float(_found(self._post("/score", body), "data", 0, "score"))
+            return float(found_in(self._post("/score", body), "data", 0, "score"))
         talk = [*messages, {"role": "assistant", "content": response}]
         body = {"messages": talk, "use_activation": False} | self._template_variables
         if self.settings.kind == "classify":
-            return self._weighted(_found(self._post("/classify", body), "data", 0, "probs"))
-        rows = _found(self._post("/pooling", body), "data", 0, "data")
+            return self._weighted(found_in(self._post("/classify", body), "data", 0, "probs"))
+        rows = found_in(self._post("/pooling", body), "data", 0, "data")
         return self._weighted(rows[-1] if rows and isinstance(rows[-1], list) else rows)
 
     def _judged(self, messages: list[Message], response: str, columns: dict[str, Any]) -> float:
@@ -153,8 +132,8 @@ class EndpointReward:
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
         } | self._template_variables
-        choice = _found(self._post("/v1/chat/completions", body), "choices", 0)
-        said, reason = _found(choice, "message", "content"), choice.get("finish_reason")
+        choice = found_in(self._post("/v1/chat/completions", body), "choices", 0)
+        said, reason = found_in(choice, "message", "content"), choice.get("finish_reason")
         if not isinstance(said, str) or not said.strip():
             raise ModelError(f"judge {self.settings.model} answered nothing (it ended by {reason!r}); raise max_tokens")
         if reason == "length":  # the number may be one that is taken back, or half of it
@@ -174,121 +153,24 @@ class EndpointReward:
                 f"endpoint: '{self.settings.template}' cannot be filled in ({type(error).__name__}: {error})"
             ) from error
 
+    @property
+    def _template_variables(self) -> dict[str, Any]:
+        variables = self.settings.chat_template_kwargs
+        return {"chat_template_kwargs": variables} if variables else {}
+
     def parsed(self, said: str) -> float:
         """Return the number in a judge's answer.
 
         Raises:
             ModelError: There is none; the message holds the answer.
         """
-        if self._pattern is None:
-            bare = re.fullmatch(rf"\W*?{_NUMBER}\W*", said.strip())
-            found = [bare[1]] if bare else re.findall(_SCORE, said)
-        else:
-            found = [match[1] for match in self._pattern.finditer(said)]
-        try:
-            return float(found[-1].replace("\u2212", "-"))
-        except (AttributeError, IndexError, ValueError):  # the group may be None
-            wanted = "'score: <number>'" if self._pattern is None else f"{self._pattern.pattern!r}"
-            raise ModelError(
-                f"judge {self.settings.model}: no number as {wanted} in its answer {shorten(repr(said), 300)}; ask for "
-                "it in the template, or set pattern"
-            ) from None
-
-    @property
-    def _template_variables(self) -> dict[str, Any]:
-        variables = self.settings.chat_template_kwargs
-        return {"chat_template_kwargs": variables} if variables else {}
+        return number_in(said, self._pattern, self.settings.model)
 
     def _weighted(self, outputs: list[float]) -> float:
-        """Return the weighted sum of a classifier's outputs."""
-        weights = self.settings.outputs
-        if not weights and len(outputs) != 1:
-            raise ConfigError(
-                f"reward model {self.settings.model} has {len(outputs)} outputs; give their weights, for example "
-                'outputs: {"0": 1.0}'
-            )
-        if any(int(number) >= len(outputs) for number in weights):
-            raise ConfigError(f"outputs: {self.settings.model} has {len(outputs)} outputs, numbered from 0")
-        return sum(w * float(outputs[int(number)]) for number, w in weights.items()) if weights else float(outputs[0])
+        return weighted(outputs, self.settings.outputs, self.settings.model)
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        """Send a request and return the answer's JSON; whatever is said of it names the variable, not the URL."""
-        settings, key = self.settings, _key(self.settings)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        data = json.dumps({"model": settings.model, **body}).encode()
-        server = f"the server of ${settings.url_variable}"
-        try:
-            request = urllib.request.Request(f"{self._url}{path}", data, headers)
-            with self._opener.open(request, timeout=self.timeout_sec + _GRACE_SEC) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            said = self._without_secrets(error.read().decode(errors="replace"))
-            message = f"{server} answers {path} with {error.code}: {shorten(' '.join(said.split()), _LONGEST_MESSAGE)}"
-            if error.code in _MAY_PASS:
-                raise MayPassError(message, _after_sec(error.headers.get("Retry-After"))) from None
-            hint = f"; is ${settings.key_variable} the right key?" if error.code in (401, 403) else ""
-            raise ModelError(message + hint) from None
-        except ValueError:
-            raise ModelError(f"{server} answers {path} with something else than JSON; is it the right URL?") from None
-        except http.client.InvalidURL:  # its reason shows the URL
-            raise ConfigError(f"endpoint: {server} cannot be asked: the URL there is malformed") from None
-        except (OSError, http.client.HTTPException) as error:  # urllib's own are OSErrors
-            reason = getattr(error, "reason", None) or error
-            message = self._without_secrets(f"{server} cannot be reached: {reason!r}; is it running?")
-            raise MayPassError(message) from None
-
-    def _without_secrets(self, text: str) -> str:
-        for secret in (os.environ.get(self.settings.key_variable), self._url):
-            text = text.replace(secret, "***") if secret else text
-        return text
-
-
-def _url(settings: EndpointSettings) -> str:
-    url = os.environ.get(settings.url_variable, "").rstrip("/")
-    if not url.startswith(("http://", "https://")):
-        state = "does not start with http:// or https://" if url else "is not set"
-        raise ConfigError(
-            f"endpoint: the environment variable {settings.url_variable} {state}; set it to the server's URL, or name "
-            "another as url_variable"
-        )
-    try:
-        parts = urllib.parse.urlsplit(url)
-        good = _PRINTABLE.fullmatch(url) and parts.hostname and (parts.port is None or parts.port > 0)
-        more = "@" in parts.netloc or bool(parts.query or parts.fragment)
-    except ValueError:  # a port that is not a number
-        good, more = None, False
-    if not good or more:
-        fault = "has a user, a query or a fragment in it" if more else "is malformed: a blank, a line break, or no host"
-        raise ConfigError(
-            f"endpoint: the URL in the environment variable {settings.url_variable} {fault}; set it to "
-            f"http(s)://host:port, and put the key into {settings.key_variable}"
-        )
-    return url.removesuffix("/v1")
-
-
-def _key(settings: EndpointSettings) -> str | None:
-    """Return the key, or None where none is set.
-
-    Raises:
-        ConfigError: It has characters that a header cannot have; the message does not show it.
-    """
-    key = os.environ.get(settings.key_variable)
-    if key and not _PRINTABLE.fullmatch(key):
-        raise ConfigError(
-            f"endpoint: the key in the environment variable {settings.key_variable} has a blank, a line break or a "
-            "character outside ASCII; set it to the key alone"
-        )
-    return key or None
-
-
-def _without_proxy(url: str) -> list[urllib.request.BaseHandler]:
-    """Return what keeps requests to this machine from a proxy, which would look for the server on its own."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    try:
-        here = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        here = False
-    return [urllib.request.ProxyHandler({})] if here else []
+        return self._server.post(path, {"model": self.settings.model, **body})
 
 
 def _template(settings: EndpointSettings) -> tuple[Any, str, list[str]]:
@@ -313,40 +195,3 @@ def _template(settings: EndpointSettings) -> tuple[Any, str, list[str]]:
     if "response" not in read:
         raise ConfigError(f"endpoint: '{settings.template}' does not hold {{{{ response }}}}, so it judges nothing")
     return template, source, sorted((read - set(_OWN)) | (read & {"row"}))
-
-
-def _pattern(settings: EndpointSettings) -> re.Pattern[str] | None:
-    if settings.pattern is None:
-        return None
-    try:
-        found = re.compile(settings.pattern)
-    except re.error as error:
-        raise ConfigError(f"endpoint: pattern {settings.pattern!r} is not a regular expression: {error}") from error
-    if found.groups < 1:
-        raise ConfigError(f"endpoint: pattern {settings.pattern!r} needs a group in parentheses, which is the number")
-    return found
-
-
-def _found(answer: Any, *path: str | int) -> Any:
-    """Return a value inside an answer.
-
-    Raises:
-        ModelError: It is not there.
-    """
-    found = answer
-    try:
-        for part in path:
-            found = found[part]
-    except (LookupError, TypeError):
-        raise ModelError(
-            f"the server's answer has no {'.'.join(map(str, path))}: {shorten(json.dumps(answer), 200)}; does it serve "
-            "this kind of model?"
-        ) from None
-    return found
-
-
-def _after_sec(header: str | None) -> float | None:
-    try:
-        return None if header is None else float(header)
-    except ValueError:  # a date
-        return None

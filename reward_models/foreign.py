@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from reward_models.called import ClassifierReward, classifier_reward, own_tokenizer
+from reward_models.called import ClassifierReward, classifier_reward
 from reward_models.calling import CalledReward
-from reward_models.classification import classifier_class, is_decoder, same_ids
+from reward_models.classification import classifier_class, is_decoder, own_tokenizer, same_ids
 from reward_models.composed import ComposedReward
 from reward_models.functions import RewardFunction, load_function
 from reward_models.grammar import Part, is_composed, read_composed
@@ -24,7 +24,7 @@ from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
 from reward_models.sources import local_folder
 from vgf_llm.data.dialogue import PromptText
-from vgf_llm.data.encoding import encode_prompt, encode_response
+from vgf_llm.data.encoding import encode_prompt, encode_response, template_variables
 from vgf_llm.data.endings import check_ids, padding_id
 from vgf_llm.errors import DataError
 from vgf_llm.models.architecture import max_positions
@@ -87,12 +87,11 @@ def foreign_reward(
     device: str | torch.device,
     dtype: torch.dtype,
     outputs: Mapping[str, float] | None = None,
-    variables: Mapping[str, Any] | None = None,
 ) -> ForeignReward | ClassifierReward | None:
     """Return a folder's model as a function of texts where its tokenizer is not the policy's, else None.
 
-    An encoder is such a function whatever its tokenizer. ``variables`` are the policy's ``chat_template_kwargs``; the
-    model's own template takes those that it reads.
+    An encoder is such a function whatever its tokenizer. The model's own template takes those variables that are fixed
+    in the policy's and that it reads.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -101,14 +100,14 @@ def foreign_reward(
     if classifier_class(folder) is not None:
         if is_decoder(folder) and same_ids(load_tokenizer(str(folder)), tokenizer):
             return None
-        return classifier_reward(folder, outputs, device, dtype, variables)
+        return classifier_reward(folder, outputs, device, dtype, template_variables(tokenizer))
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_NAMES):
         return None
     own = load_tokenizer(str(folder))
     if fingerprint(own) == fingerprint(tokenizer):
         return None
     model = load_reward_model(folder, tokenizer=own, dtype=dtype, device=device)
-    return ForeignReward(model, own_tokenizer(folder, variables))
+    return ForeignReward(model, own_tokenizer(folder, template_variables(tokenizer)))
 
 
 def text_reward(

@@ -85,6 +85,12 @@ def is_composed(name: str | None) -> bool:
     return name is not None and name.endswith(_ENDINGS)
 
 
+def holds_part(content: Mapping[str, Any]) -> bool:
+    """Return whether a YAML file holds a composed reward, and not a recipe, which may have a key `reward` too."""
+    keys = {str(key).partition(".")[0] for key in content}
+    return bool(keys & set(_KINDS[1:])) or ("reward" in keys and keys <= set(field_hints(Part)))
+
+
 def read_composed(path: str) -> Part:
     """Read a composed reward.
 

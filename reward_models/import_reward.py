@@ -78,7 +78,8 @@ def run(settings: ImportSettings) -> dict[str, Any]:
     source = local_folder(settings.reward_model)
     if classifier_class(source) is None:
         raise ModelError(
-            f"'{source}' is not a classifier; a reward model of ours has a card already and needs no import"
+            f"'{settings.reward_model}' is not a classifier; a reward model of ours has a card already and needs no "
+            "import"
         )
     output = _checked_output(settings.output_dir, source)
     stage("loading the classifier and measuring it on pairs")

@@ -6,9 +6,9 @@ once a prompt, and a reward function says what they are worth (the pair says onl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reward_models.calling import CalledReward
 from reward_models.functions import RewardFunction, call_function, load_function
@@ -62,6 +62,7 @@ def load_logged(
     max_dropped_share: float = 0.2,
     system_column: str = "system",
     calls: RewardCallSettings | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[LoggedResponse]:
     """Read logged responses.
 
@@ -78,6 +79,7 @@ def load_logged(
         max_dropped_share: of preference pairs, as in `vgf_llm.data.prompts.load_preferences`.
         system_column: a system turn, where rows have it.
         calls: how functions and servers are called.
+        variables: of the policy's chat template, for a reward model of a composed reward.
 
     Returns:
         The responses in file order, at least one.
@@ -118,7 +120,7 @@ def load_logged(
         raise DataError(f"{missing}; name a reward_function, or the column of rewards with --reward_column")
     blanks = [index for index, reward in enumerate(rewards) if reward is None]
     if blanks and reward_function is not None:
-        filled = _filled(reward_function, [texts[index] for index in blanks], calls)
+        filled = _filled(reward_function, [texts[index] for index in blanks], calls, variables)
         for index, reward in zip(blanks, filled, strict=True):
             rewards[index] = reward
     return [
@@ -127,9 +129,14 @@ def load_logged(
     ]
 
 
-def _filled(name: str, texts: list[tuple[PromptText, str]], calls: RewardCallSettings | None) -> list[float]:
+def _filled(
+    name: str,
+    texts: list[tuple[PromptText, str]],
+    calls: RewardCallSettings | None,
+    variables: Mapping[str, Any] | None,
+) -> list[float]:
     """Return the rewards of a function; one that scores response by response, or parts, shows how far it is."""
-    function = _filler(name, calls)
+    function = _filler(name, calls, variables)
     by_parts = not isinstance(function, CalledReward) or function.signature.one_by_one
     size = _SHOWN if by_parts else len(texts)
     pieces = [texts[start : start + size] for start in range(0, len(texts), size)]
@@ -140,13 +147,13 @@ def _filled(name: str, texts: list[tuple[PromptText, str]], calls: RewardCallSet
     return rewards
 
 
-def _filler(name: str, calls: RewardCallSettings | None) -> RewardFunction:
+def _filler(name: str, calls: RewardCallSettings | None, variables: Mapping[str, Any] | None) -> RewardFunction:
     """Return what fills missing rewards; models are imported where a composed reward is named alone."""
     if not is_composed(name):
         return CalledReward(load_function(name), calls, name=name)
     from reward_models.foreign import text_reward
 
-    return text_reward(name, calls=calls)
+    return text_reward(name, calls=calls, variables=variables)
 
 
 def _check_open(row: Row, source: str, number: Place, column: str) -> None:

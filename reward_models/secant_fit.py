@@ -13,9 +13,8 @@ steps * batch_size * 6 head parameters for the fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +26,9 @@ from reward_models.secant import SecantHead, base_direction, direction_scale, se
 from reward_models.secant_settings import SecantTraining
 from vgf_llm.console.progress import track
 from vgf_llm.errors import DataError
-from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.reference import TorchReference
-from vgf_llm.text.responses import Responses
-from vgf_llm.text.sampler import ReferenceSampler
+from vgf_llm.text.responses import Responses, join_padded, join_prompts
+from vgf_llm.text.sampler import sample_in_batches
 
 _PROMPTS_A_BATCH = 16
 _RIDGE = 1e-3  # of the mean square of a step's coordinate
@@ -85,51 +83,6 @@ def sample_reference(
         )
         parts.append((responses, found))
     return Sampled(join_prompts([r for r, _ in parts]), join_padded([s for _, s in parts], 0))
-
-
-def sample_in_batches(
-    reference: TorchReference, prompts: Sequence[list[int]], a_prompt: int, seed: int
-) -> Iterator[Responses]:
-    """Yield the reference's responses to a few prompts at a time; a response depends on seed and prompt number alone.
-
-    Args:
-        reference: base model and distribution.
-        prompts: B lists of token ids.
-        a_prompt: responses per prompt, at least 1.
-        seed: of the samples.
-    """
-    sampler = ReferenceSampler(reference)
-    for start in track(
-        range(0, len(prompts), _PROMPTS_A_BATCH),
-        "sampling the base",
-        len(prompts),
-        unit="prompts",
-        size=lambda start: min(_PROMPTS_A_BATCH, len(prompts) - start),
-    ):
-        group = list(prompts[start : start + _PROMPTS_A_BATCH])
-        yield sampler.sample(group, row_seeds(seed, list(range(start, start + len(group))), a_prompt))
-
-
-def join_padded(tensors: Sequence[Tensor], fill: Any) -> Tensor:
-    """Join tensors [B, N, T, ...] along B, filled up at the end of T to the longest."""
-    longest = max(tensor.shape[2] for tensor in tensors)
-    padded = []
-    for tensor in tensors:
-        room = tensor.new_full((*tensor.shape[:2], longest - tensor.shape[2], *tensor.shape[3:]), fill)
-        padded.append(torch.cat([tensor, room], dim=2))
-    return torch.cat(padded)
-
-
-def join_prompts(parts: Sequence[Responses]) -> Responses:
-    """Join responses to different prompts, padded to one length; their distributions are dropped."""
-    first = parts[0]
-    return Responses(
-        [prompt for part in parts for prompt in part.prompts],
-        join_padded([part.tokens_BNT for part in parts], first.pad_id),
-        join_padded([part.mask_BNT for part in parts], False),
-        tuple(first.eos_ids),
-        first.pad_id,
-    )
 
 
 def score_substitutions(

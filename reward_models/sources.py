@@ -50,6 +50,14 @@ def local_folder(name: str) -> str:
         ) from error
 
 
+def shown_name(folder: str | Path) -> str:
+    """Return what a reward model is called in logs, cards and metrics: one of the hub's cache by its name there."""
+    parts = Path(folder).parts
+    if len(parts) < 3 or parts[-2] != "snapshots" or not parts[-3].startswith("models--"):
+        return str(folder)
+    return parts[-3].removeprefix("models--").replace("--", "/")
+
+
 def write_pointer(folder: Path, source: str, outputs: Mapping[str, float]) -> None:
     """Write imported.json, which names the source of the weights and its mark."""
     write_json_atomic(folder / POINTER_NAME, {"source": source, "mark": _mark(source), "outputs": dict(outputs)})

@@ -26,7 +26,7 @@ from reward_models.train_secant import run as fit_secant
 from vgf_llm.cli import run_main
 from vgf_llm.console.library_log import library_output
 from vgf_llm.console.progress import load_libraries
-from vgf_llm.console.screen import emit, show
+from vgf_llm.console.screen import emit, say, show
 from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.machine.facts import hardware
 from vgf_llm.machine.precision import with_dtype
@@ -37,7 +37,8 @@ from vgf_llm.settings.parse import parse
 
 if TYPE_CHECKING:
     from reward_models.directions.agreement import Agreement
-    from reward_models.directions.fitting import Fitted, Ground
+    from reward_models.directions.fitting import Fitted
+    from reward_models.directions.ground import Ground
     from vgf_llm.data.dialogue import PromptText
 
 Shared = TypeVar("Shared", SecantScript, SecantTraining)
@@ -90,14 +91,21 @@ def run(script: DirectionScript, training: DirectionTraining, sampling: Sampling
     check_base_model(script.model_name_or_path)
     folder = check_writable(output_folder(script))
     prompts, unseen, guided = _prompts(script)
-    load_libraries("reward_models.loading", "reward_models.directions.fitting")
+    load_libraries("reward_models.loading", "reward_models.directions.measuring")
     script = with_dtype(script)
-    from reward_models.directions.fitting import fit_direction, load_ground, measure_fitted
+    from reward_models.directions.fitting import fit_direction
+    from reward_models.directions.ground import load_ground
+    from reward_models.directions.measuring import measure_fitted, sample_unseen
 
     ground = load_ground(script, sampling)
-    fitted = fit_direction(ground, script, training, prompts, guided)
+    for texts in (prompts, guided):
+        ground.encode(texts)  # what is too long is refused before anything is sampled
     start = time.monotonic()
-    agreements, calls = measure_fitted(ground, script, fitted, unseen)
+    measured_on = sample_unseen(ground, script, unseen)  # first, so that what cannot be measured is not fitted
+    unseen_sec = time.monotonic() - start
+    fitted = fit_direction(ground, script, training, prompts, guided)
+    start = time.monotonic() - unseen_sec
+    agreements, calls = measure_fitted(ground, script, fitted, measured_on)
     figures = {
         "fidelity": {
             name: {kind: agreement.to_dict() for kind, agreement in found.items()} for name, found in agreements.items()
@@ -138,24 +146,31 @@ def _prompts(script: DirectionScript) -> tuple[list[PromptText], list[PromptText
     Raises:
         VGFError: A file cannot be read, a column is missing, or a prompt is on both sides.
     """
+    from vgf_llm.data.dialogue import prompt_key
     from vgf_llm.data.prompts import load_prompt_texts
 
     prompts, unseen = read_prompts(script)
     guided: list[PromptText] = []
     if script.guided is not None:
         guided = load_prompt_texts(script.guided, script.prompt_column, system_column=script.system_column)
-        known = {json.dumps(text.prompt) for text in unseen}
+        known = {prompt_key(text.prompt) for text in unseen}
         for number, text in enumerate(guided):
             if not isinstance(text.columns.get("response"), str):
                 raise DataError(
                     f"{script.guided}, row {number}: no text in column 'response', got "
                     f"{text.columns.get('response')!r}; columns: {', '.join(text.columns) or 'none'}"
                 )
-            if json.dumps(text.prompt) in known:
+            if prompt_key(text.prompt) in known:
                 raise DataError(
                     f"{script.guided}, row {number}: the prompt is in {script.validation_prompts} too, so fidelity "
                     "would be measured on what was fitted; drop the row"
                 )
+        known = {prompt_key(text.prompt) for text in prompts}
+        if shared := sum(prompt_key(text.prompt) in known for text in guided):
+            say(
+                f"{script.guided}: {shared} of {len(guided)} responses are to prompts of {script.prompts}; where such "
+                "a prompt is held back, so are they"
+            )
     for texts in (prompts, unseen, guided):
         if texts:
             check_rewards([script.reward], script.gold, texts)

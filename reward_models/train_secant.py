@@ -126,6 +126,7 @@ def read_prompts(script: SubstitutionSettings) -> tuple[list[PromptText], list[P
     Raises:
         DataError: A file cannot be read, or a prompt is in both.
     """
+    from vgf_llm.data.dialogue import prompt_key
     from vgf_llm.data.prompts import load_prompt_texts
 
     column, system = script.prompt_column, script.system_column
@@ -133,9 +134,9 @@ def read_prompts(script: SubstitutionSettings) -> tuple[list[PromptText], list[P
     unseen = load_prompt_texts(
         script.validation_prompts, column, limit=script.num_validation_prompts, system_column=system
     )
-    known = {json.dumps(text.prompt) for text in fitted}
+    known = {prompt_key(text.prompt) for text in fitted}
     for row, text in enumerate(unseen):
-        if json.dumps(text.prompt) in known:
+        if prompt_key(text.prompt) in known:
             raise DataError(
                 f"{script.validation_prompts}, prompt {row} is in {script.prompts} too, so fidelity would be measured "
                 "on what was fitted; give other prompts"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reward_models.frame import train_scores
@@ -58,7 +58,7 @@ def run(script: ValueScript, settings: RewardModelSettings, training: ValueTrain
     Raises:
         VGFError: data, model, configuration or output folder are unusable; checked before any training.
     """
-    return train_scores(_Responses(script, training), script, settings, training)
+    return train_scores(_Responses(script, training, settings.chat_template_kwargs), script, settings, training)
 
 
 class _Responses:
@@ -68,8 +68,8 @@ class _Responses:
     libraries: tuple[str, ...] = ("reward_models.value_trainer",)
     loss: tuple[str, ...] = ("td_lambda", "expectile", "target_tau")
 
-    def __init__(self, script: ValueScript, training: ValueTraining) -> None:
-        self.script, self.training = script, training
+    def __init__(self, script: ValueScript, training: ValueTraining, variables: Mapping[str, Any]) -> None:
+        self.script, self.training, self.variables = script, training, variables
 
     @property
     def shares_base(self) -> bool:
@@ -80,7 +80,7 @@ class _Responses:
 
     def read(self) -> tuple[list[LoggedResponse], list[LoggedResponse] | None]:
         """Return the responses, and the held-out ones where they are named."""
-        return read_texts(self.script)
+        return read_texts(self.script, self.variables)
 
     def encode(self, tokenizer: Any, texts: Any) -> tuple[list[Any], list[Any], dict[str, int]]:
         """Return the encoded responses, the held-out ones, and what was dropped or cut, by reason."""
@@ -134,15 +134,22 @@ def load_responses(
     return kept[0], kept[1], counted[0]
 
 
-def read_texts(script: ValueScript) -> tuple[list[LoggedResponse], list[LoggedResponse] | None]:
-    """Read the responses, and the held-out ones where they are named; imports no model library for local files."""
-    train = _logged(script, script.train_dataset, script.train_split, script.limit)
+def read_texts(
+    script: ValueScript, variables: Mapping[str, Any] | None = None
+) -> tuple[list[LoggedResponse], list[LoggedResponse] | None]:
+    """Read the responses, and the held-out ones where they are named; imports no model library for local files.
+
+    `variables` of the policy's chat template reach that of a reward model that fills in rewards.
+    """
+    train = _logged(script, script.train_dataset, script.train_split, script.limit, variables)
     if script.eval_dataset is None:
         return train, None
-    return train, _logged(script, script.eval_dataset, script.eval_split, script.eval_limit)
+    return train, _logged(script, script.eval_dataset, script.eval_split, script.eval_limit, variables)
 
 
-def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> list[LoggedResponse]:
+def _logged(
+    script: ValueScript, source: str, split: str, limit: int | None, variables: Mapping[str, Any] | None
+) -> list[LoggedResponse]:
     from reward_models.logged import load_logged
 
     rows = load_logged(
@@ -156,6 +163,7 @@ def _logged(script: ValueScript, source: str, split: str, limit: int | None) -> 
         script.max_dropped_share,
         script.system_column,
         script,
+        variables,
     )
     say(f"{source}: {len(rows)} responses")
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from reward_models.card import pearson_correlation
 from reward_models.checking.line import Line, Verdict, judged, skipped
@@ -32,6 +32,23 @@ def check_spread(scores: Sequence[float]) -> Line:
     advice = "every response has the same score: the head is zero, or it reads a position that all conversations share"
     value = f"mean {mean:.3g}, standard deviation {spread:.3g}"
     return judged("spread", value, "standard deviation above 0", "fail" if is_constant else "pass", advice)
+
+
+def check_parts(parts: Mapping[str, Sequence[float]]) -> Line:
+    """Show what the parts of a composed reward gave; warn where one was not asked for any response.
+
+    Args:
+        parts: Values by name, NaN where a constraint before it was not kept.
+    """
+    asked = {name: [value for value in values if not math.isnan(value)] for name, values in parts.items()}
+    seen = [
+        f"{name} {sum(values) / len(values):.3g} on {len(values)}" if values else f"{name} on 0"
+        for name, values in asked.items()
+    ]
+    left_out = [name for name, values in asked.items() if not values]
+    advice = f"no response keeps the constraints before {', '.join(left_out)}: look at their limits"
+    value = "mean of " + ", ".join(seen) + " responses"
+    return judged("parts", value, "each asked for a response", "warn" if left_out else "pass", advice)
 
 
 def check_pairs(kept: int, dropped: dict[str, int]) -> Line:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from reward_models.checking.quality import (
     check_length,
     check_numbers,
     check_pairs,
+    check_parts,
     check_spread,
 )
 from reward_models.checking.reading import (
@@ -33,6 +33,8 @@ from reward_models.checking.reading import (
     uneven,
 )
 from reward_models.checking.subject import Subject, load_subject
+from reward_models.composed import scored
+from reward_models.constraints import words_of
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.errors import ConfigError, ModelError
 
@@ -46,7 +48,7 @@ def check_reward(
     """Yield the lines of a reward model's report; what cannot be loaded is a failed line.
 
     Args:
-        name: Folder of a reward model, or a Python function.
+        name: Folder of a reward model, a Python function, or a file that composes several.
         outputs: Weights of a classifier's outputs.
         pairs: What it scores.
         device: It is run on.
@@ -120,32 +122,25 @@ def _check_scores(scores: Tensor, lengths: Sequence[int], is_given: bool) -> Ite
 
 def _check_function(subject: Subject, pairs: Pairs) -> Iterator[Line]:
     assert subject.function is not None
-    needed = _further(subject.function)
-    if needed:
-        raise ConfigError(
-            f"reward function {subject.name!r} asks for the columns {', '.join(needed)}, which pairs do not have; "
-            "check it with `vgf-llm evaluate --gold` on its own prompts"
-        )
     asked: list[str] = [PromptText(pair.prompt) for pair in pairs.kept]
     prompts = asked * 2
     responses = [pair.chosen for pair in pairs.kept] + [pair.rejected for pair in pairs.kept]
-    found = [float(score) for score in subject.function(prompts, responses)]
+    found, parts = scored(subject.function, prompts, responses)
     yield check_numbers(found)
+    if parts:
+        yield check_parts(parts)
     scores = torch.tensor(found, dtype=torch.float64)
     if not finite(scores):
         return
-    yield check_spread(found)
+    spread = check_spread(found)
+    yield spread
+    if spread.verdict == "fail":
+        return
     again = [float(subject.function([p], [r])[0]) for p, r in zip(prompts[:8], responses[:8], strict=True)]
     apart = max(abs(one - other) for one, other in zip(found, again, strict=False))
     advice = "the function gives other scores alone, or when called again; best-of-N compares scores of different calls"
     value = f"largest difference {apart:.2g} between one call and single calls"
     yield judged("batch size", value, "0", "pass" if apart <= 1e-6 * (1 + scores.abs().max()) else "fail", advice)
-    yield from _check_scores(scores, [len(text.split()) for text in responses], pairs.is_given)
+    yield from _check_scores(scores, [len(words_of(text)) for text in responses], pairs.is_given)
     for check in _OF_TOKENS:
         yield skipped(check, "a function reads texts")
-
-
-def _further(function: Callable[..., Any]) -> list[str]:
-    """Return the names of arguments beside prompts and responses that a function cannot do without."""
-    parameters = list(inspect.signature(function).parameters.values())[2:]
-    return [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

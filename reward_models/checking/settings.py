@@ -12,7 +12,8 @@ class PairSettings:
     """A reward model and pairs that it scores."""
 
     reward_model: str
-    """Folder of a reward model (ours, or a classifier or adapter of one), a name on the hub, or a Python function."""
+    """Folder of a reward model (ours, or a classifier or adapter of one), a name on the hub, a Python function, or a
+    YAML file that composes several."""
     reward_outputs: dict[str, float] = field(default_factory=dict)
     """Weights of the model's outputs, by name or number; needed where it is a classifier with several."""
     dataset: str | None = None

@@ -1,7 +1,8 @@
 """Anything that scores responses, loaded once and scored as its own library scores it.
 
 A classifier is run by its own transformers class, on ids and an attention mask, so that a check sees what other users
-of the folder see. A reward model of ours is run by its `forward`. A Python function is called with texts.
+of the folder see. A reward model of ours is run by its `forward`. A Python
+function, or a composed reward, is called with texts.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from reward_models.classification import (
     read_classifier,
 )
 from reward_models.foreign import text_reward
+from reward_models.grammar import is_composed
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
-from reward_models.sources import imported_outputs, local_folder
+from reward_models.sources import imported_outputs, local_folder, shown_name
 from vgf_llm.data.dialogue import PromptText, as_messages, as_text
 from vgf_llm.data.encoding import encode_prompt, encode_response
 from vgf_llm.data.endings import closing_ids, eos_ids_of
@@ -123,7 +125,7 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
     """Load what a user names as a reward model.
 
     Args:
-        name: Folder of a reward model, or a Python function.
+        name: Folder of a reward model, a Python function, or a file that composes several.
         outputs: Weights of a classifier's outputs; needed where there are several.
         device: It is run on.
 
@@ -131,7 +133,7 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
         ModelError: It cannot be loaded; weights are missing, say.
         ConfigError: There is no such function, or the weights of outputs are missing.
     """
-    name = local_folder(name)
+    name = name if is_composed(name) else local_folder(name)
     if not Path(name).is_dir():
         return Subject(name, "function", function=text_reward(name, device))
     tokenizer = load_tokenizer(name)
@@ -142,7 +144,7 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
         subject.score = _score_ours(own)
         return subject
     model: Any = read_classifier(name)
-    weights_K = output_weights(output_names(model), outputs or imported_outputs(name), f"'{name}'")
+    weights_K = output_weights(output_names(model), outputs or imported_outputs(name), f"'{shown_name(name)}'")
     kind: Kind = "decoder" if hasattr(model, "score") else "encoder"
     subject = Subject(name, kind, None, None, tokenizer, side, model.to(device))
     subject.score = _score_classifier(model, weights_K, tokenizer.pad_token_id)

@@ -1,4 +1,4 @@
-"""One direction from prompts and a reward to its fidelity: sample, score, fit, measure."""
+"""One direction from prompts and a reward: sample, score, fit. `ground` loads, `measuring` measures."""
 
 from __future__ import annotations
 
@@ -9,82 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from reward_models.directions.agreement import Agreement, measure_direction, whole_position_changes
 from reward_models.directions.causal import CausalDirection, fit_causal
 from reward_models.directions.constant import ConstantFit, fit_constant
-from reward_models.directions.positions import (
-    Positions,
-    bonuses_along,
-    join_positions,
-    read_positions,
-    sample_positions,
-)
+from reward_models.directions.ground import Ground, check_usable, read_guided
+from reward_models.directions.positions import Positions, sample_positions
 from reward_models.directions.regrown import regrown_changes
-from reward_models.directions.reward import CountedReward, ModelReward, TextPrompt, read_reward
+from reward_models.directions.reward import ModelReward
 from reward_models.directions.saving import Direction, Kind
 from reward_models.directions.settings import DirectionScript, DirectionTraining
 from reward_models.directions.table import candidate_tokens, fit_table, observations_of, observe_tokens
-from reward_models.directions.targets import BonusTargets, from_changes, from_source
+from reward_models.directions.targets import BonusTargets, check_split, from_changes, from_source
 from reward_models.fidelity import ExactChanges, exact_changes
 from reward_models.lookahead import Lookahead
 from reward_models.modelling import RewardModel
-from vgf_llm.console.progress import working
-from vgf_llm.data.dialogue import PromptText
-from vgf_llm.data.encoding import encode_prompts, encode_response
+from vgf_llm.data.dialogue import PromptText, prompt_key
 from vgf_llm.errors import ConfigError, DataError
-from vgf_llm.machine.device import resolve_device
-from vgf_llm.models.architecture import input_table
-from vgf_llm.models.base import LoadedBase, load_base, tokenizer_of
-from vgf_llm.settings import SamplingSettings
-from vgf_llm.text.bonus import BonusSource, TableBonus
+from vgf_llm.text.bonus import TableBonus
 from vgf_llm.text.noise import row_seeds
-from vgf_llm.text.reference import TorchReference
-from vgf_llm.text.responses import Responses
-from vgf_llm.text.stream import bonus_variance, expected_left
 
-_PROMPTS_A_BATCH = 16
 _TEACHER_CANDIDATES, _TEACHER_PROBABILITY = 16, 0.003
-
-
-@dataclass(frozen=True)
-class Ground:
-    """The models of a fit.
-
-    Attributes:
-        base: The base model.
-        reference: Its distribution.
-        reward: What is fitted.
-        gold: A second reward that fidelity is stated to; None for none.
-    """
-
-    base: LoadedBase
-    reference: TorchReference
-    reward: CountedReward
-    gold: CountedReward | None
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's."""
-        return self.base.tokenizer
-
-    @property
-    def table_VD(self) -> Tensor:
-        """The base model's input embeddings."""
-        return input_table(self.reference.model)
-
-    def encode(self, prompts: Sequence[PromptText], source: str = "") -> list[TextPrompt]:
-        """Encode prompts and keep their texts, which functions read.
-
-        Raises:
-            DataError: Naming a prompt that is empty or too long.
-        """
-        new_tokens = self.reference.sampling.max_new_tokens
-        encoded = encode_prompts(
-            self.tokenizer, prompts, self.base.rows, self.base.max_positions, new_tokens, source=source
-        )
-        return [TextPrompt(ids, text) for ids, text in zip(encoded, prompts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -122,24 +66,6 @@ class _Clock:
         self.started = now
 
 
-def load_ground(script: DirectionScript, sampling: SamplingSettings) -> Ground:
-    """Load base model and rewards.
-
-    Raises:
-        VGFError: One of them cannot be loaded.
-    """
-    tokenizer, device = tokenizer_of(script), resolve_device(script.device)
-    with working(f"loading the reward {script.reward}"):
-        reward = read_reward(script.reward, tokenizer, device, script.reward_outputs or None)
-        gold = None if script.gold is None else read_reward(script.gold, tokenizer, device)
-    with working(f"loading the base model {script.model_name_or_path}"):
-        base = load_base(script, tokenizer, device)
-    tables = [len(one.value.embedding_table_VD) for one in (reward, gold) if isinstance(one, ModelReward)]
-    base = base.within(min(tables)) if tables else base
-    reference = TorchReference(base.lm, sampling, base.eos_ids, base.pad_id, base.vocabulary)
-    return Ground(base, reference, reward, gold)
-
-
 def fit_direction(
     ground: Ground,
     script: DirectionScript,
@@ -160,17 +86,22 @@ def fit_direction(
         VGFError: A prompt or response cannot be used, or the reward fails.
     """
     clock = _Clock()
+    teacher = _teacher(ground, script) if training.target == "lookahead" else None
     encoded = ground.encode(prompts)
     sampled = sample_positions(ground.reference, encoded, script.responses, script.shortlist, script.seed)
     clock.lap("sample")
-    more = _swaps(ground, read_guided(ground, guided, script.shortlist), script, training) if guided else None
+    given = read_guided(ground, guided, script.shortlist) if guided else None
+    numbers_B = _numbers([*prompts, *guided])
+    _check_prompts(script, numbers_B, [sampled] if given is None else [sampled, given])
+    more = None if given is None else _swaps(ground, given, script, training)
     if script.kind == "table":
         return _fit_table(ground, script, training, sampled, more, clock)
-    if training.target == "lookahead":
-        targets = from_source(_teacher(ground, script), sampled)
-    else:
+    if teacher is None:
         targets = from_changes(sampled, _changes(ground, sampled, script, training))
-    targets = targets.and_more(from_changes(*more)) if more else targets
+    else:
+        targets = from_source(teacher, sampled)
+    targets = targets.numbered(numbers_B)
+    targets = targets.and_more(from_changes(*more).numbered(numbers_B[len(prompts) :])) if more else targets
     clock.lap("score")
     line = fit_constant(targets, ground.table_VD)
     constant, figures = TableBonus(line.bonus_V), _constant_figures(line, targets)
@@ -181,6 +112,24 @@ def fit_direction(
     clock.lap("fit")
     direction = CausalDirection.of(head, ground.table_VD)
     return Fitted(direction, "causal", constant, ground.reward.calls, clock.seconds, figures | of_head)
+
+
+def _numbers(prompts: Sequence[PromptText]) -> Tensor:
+    """Number prompts, int64; one that comes again, also from another file, has the number that it had."""
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(prompt_key(text.prompt), len(known)) for text in prompts])
+
+
+def _check_prompts(script: DirectionScript, numbers_B: Tensor, parts: Sequence[Positions]) -> None:
+    """Refuse responses that nothing can be fitted to; a table needs no prompt that is held back.
+
+    Raises:
+        DataError: No response has a token that could be replaced, or those to one prompt alone do.
+    """
+    sources = [script.prompts, str(script.guided)]
+    usable = [check_usable(part, source).cpu() for part, source in zip(parts, sources, strict=False)]
+    if script.kind != "table":
+        check_split(numbers_B[torch.cat(usable)])
 
 
 def _fit_table(
@@ -209,64 +158,6 @@ def _fit_table(
     return Fitted(TableBonus(table.bonus_V), "table", None, ground.reward.calls, clock.seconds, figures)
 
 
-def measure_fitted(
-    ground: Ground, script: DirectionScript, fitted: Fitted, prompts: Sequence[PromptText]
-) -> tuple[dict[str, dict[str, Agreement]], int]:
-    """Measure the direction, and a causal head's constant, on responses to unseen prompts.
-
-    Returns:
-        Agreement by reward ("reward", "gold") and direction; and the calls that it took.
-    """
-    unseen = sample_positions(
-        ground.reference, ground.encode(prompts), script.responses, script.shortlist, script.seed + 1
-    )
-    fitted.figures["steering"] = measured_steering(ground, fitted, unseen)
-    sources: dict[str, BonusSource] = {fitted.kind: fitted.direction}
-    if fitted.constant is not None:
-        sources["constant"] = fitted.constant
-    found, calls = {}, 0
-    for name, reward in (("reward", ground.reward), ("gold", ground.gold)):
-        if reward is not None:
-            before = reward.calls
-            changes = whole_position_changes(reward, unseen, script.validation_substitutions, script.seed + 1)
-            calls += reward.calls - before
-            found[name] = {kind: measure_direction(source, unseen, changes) for kind, source in sources.items()}
-    return found, calls
-
-
-def read_guided(ground: Ground, guided: Sequence[PromptText], shortlist: int) -> Positions:
-    """Look up what stands before the tokens of given responses, one to each prompt.
-
-    Args:
-        ground: Models.
-        guided: Prompts with a column ``response``; longer ones are cut to ``max_new_tokens``.
-        shortlist: As for `sample_positions`.
-
-    Raises:
-        DataError: A row has no response, or one without tokens.
-    """
-    reference, parts = ground.reference, []
-    encoded = ground.encode(guided, source=" of the guided responses")
-    longest = reference.sampling.max_new_tokens
-    rows = [encode_response(ground.tokenizer, text.columns["response"], eos=False)[:longest] for text in guided]
-    for number, ids in enumerate(rows):
-        if not ids or max(ids) >= ground.base.rows:
-            raise DataError(
-                f"guided: response {number} has no tokens, or one without a row in the base's table; drop it"
-            )
-    for start in range(0, len(rows), _PROMPTS_A_BATCH):
-        batch = rows[start : start + _PROMPTS_A_BATCH]
-        width = max(map(len, batch))
-        tokens_B1T = torch.tensor([[ids + [reference.pad_id] * (width - len(ids))] for ids in batch])
-        mask_B1T = torch.tensor([[[True] * len(ids) + [False] * (width - len(ids))] for ids in batch])
-        device, group = reference.device, encoded[start : start + _PROMPTS_A_BATCH]
-        responses = Responses(
-            list(group), tokens_B1T.to(device), mask_B1T.to(device), reference.eos_ids, reference.pad_id
-        )
-        parts.append(read_positions(reference, responses, shortlist))
-    return join_positions(parts)
-
-
 def _teacher(ground: Ground, script: DirectionScript) -> Lookahead:
     """Return the lookahead of the reward, over the whole shortlist.
 
@@ -280,23 +171,6 @@ def _teacher(ground: Ground, script: DirectionScript) -> Lookahead:
             "set target to swap or regrow"
         )
     return Lookahead(value, max(2, min(script.shortlist, _TEACHER_CANDIDATES)), _TEACHER_PROBABILITY)
-
-
-def measured_steering(ground: Ground, fitted: Fitted, unseen: Positions) -> dict[str, Any]:
-    """Return what steering needs to know of a direction: its variance under the base, and the tokens still to come.
-
-    Args:
-        ground: Models.
-        fitted: The direction.
-        unseen: Base samples to prompts that it was not fitted to.
-    """
-    responses, distribution = unseen.responses, unseen.text_distribution
-    live_BNT = responses.movable_BNT
-    logps_XK = distribution.logps[live_BNT]
-    bonus_XK = bonuses_along(fitted.direction, unseen)[live_BNT]
-    variance_X = bonus_variance(logps_XK, bonus_XK, logps_XK.isinf())
-    left_T = expected_left(responses.lengths_BN.flatten(), ground.reference.sampling.max_new_tokens)
-    return {"variance": float(variance_X.mean()), "left": [round(left, 3) for left in left_T.tolist()]}
 
 
 def _changes(

@@ -6,21 +6,19 @@ the token's logits come, so that one-pass decoding has it at hand when the token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from reward_models.secant_fit import join_padded, join_prompts, sample_in_batches
 from vgf_llm.console.progress import track
+from vgf_llm.models.hidden import hidden_shown
 from vgf_llm.text.bonus import BonusSource
 from vgf_llm.text.distribution import Shortlist
 from vgf_llm.text.reference import TorchReference
-from vgf_llm.text.responses import Responses, is_any_of
+from vgf_llm.text.responses import Responses, is_any_of, join_padded, join_prompts
+from vgf_llm.text.sampler import sample_in_batches
 
 _ROWS_AT_ONCE = 64  # texts that a source with a cache follows together
 
@@ -91,7 +89,8 @@ def sample_positions(
 def read_positions(reference: TorchReference, responses: Responses, shortlist: int) -> Positions:
     """Look up the distributions and hidden states along given responses: one forward of the reference."""
     k = min(shortlist, reference.vocabulary or reference.model.get_output_embeddings().weight.shape[0])
-    with output_inputs(reference.model) as seen:
+    seen: list[Tensor] = []
+    with hidden_shown(reference.model, seen.append):
         found = reference.shortlists(
             reference.prefix(responses.prompts), responses, replace(reference.sampling, top_k=k)
         )
@@ -110,21 +109,6 @@ def join_positions(parts: Sequence[Positions]) -> Positions:
         ),
         join_padded([part.hidden_BNTD for part in parts], 0.0),
     )
-
-
-@contextmanager
-def output_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect what a causal language model's output layer reads, one tensor [R, T, D] per forward."""
-    seen: list[Tensor] = []
-
-    def keep(_: Any, arguments: tuple[Tensor, ...]) -> None:
-        seen.append(arguments[0].detach())
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ source (`from_source`: a lookahead, say, is distilled so).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,10 +71,13 @@ class BonusTargets:
             self.prompt_X[rows_X],
         )
 
+    def numbered(self, numbers_B: Tensor) -> BonusTargets:
+        """Return the rows with other numbers of their prompts, int64; a prompt that comes twice is to have one."""
+        return replace(self, prompt_X=numbers_B.to(self.prompt_X.device)[self.prompt_X])
+
     def and_more(self, other: BonusTargets) -> BonusTargets:
-        """Join two sets of positions, whose prompts are different ones."""
+        """Join two sets of positions; prompts of the same number are the same prompt, and held back together."""
         K = max(self.ids_XK.shape[1], other.ids_XK.shape[1])
-        shift = int(self.prompt_X.max()) + 1 if len(self) else 0
 
         def joined(name: str) -> Tensor:
             mine, others = getattr(self, name), getattr(other, name)
@@ -85,7 +88,7 @@ class BonusTargets:
             joined("ids_XK"),
             joined("weights_XK"),
             joined("targets_XK"),
-            torch.cat([self.prompt_X, other.prompt_X + shift]),
+            torch.cat([self.prompt_X, other.prompt_X]),
         )
 
     def split(self) -> tuple[BonusTargets, BonusTargets]:
@@ -94,11 +97,22 @@ class BonusTargets:
         Raises:
             DataError: There is one prompt alone.
         """
+        check_split(self.prompt_X)
         found_P, number_X = self.prompt_X.unique(return_inverse=True)
-        if len(found_P) < 2:
-            raise DataError("a direction is fitted to two prompts at least, one of them held back; give more prompts")
         held_X = number_X % _HELD_BACK == min(_HELD_BACK, len(found_P)) - 1
         return self.take(~held_X), self.take(held_X)
+
+
+def check_split(prompt_X: Tensor) -> None:
+    """Refuse the numbers of one prompt alone.
+
+    Raises:
+        DataError: There are not two different numbers.
+    """
+    if len(prompt_X.unique()) < 2:
+        raise DataError(
+            "a direction is fitted to responses to two prompts at least, one of them held back; give more prompts"
+        )
 
 
 def centred(values_XK: Tensor, weights_XK: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from reward_models.pairs import check_rows, encode_pairs
 from tests.byte_tokenizers import CHATML, LLAMA2, byte_tokenizer
 from tests.conftest import build_llama, build_tokenizer
 from vgf_llm.answering.pipeline import encode_prompts, load_pipeline
-from vgf_llm.data.encoding import encode_prompt, encode_response, encode_text, set_in_template
+from vgf_llm.data.encoding import encode_prompt, encode_response, encode_text, set_in_template, template_variables
 from vgf_llm.data.endings import check_ids, closed, closing_id, eos_ids_of, padding_id, remember_eos_ids
 from vgf_llm.data.prompts import PreferencePair
 from vgf_llm.errors import DataError, ModelError
@@ -299,3 +299,12 @@ def test_variables_of_a_template_are_fixed_in_it():
             set_in_template(byte_tokenizer(template=THINKING), broken)
     with pytest.raises(ModelError, match="no single chat template"):
         set_in_template(byte_tokenizer(template=None), {"thinking": True})
+
+
+def test_variables_are_read_back_from_a_template_also_a_saved_one(tmp_path):
+    variables = {"thinking": None, "tone": ['100% "so" {{ x }} %}', {"deep": [1, -2.5, True]}]}
+    tokenizer = byte_tokenizer(template="{% if tone is defined %}{{ tone }}{% endif %}" + THINKING)
+    assert template_variables(tokenizer) == template_variables(None) == {}
+    set_in_template(tokenizer, variables)
+    tokenizer.save_pretrained(tmp_path)
+    assert template_variables(tokenizer) == template_variables(load_tokenizer(str(tmp_path))) == variables

@@ -22,6 +22,7 @@ from tests.byte_tokenizers import byte_tokenizer
 from tests.reward_models.classifiers import TOKENIZERS, classifier, scores_by_transformers
 from tests.reward_models.test_classification import talks_of
 from vgf_llm import evaluate, generate, train, transport
+from vgf_llm.data.encoding import set_in_template
 from vgf_llm.errors import DataError
 
 _SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -66,7 +67,7 @@ def test_a_decoder_is_called_in_batches(tmp_path, style):
     assert (torch.tensor(found) - expected).abs().max() < 1e-4
 
 
-def test_variables_of_the_policys_template_reach_the_classifiers_own(tmp_path):
+def test_variables_of_the_policys_template_reach_the_classifiers_own(tmp_path, tiny_tokenizer):
     """Those that its template reads; others are not its."""
     tokenizer = byte_tokenizer(**TOKENIZERS["chatml"])
     tokenizer.chat_template = "{% if tone is defined %}{{ tone }} {% endif %}" + tokenizer.chat_template
@@ -75,8 +76,11 @@ def test_variables_of_the_policys_template_reach_the_classifiers_own(tmp_path):
     assert stern(["rain"], ["No"]) != plain(["rain"], ["No"])
     written = tokenizer.apply_chat_template([{"role": "user", "content": "rain"}], tokenize=False, tone="stern")
     assert stern.tokenizer.apply_chat_template([{"role": "user", "content": "rain"}], tokenize=False) == written
-    found = foreign_reward(folder, byte_tokenizer(template=None, eos="</s>"), "cpu", torch.float32, None, {"tone": "x"})
-    assert found is None or "x" in found.tokenizer.chat_template
+    policy = copy.deepcopy(tiny_tokenizer)
+    policy.chat_template = "{{ tone }}" + policy.chat_template
+    set_in_template(policy, {"tone": "stern"})
+    foreign = foreign_reward(folder, policy, "cpu", torch.float32)
+    assert foreign(["rain"], ["No"]) == stern(["rain"], ["No"])
 
 
 def test_a_conversation_that_is_too_long_is_named(tmp_path):

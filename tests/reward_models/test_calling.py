@@ -183,6 +183,43 @@ def test_a_late_call_is_given_up_and_named(kind):
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize(
+    ("kind", "responses", "limit_sec", "warns"),
+    [
+        ("blocks", 3, None, True), ("blocks", 1, 5.0, True), ("blocks", 1, None, False),
+        ("awaits", 3, 5.0, False), ("thread", 3, 5.0, False),
+    ],
+)  # fmt: skip
+def test_a_coroutine_that_holds_up_the_others_is_told_once(monkeypatch, capsys, kind, responses, limit_sec, warns):
+    """Each waits for 0.6 s, and the loop may stand still for 0.3 s."""
+    monkeypatch.setattr(attempts, "_STALL_SEC", 0.3)
+    monkeypatch.setattr(attempts, "_POLL_SEC", 0.05)
+
+    @per_response
+    async def blocks(prompt, response):
+        time.sleep(0.6)
+        return 1.0
+
+    @per_response
+    async def awaits(prompt, response):
+        await asyncio.sleep(0.6)
+        return 1.0
+
+    @per_response
+    def thread(prompt, response):
+        time.sleep(0.6)
+        return 1.0
+
+    function = {"blocks": blocks, "awaits": awaits, "thread": thread}[kind]
+    name = f"{kind} {responses} {limit_sec}"
+    for _ in range(2):
+        calls = RewardCallSettings(reward_timeout_sec=limit_sec, reward_concurrency=3)
+        assert CalledReward(function, calls, name=name)(["p"] * responses, ["r"] * responses) == [1.0] * responses
+    told = capsys.readouterr().err
+    assert told.count("warning: reward blocks is async, and waits for over a second without await") == int(warns)
+    assert ("drop `async`" in told) == warns
+
+
 def test_a_function_without_a_limit_is_called_in_the_thread_of_its_caller():
     """It may set an alarm, which Python allows in the main thread alone."""
 

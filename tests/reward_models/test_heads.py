@@ -11,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from reward_models import train_secant
+from reward_models import check, import_reward, train_secant
+from reward_models.card import read_card
 from reward_models.classification import load_classifier, read_classifier
 from reward_models.inputs import check_reward_model, check_rewards
 from reward_models.loading import load_reward_model
-from reward_models.sources import is_hub_name, local_folder
+from reward_models.sources import is_hub_name, local_folder, shown_name
 from reward_models.value_model import build_value_model
 from tests.byte_tokenizers import byte_tokenizer
 from tests.reward_models.checked import changed
@@ -23,6 +24,8 @@ from tests.reward_models.classifiers import TOKENIZERS, classifier, config_of, s
 from tests.reward_models.test_classification import scored, talks_of
 from vgf_llm.data.encoding import encode_prompt
 from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.text.responses import Responses
+from vgf_llm.training.rewards import load_rewards
 
 
 def with_weights(folder, **weights):
@@ -111,19 +114,40 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
     assert time.monotonic() - start < 30
 
 
-def test_a_name_in_the_cache_of_the_hub_is_found_offline(tmp_path, monkeypatch):
-    """As the hub's client lays it out: refs/main names the snapshot."""
-    repository = tmp_path / "models--org--judge"
-    snapshot = repository / "snapshots" / "abc"
-    tokenizer = byte_tokenizer()
-    classifier(snapshot, tokenizer)
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    """A classifier as the hub's client lays it out: refs/main names the snapshot. The hub is out of reach."""
+    repository = tmp_path / "models--org--judge-1.5"
+    folder = classifier(repository / "snapshots" / "abc", byte_tokenizer())
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
-    folder = local_folder("org/judge")
+    return folder
+
+
+def test_a_name_in_the_cache_of_the_hub_is_found_offline(snapshot):
+    folder = local_folder("org/judge-1.5")
     assert json.loads((snapshot / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
-    assert load_reward_model(folder, tokenizer=tokenizer).head.weight.shape == (1, 32)
+    assert load_reward_model(folder, tokenizer=byte_tokenizer()).head.weight.shape == (1, 32)
+
+
+def test_a_model_of_the_hub_keeps_its_name(snapshot, tmp_path, capsys):
+    """In metrics and messages of training, on cards, and in checks; other folders keep theirs."""
+    assert shown_name(snapshot) == "org/judge-1.5"
+    assert shown_name("outputs/snapshots/reward") == "outputs/snapshots/reward"
+    tokenizer = byte_tokenizer()
+    rewards = load_rewards(["org/judge-1.5", "length_words"], [], tokenizer)
+    assert [member.name for member in rewards.members] == ["org/judge-1.5", "length_words"]
+    found = rewards(["a"], Responses([[1, 9]], torch.tensor([[[9, 2]]]), torch.ones(1, 1, 2).bool(), (2,), 0))
+    assert set(found) == {"reward", "reward_org/judge-1.5", "reward_length_words"}
+    assert load_reward_model(snapshot, tokenizer=tokenizer).config.base_name == "org/judge-1.5"
+    check.main(["org/judge-1.5", "--limit", "8", "--device", "cpu"])
+    shown = capsys.readouterr().err
+    assert "Check of org/judge-1.5" in shown and "abc" not in shown
+    card = ["--output_dir", str(tmp_path / "imported"), "--limit", "8", "--fidelity_responses", "0", "--device", "cpu"]
+    import_reward.main(["--reward_model", "org/judge-1.5", *card])
+    assert read_card(tmp_path / "imported").imported_from == "org/judge-1.5"
 
 
 def test_a_value_that_starts_from_a_classifier_is_read_alike_in_training_and_use(tmp_path, capsys):

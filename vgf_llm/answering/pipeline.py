@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.secant import FACTS_NAME, load_secant_head, secant_gradient
-from reward_models.sources import local_folder
+from reward_models.sources import local_folder, shown_name
 from vgf_llm.console.screen import say
 from vgf_llm.data.dialogue import Prompt, PromptText
 from vgf_llm.data.encoding import encode_prompts as encode
@@ -89,7 +89,7 @@ def load_pipeline(
     backend = backend or TransformersBackend()
     base, table_VD = backend.load(models, tokenizer, device), value.embedding_table_VD
     check_table(value, tokenizer, base.rows)
-    tell_other_table(value, base.lm, folder)
+    tell_other_table(value, base.lm, shown_name(folder))
     gradient = load_gradient(folder, value)  # what can fail comes before an engine is started
     reference = backend.start(base.within(len(table_VD)), models, sampling, table_VD)
     return Pipeline(reference, value, tokenizer, gradient)

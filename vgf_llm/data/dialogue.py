@@ -7,6 +7,7 @@ part of a turn's text, so that a turn may quote ``'\n\nAssistant:'``.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -121,6 +122,11 @@ def as_messages(prompt: Prompt) -> list[Message]:
         return [{"role": "user", "content": prompt}]
     messages = [{"role": turn.role, "content": turn.text.strip()} for turn in turns]
     return [message for message in messages if message["content"] or message["role"] == "user"]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Return what tells prompts apart: a text, and the one user message that it stands for, are the same prompt."""
+    return json.dumps(as_messages(prompt))
 
 
 def as_text(prompt: Prompt) -> str:

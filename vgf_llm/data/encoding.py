@@ -17,6 +17,9 @@ from vgf_llm.data.rendered import rendered_text
 from vgf_llm.errors import DataError, ModelError
 from vgf_llm.runs.files import shorten
 
+# what `set_in_template` writes before a template
+_FIXED = re.compile(r"""((?:\{% set \w+ = (?:"(?:[^"\\]|\\.)*"|[^"%])* %\})+)\{\{ '' \}\}""")
+
 
 class EncodedPrompt(list[int]):
     """Token ids of a prompt, with what they were made of: a reward model may read it under a template of its own.
@@ -121,6 +124,19 @@ def in_template(tokenizer: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in variables.items()
         if name not in fixed and re.search(rf"\b{re.escape(name)}\b", template)
     }
+
+
+def template_variables(tokenizer: Any) -> dict[str, Any]:
+    """Return the variables that `set_in_template` fixed in a tokenizer's chat template, here or before it was saved."""
+    template = getattr(tokenizer, "chat_template", None)
+    found: dict[str, Any] = {}
+    while isinstance(template, str) and (head := _FIXED.match(template)):
+        from jinja2 import Environment, nodes
+
+        statements = Environment(autoescape=False).parse(head[1]).find_all(nodes.Assign)
+        found |= {one.target.name: one.node.as_const() for one in statements}  # type: ignore[attr-defined]
+        template = template[head.end() :]
+    return found
 
 
 def _literal(value: Any, name: str) -> str:

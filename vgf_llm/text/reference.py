@@ -8,7 +8,6 @@ Prompts are run once and shared by all of their responses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from vgf_llm.models.architecture import decoder_of, vocabulary_rows
+from vgf_llm.models.hidden import hidden_shown
 from vgf_llm.models.prefix import PromptPrefix, compute_prefix
 from vgf_llm.settings import SamplingSettings
 from vgf_llm.text.distribution import Shortlist, truncate
@@ -194,7 +194,7 @@ class TorchReference:
         done_R = torch.zeros_like(token_R, dtype=torch.bool) if done_R is None else done_R
         lengths_R = rows.prefix.lengths_B
         written: list[Tensor] = []
-        with _showing_hidden(self.model, choose):
+        with hidden_shown(self.model, _last_hidden(choose)):
             for position in positions:
                 mask_RS = torch.cat([mask_RS, _column(token_R)], 1)
                 logits_RV = self.model(
@@ -277,19 +277,10 @@ class TorchReference:
         return Responses(prefix.prompts, result_RT.view(shape), mask_RT.view(shape), self.eos_ids, self.pad_id)
 
 
-@contextmanager
-def _showing_hidden(model: PreTrainedModel, choose: Any) -> Iterator[None]:
-    """Show a picker that has a ``see_hidden`` what the output layer reads, for the duration."""
+def _last_hidden(choose: Any) -> Callable[[Tensor], None] | None:
+    """Return what shows a picker the hidden states [R, D] of the last position; None where it has no ``see_hidden``."""
     see = getattr(choose, "see_hidden", None)
-    if see is None:
-        yield
-        return
-    output: Any = model.get_output_embeddings()
-    handle = output.register_forward_pre_hook(lambda _, inputs: see(inputs[0][:, -1]))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return None if see is None else lambda hidden_RTD: see(hidden_RTD[:, -1])
 
 
 def _right_aligned(cache: DynamicCache, mask_RS: Tensor, gaps_R: Tensor) -> tuple[DynamicCache, Tensor]:

@@ -94,10 +94,8 @@ def concatenate(parts: Sequence[Responses]) -> Responses:
         return parts[0]
     first = parts[0]
     length = max(part.tokens_BNT.shape[-1] for part in parts)
-    tokens = [
-        torch.nn.functional.pad(p.tokens_BNT, (0, length - p.tokens_BNT.shape[-1]), value=p.pad_id) for p in parts
-    ]
-    masks = [torch.nn.functional.pad(p.mask_BNT, (0, length - p.mask_BNT.shape[-1]), value=False) for p in parts]
+    tokens = [_filled_up(part.tokens_BNT, length, part.pad_id) for part in parts]
+    masks = [_filled_up(part.mask_BNT, length, False) for part in parts]
     distributions = [part.distribution.padded(length) for part in parts if part.distribution is not None]
     distribution = None
     if len(distributions) == len(parts):
@@ -107,6 +105,29 @@ def concatenate(parts: Sequence[Responses]) -> Responses:
     return Responses(
         first.prompts, torch.cat(tokens, 1), torch.cat(masks, 1), first.eos_ids, first.pad_id, distribution
     )
+
+
+def join_prompts(parts: Sequence[Responses]) -> Responses:
+    """Join responses to different prompts along B, padded to the longest; their distributions are dropped."""
+    first = parts[0]
+    return Responses(
+        [prompt for part in parts for prompt in part.prompts],
+        join_padded([part.tokens_BNT for part in parts], first.pad_id),
+        join_padded([part.mask_BNT for part in parts], False),
+        tuple(first.eos_ids),
+        first.pad_id,
+    )
+
+
+def join_padded(tensors: Sequence[Tensor], fill: Any) -> Tensor:
+    """Join tensors [B, N, T, ...] along B, filled up at the end of T to the longest."""
+    longest = max(tensor.shape[2] for tensor in tensors)
+    return torch.cat([_filled_up(tensor, longest, fill) for tensor in tensors])
+
+
+def _filled_up(tensor: Tensor, length: int, fill: Any) -> Tensor:
+    room = tensor.new_full((*tensor.shape[:2], length - tensor.shape[2], *tensor.shape[3:]), fill)
+    return torch.cat([tensor, room], dim=2)
 
 
 def changed_tokens(before: Responses, after: Responses) -> Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
 
+from vgf_llm.console.progress import track
 from vgf_llm.text.choosing import Draws
 from vgf_llm.text.distribution import Shortlist
+from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.protocols import Reference
 from vgf_llm.text.responses import Responses
 
 _KEPT_COLUMNS = 512  # a longer shortlist is not kept: 12 bytes a column and token
+_PROMPTS_A_BATCH = 16
 
 
 class Sampler(Protocol):
@@ -53,3 +57,26 @@ class ReferenceSampler:
             if distribution is None
             else replace(written, distribution=Shortlist(distribution.ids.view(shape), distribution.logps.view(shape)))
         )
+
+
+def sample_in_batches(
+    reference: Reference, prompts: Sequence[list[int]], a_prompt: int, seed: int
+) -> Iterator[Responses]:
+    """Yield the reference's responses to a few prompts at a time; a response depends on seed and prompt number alone.
+
+    Args:
+        reference: Base model and distribution.
+        prompts: B lists of token ids.
+        a_prompt: Responses per prompt, at least 1.
+        seed: Of the samples.
+    """
+    sampler = ReferenceSampler(reference)
+    for start in track(
+        range(0, len(prompts), _PROMPTS_A_BATCH),
+        "sampling the base",
+        len(prompts),
+        unit="prompts",
+        size=lambda start: min(_PROMPTS_A_BATCH, len(prompts) - start),
+    ):
+        group = list(prompts[start : start + _PROMPTS_A_BATCH])
+        yield sampler.sample(group, row_seeds(seed, list(range(start, start + len(group))), a_prompt))

@@ -119,7 +119,6 @@ def rewards_of(
         dtype=getattr(torch, policy.dtype),
         device=arguments.device,
         calls=script,
-        variables=policy.chat_template_kwargs,
     )
     for member in rewards.members:
         if isinstance(member.scorer, RewardModel):

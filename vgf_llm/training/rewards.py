@@ -26,9 +26,10 @@ from reward_models.inputs import check_rewards
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
 from reward_models.running import RunningRewards
-from reward_models.sources import local_folder
+from reward_models.sources import local_folder, shown_name
 from reward_models.weighted import WeightedRewards
 from vgf_llm.answering.pipeline import load_gradient
+from vgf_llm.data.encoding import template_variables
 from vgf_llm.errors import ConfigError, ModelError
 from vgf_llm.settings import RewardCallSettings
 from vgf_llm.text.particles import GradientSource, exact_gradient
@@ -112,7 +113,7 @@ class Rewards:
         self, member: NamedReward, prompts: list[str], texts: list[list[str]], responses: Responses, learn: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scores of one reward, and those of its components, [B, N]."""
-        scorer, source = member.scorer, f"{member.name} ({member.source})"
+        scorer, source = member.scorer, f"{member.name} ({shown_name(member.source)})"
         if isinstance(scorer, RewardModel):
             scores_BN = scorer.score(scorer.prefix(responses.prompts), responses.tokens_BNT, responses.mask_BNT).float()
             _refuse_non_finite(source, scores_BN, prompts, "train the model again, or load it in another dtype")
@@ -161,21 +162,20 @@ def load_rewards(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     calls: RewardCallSettings | None = None,
-    variables: Mapping[str, Any] | None = None,
 ) -> Rewards:
     """Load rewards by name: a folder is a reward model, a YAML file composes several, anything else is a function.
 
     Args:
         names: Folders, functions and files.
         weights: One each; empty weighs all by 1.
-        tokenizer: The policy's; reward models must have been trained with it, unless ``foreign``.
+        tokenizer: The policy's; reward models must have been trained with it, unless ``foreign``. Variables that are
+            fixed in its chat template reach the templates of models that have one of their own.
         gold: A function, or a reward model's folder, that is only looked at.
         outputs: Weights of the outputs of classifiers with several.
         foreign: Whether a model of another tokenizer may score texts; it cannot move particles.
         dtype: Of the reward models' bodies.
         device: Where they go.
         calls: How functions and servers are called; None: plainly, without a cache.
-        variables: Of the policy's chat template; the template of a model that reads texts takes those that it has.
 
     Raises:
         ConfigError: A function does not exist, or a file is wrong.
@@ -183,10 +183,11 @@ def load_rewards(
     """
     members, names = [], [name if is_composed(name) else local_folder(name) for name in names]
     check_rewards(names)
+    variables = template_variables(tokenizer)
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
         if Path(name).is_dir():
-            scorer = foreign_reward(name, tokenizer, device, dtype, outputs, variables) if foreign else None
+            scorer = foreign_reward(name, tokenizer, device, dtype, outputs) if foreign else None
             scorer = scorer or load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device, outputs=outputs)
         else:
             scorer = text_reward(name, device, dtype, calls, variables)
@@ -209,4 +210,7 @@ def _refuse_non_finite(name: str, scores_BN: Tensor, prompts: list[str], mend: s
 def _short(name: str) -> str:
     if is_composed(name):
         return Path(name).stem
-    return Path(name).name if Path(name).is_dir() else name.rpartition(":")[2]
+    if not Path(name).is_dir():
+        return name.rpartition(":")[2]
+    shown = shown_name(name)
+    return Path(name).name if shown == name else shown

@@ -8,6 +8,7 @@ import pytest
 
 from reward_models.directions.saving import load_direction
 from reward_models.directions.settings import DirectionScript, DirectionTraining
+from reward_models.directions.targets import BonusTargets
 from reward_models.loading import save_reward_model
 from reward_models.train_direction import main
 from tests.reward_models.test_secant import value_model
@@ -17,6 +18,11 @@ from vgf_llm.cli import run_main
 def likes_cats(prompts, responses, bonus=1.0):
     """Reward cats, by as much as the row says."""
     return [float(response.split().count("cat")) + 0.1 * len(response.split()) for response in responses]
+
+
+def never(prompts, responses):
+    """Fail where anything is scored."""
+    raise AssertionError("asked")
 
 
 @pytest.fixture
@@ -92,6 +98,43 @@ def test_guided_responses_are_fitted_too(kind, command, tmp_path, capsys):
     (tmp_path / "guided.jsonl").write_text(json.dumps({"prompt": "write about the tea", "response": "cat"}) + "\n")
     assert run_main(main, command(reward=reward, output_dir=tmp_path / "out", guided=tmp_path / "guided.jsonl")) == 2
     assert "row 0: the prompt is in" in capsys.readouterr().err
+    talk = {"prompt": [{"role": "user", "content": "write about the tea"}], "response": "cat"}
+    (tmp_path / "guided.jsonl").write_text(json.dumps(talk) + "\n")
+    assert run_main(main, command(reward=reward, output_dir=tmp_path / "out", guided=tmp_path / "guided.jsonl")) == 2
+    assert "row 0: the prompt is in" in capsys.readouterr().err
+
+
+def test_guided_responses_to_prompts_of_the_fit_are_held_back_with_them(command, tmp_path, capsys, monkeypatch):
+    """The fifth prompt is held back: its guided response is not fitted to."""
+    rows = [{"prompt": f"write about the {word}", "response": "my cat is great"} for word in ("house", "tree", "dog")]
+    (tmp_path / "guided.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held, split = [], BonusTargets.split
+
+    def seen(targets):
+        parts = split(targets)
+        held.append([sorted(part.prompt_X.unique().tolist()) for part in parts])
+        return parts
+
+    monkeypatch.setattr(BonusTargets, "split", seen)
+    reward = "tests.reward_models.directions.test_command:likes_cats"
+    flags = command(kind="constant", reward=reward, output_dir=tmp_path / "out", guided=tmp_path / "guided.jsonl")
+    assert main(flags) == 0
+    assert held[0] == [[0, 1, 2, 3, 5], [4]]
+    assert "2 of 3 responses are to prompts of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("table", "swap"), ("constant", "swap"), ("causal", "regrow"), ("constant", "lookahead")]
+)
+def test_what_nothing_can_be_fitted_to_is_refused_before_the_reward_is_asked(kind, target, command, tmp_path, capsys):
+    reward = tmp_path / "value" if target == "lookahead" else "tests.reward_models.directions.test_command:never"
+    flags = {"kind": kind, "target": target, "reward": reward, "output_dir": tmp_path / "out"}
+    assert run_main(main, command(**flags, top_p=1e-6)) == 2
+    assert "unseen.jsonl: no response of the base has a token that could be replaced (0 of" in capsys.readouterr().err
+    if kind != "table":
+        (tmp_path / "fit.jsonl").write_text(json.dumps({"prompt": "write about the dog"}) + "\n")
+        assert run_main(main, command(**flags)) == 2
+        assert "two prompts at least" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_wrong(command, tmp_path, capsys):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from reward_models.directions.agreement import measure_direction, whole_position_changes
-from reward_models.directions.positions import bonuses_along, read_positions
+from reward_models.directions.fitting import _numbers
+from reward_models.directions.ground import check_usable
+from reward_models.directions.positions import Positions, bonuses_along, read_positions
 from reward_models.directions.regrown import _regrown, regrown_changes
 from reward_models.directions.reward import CalledReward, TextPrompt
 from reward_models.directions.targets import BonusTargets, from_changes
@@ -15,7 +19,7 @@ from tests.reward_models.directions.planted import EOS, Planted, changes_of, pro
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.errors import DataError
 from vgf_llm.text.bonus import TableBonus
-from vgf_llm.text.distribution import truncate
+from vgf_llm.text.distribution import Shortlist, truncate
 from vgf_llm.text.noise import row_seeds
 
 
@@ -78,6 +82,32 @@ def test_targets_hold_the_own_token_first_with_nothing(tiny_lm):
         torch.testing.assert_close(targets.hidden_XD[x], positions.hidden_BNTD[place])
     with pytest.raises(ValueError, match="targets_XK must have shape"):
         BonusTargets(targets.hidden_XD, targets.ids_XK, targets.weights_XK, targets.targets_XK[:, :1], targets.prompt_X)
+
+
+def test_a_prompt_that_comes_again_is_held_back_with_itself(tiny_lm):
+    """Five prompts, of which the fifth is held back; then all of them again, as guided responses may come."""
+    positions = sampled(tiny_lm, prompts_of(5))
+    targets = from_changes(positions, changes_of(Planted(effects()), positions))
+    fitted, held = targets.and_more(targets).split()
+    assert set(held.prompt_X.tolist()) == {4} and set(fitted.prompt_X.tolist()) == {0, 1, 2, 3}
+    assert len(held) == 2 * int((targets.prompt_X == 4).sum())
+    fitted, held = targets.and_more(targets.numbered(torch.tensor([5, 6, 7, 8, 4]))).split()
+    assert set(held.prompt_X.tolist()) == {4} and set(fitted.prompt_X.tolist()) == {0, 1, 2, 3, 5, 6, 7, 8}
+    with pytest.raises(DataError, match="two prompts at least"):
+        targets.numbered(torch.zeros(5, dtype=torch.long)).split()
+    again = [PromptText("a"), PromptText([{"role": "user", "content": "a"}]), PromptText("b"), PromptText("a")]
+    assert _numbers(again).tolist() == [0, 0, 1, 0]
+
+
+def test_responses_without_a_token_that_could_be_replaced_are_refused(tiny_lm):
+    positions = sampled(tiny_lm, prompts_of(3), a_prompt=2)
+    assert check_usable(positions, "prompts.jsonl").tolist() == [True] * 3
+    tokens, mask = torch.full((3, 2, 1), EOS), torch.ones(3, 2, 1).bool()
+    empty = replace(positions.responses, tokens_BNT=tokens, mask_BNT=mask)
+    cut = Shortlist(positions.distribution.ids[:, :, :1], positions.distribution.logps[:, :, :1])
+    ended = Positions(empty, cut, positions.hidden_BNTD[:, :, :1])
+    with pytest.raises(DataError, match=r"prompts.jsonl: no response .* \(6 of 6 responses are empty\); raise max_new"):
+        check_usable(ended, "prompts.jsonl")
 
 
 def test_agreement_against_a_slow_reference(tiny_lm):
