@@ -47,7 +47,7 @@ def check_reward(
 
     Args:
         name: Folder of a reward model, or a Python function.
-        outputs: Weights of a classifier's outputs.
+        outputs: Weights of the outputs where there are several.
         pairs: What it scores.
         device: It is run on.
         base_tokenizer: Of the base model whose responses it is to score; None: unknown.

@@ -19,12 +19,12 @@ from reward_models.classification import (
     as_reward_model,
     classifier_class,
     output_names,
-    output_weights,
     read_classifier,
 )
 from reward_models.foreign import text_reward
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
+from reward_models.outputs import output_weights
 from reward_models.sources import imported_outputs, local_folder
 from vgf_llm.data.dialogue import PromptText, as_messages, as_text
 from vgf_llm.data.encoding import encode_prompt, encode_response
@@ -124,7 +124,7 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
 
     Args:
         name: Folder of a reward model, or a Python function.
-        outputs: Weights of a classifier's outputs; needed where there are several.
+        outputs: Weights of the outputs; needed where there are several.
         device: It is run on.
 
     Raises:
@@ -137,7 +137,7 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
     tokenizer = load_tokenizer(name)
     side: Any = AutoTokenizer.from_pretrained(name).padding_side
     if classifier_class(name) is None:
-        own = load_reward_model(name, tokenizer=tokenizer, device=device)
+        own = load_reward_model(name, tokenizer=tokenizer, device=device, outputs=outputs)
         subject = Subject(name, "ours", None, None, tokenizer, side, own, own)
         subject.score = _score_ours(own)
         return subject

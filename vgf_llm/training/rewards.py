@@ -170,7 +170,7 @@ def load_rewards(
         weights: One each; empty weighs all by 1.
         tokenizer: The policy's; reward models must have been trained with it, unless ``foreign``.
         gold: A function, or a reward model's folder, that is only looked at.
-        outputs: Weights of the outputs of classifiers with several.
+        outputs: Weights of the outputs of models with several.
         foreign: Whether a model of another tokenizer may score texts; it cannot move particles.
         dtype: Of the reward models' bodies.
         device: Where they go.
