@@ -217,7 +217,7 @@ def load_secant_head(folder: str | Path, value: RewardModel) -> SecantHead:
     if outputs is not None and outputs != value.reward_outputs:
         raise ModelError(
             f"'{path}' was fitted to reward_outputs {outputs}, and those in use are {value.reward_outputs}; give the "
-            "former, or fit it again with `vgf-llm secant`"
+            "former, fit it again with `vgf-llm secant`, or remove the file"
         )
     try:
         head.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
