@@ -4,9 +4,9 @@
 gradient predict a token change), `secant` (a fitted direction in its place), `directions` (bonuses that need no
 original), `lookahead` (the value itself as one), `card` (what is known about a trained model), `value_losses` and
 `value_model` (a value of every prefix, learned from rewards), `classification` (models of others), `sources` (where
-they lie), `checking`, `exporting`, `calling` and `composed` (rewards that are called); `train`, `train_value`,
-`train_secant`, `train_direction`, `check`, `import_reward` and `export_reward` (the entry points). Names load on first
-use, so that `losses` imports torch only and `--help` answers at once.
+they lie), `outputs` (several as one), `checking`, `exporting`, `calling` and `composed` (rewards that are called);
+`train`, `train_value`, `train_secant`, `train_direction`, `check`, `import_reward` and `export_reward` (the entry
+points). Names load on first use, so that `losses` imports torch only and `--help` answers at once.
 """
 
 from __future__ import annotations

@@ -13,10 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.card import RewardCard, pair_figures
 from reward_models.fidelity import Fidelity, gradient_fidelity, reference_shortlist
 from reward_models.logged import EncodedResponse, LoggedCollator
+from reward_models.losses import count_agreements
 from reward_models.modelling import RewardModel
 from reward_models.pairs import EncodedPair, PairCollator
 from vgf_llm.data.endings import eos_ids_of, padding_id
 from vgf_llm.models.loading import fingerprint
+from vgf_llm.statistics.intervals import wilson_interval
+
+_TARGETS = ("margin", "difference", "reward")  # of a batch: what scores are compared with
 
 
 @torch.no_grad()
@@ -38,13 +42,37 @@ def score_responses(
     return torch.cat([scores_R.cpu() for scores_R, _ in scored]), torch.cat([batch["reward"] for _, batch in scored])
 
 
+@torch.no_grad()
+def objective_figures(
+    model: RewardModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], batch_size: int = 16
+) -> dict[str, dict[str, Any]]:
+    """Measure a model with an output per objective on pairs with differences.
+
+    Returns:
+        By objective: `accuracy` over the pairs that have an opinion, its Wilson `interval` (both None without any), and
+        `pairs`, their number.
+    """
+    names = model.config.objectives
+    agree_K = stated_K = torch.zeros(len(names), dtype=torch.long)
+    collate = PairCollator(padding_id(tokenizer, len(model.embedding_table_VD)))
+    for scores, batch in _scored(model, pairs, collate, batch_size):
+        chosen_BK, rejected_BK = scores.cpu().reshape(-1, len(names)).chunk(2)
+        agree, stated = count_agreements(chosen_BK, rejected_BK, batch["difference"])
+        agree_K, stated_K = agree_K + agree, stated_K + stated
+    figures = {}
+    for name, agree, count in zip(names, agree_K.tolist(), stated_K.tolist(), strict=True):
+        interval = wilson_interval(agree, count) if count else None
+        figures[name] = {"accuracy": agree / count if count else None, "interval": interval, "pairs": count}
+    return figures
+
+
 def _scored(
     model: RewardModel, rows: Sequence[Any], collate: Callable[[Any], dict[str, Tensor]], batch_size: int
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield the scores and the tensors of a batch after the other."""
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size])
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in ("margin", "reward")}
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name not in _TARGETS}
         yield model(**inputs), batch
 
 

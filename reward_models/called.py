@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.classification import output_names, output_weights, own_tokenizer, read_classifier
+from reward_models.classification import output_names, own_tokenizer, read_classifier
+from reward_models.outputs import output_weights
 from reward_models.sources import imported_outputs, shown_name
 from vgf_llm.data.dialogue import PromptText, as_messages, as_text
 from vgf_llm.errors import DataError

@@ -54,6 +54,9 @@ class RewardCard:
     """Share of held-out pairs whose chosen response scores higher."""
     accuracy_interval: tuple[float, float] | None = None
     """Wilson's 95% interval of the accuracy."""
+    objectives: dict[str, dict[str, Any]] | None = None
+    """Accuracy over the pairs with an opinion, its interval, and their number, by objective. All other figures are of
+    the mean of the objectives."""
     accuracy_by_margin: dict[str, float] | None = None
     """Accuracy in the terciles of the stated margin, smallest first."""
     length_controlled_accuracy: float | None = None
@@ -213,6 +216,7 @@ def card_rows(card: RewardCard) -> list[tuple[str, str]]:
             ("explained variance", _number(card.explained_variance)),
         ]
     rows.append(("held-out pairs", str(card.held_out_pairs)))
+    rows += _objective_rows(card)
     if card.accuracy is not None and card.accuracy_interval is not None:
         low, high = card.accuracy_interval
         rows.append(("held-out accuracy", f"{card.accuracy:.3f} (95% {low:.3f} to {high:.3f})"))
@@ -235,6 +239,20 @@ def card_rows(card: RewardCard) -> list[tuple[str, str]]:
     return rows
 
 
+def _objective_rows(card: RewardCard) -> list[tuple[str, str]]:
+    """Return the accuracy on each objective, and the score that all other figures are of."""
+    rows = []
+    for name, found in (card.objectives or {}).items():
+        measured = "not measured"
+        if found["pairs"]:
+            low, high = found["interval"]
+            measured = f"accuracy {found['accuracy']:.3f} (95% {low:.3f} to {high:.3f}, {found['pairs']} pairs)"
+        rows.append((f"objective {name}", measured))
+    if len(rows) > 1:
+        rows.append(("score of all other figures", f"mean of the {len(rows)} objectives (weights 1/{len(rows)})"))
+    return rows
+
+
 def card_markdown(card: RewardCard) -> str:
     """Render README.md of a trained reward model."""
     lines = [
@@ -246,7 +264,8 @@ def card_markdown(card: RewardCard) -> str:
     ]
     lines += [
         "",
-        "Load it with `reward_models.load_reward_model(folder, tokenizer=...)`, which checks these fingerprints:",
+        f"Load it with `reward_models.load_reward_model(folder, tokenizer=...{_outputs_wanted(card)})`, which checks "
+        "these fingerprints:",
         "",
     ]
     lines += [
@@ -264,3 +283,9 @@ def card_markdown(card: RewardCard) -> str:
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f}"
+
+
+def _outputs_wanted(card: RewardCard) -> str:
+    """Return the argument of weights that a model with several objectives is loaded with."""
+    names = list(card.objectives or {})
+    return f", outputs={{{', '.join(f'{name!r}: 1.0' for name in names)}}}" if len(names) > 1 else ""

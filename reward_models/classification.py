@@ -31,10 +31,11 @@ from reward_models.body import parameters_on_meta, truncated_config
 from reward_models.configuration import RewardModelConfig
 from reward_models.heads import attach_head
 from reward_models.modelling import RewardModel
+from reward_models.outputs import output_weights, weighted_layer, weights_by_name
 from reward_models.sources import imported_outputs, shown_name, weights_folder
 from vgf_llm.data.encoding import in_template, set_in_template, template_variables
 from vgf_llm.data.endings import closing_id, closing_ids, eos_ids_of
-from vgf_llm.errors import ConfigError, ModelError
+from vgf_llm.errors import ModelError
 from vgf_llm.models.architecture import check_structure, decoder_of, input_table, text_config
 from vgf_llm.models.attention import settle_attention
 from vgf_llm.models.loading import load_tokenizer
@@ -162,35 +163,6 @@ def output_names(model: PreTrainedModel) -> list[str]:
     return [str(labels.get(index, index)) for index in range(int(model.config.num_labels or 1))]
 
 
-def output_weights(names: list[str], wanted: Mapping[str, float] | None, where: str) -> Tensor:
-    """Return one weight per output, [K].
-
-    Args:
-        names: Of the outputs.
-        wanted: Weights by name or by number; None where there is one output.
-        where: Names the model in errors.
-
-    Raises:
-        ConfigError: Several outputs and no weights, or a weight of an output that there is not.
-    """
-    if not wanted:
-        if len(names) > 1:
-            raise ConfigError(
-                f"reward_outputs: {where} has {len(names)} outputs ({', '.join(names)}); give their weights, for "
-                f'example {{"{names[0]}": 1.0}}'
-            )
-        return torch.ones(1)
-    weights_K = torch.zeros(len(names))
-    for name, weight in wanted.items():
-        if name in names:
-            weights_K[names.index(name)] = weight
-        elif name.isdigit() and int(name) < len(names):
-            weights_K[int(name)] = weight
-        else:
-            raise ConfigError(f"reward_outputs: {where} has no output {name!r}; it has {', '.join(names)}")
-    return weights_K
-
-
 def reward_head(score: nn.Module, weights_K: Tensor) -> nn.Module:
     """Return a head with one output: the weighted sum of ``score``'s, in float32.
 
@@ -205,10 +177,7 @@ def reward_head(score: nn.Module, weights_K: Tensor) -> nn.Module:
     last = layers[-1]
     if not isinstance(last, nn.Linear) or last.out_features != len(weights_K):
         raise ModelError(f"the classifier's head is a {type(score).__name__}, which is not a stack ending in a Linear")
-    joined = nn.Linear(last.in_features, 1)
-    with torch.no_grad():
-        joined.weight.copy_(weights_K.to(last.weight.device) @ last.weight.float())
-        joined.bias.fill_(0.0 if last.bias is None else float(weights_K.to(last.bias.device) @ last.bias.float()))
+    joined = weighted_layer(last, weights_K)
     return joined if len(layers) == 1 else nn.Sequential(*(layer.float() for layer in layers[:-1]), joined)
 
 
@@ -230,7 +199,7 @@ def load_classifier(
 
     Raises:
         ModelError: It cannot be loaded, or its decoder is not causal (such a model can be called, not differentiated).
-        ConfigError: As for :func:`output_weights`.
+        ConfigError: As for :func:`reward_models.outputs.output_weights`.
     """
     model = read_classifier(folder, dtype)
     if getattr(model, "score", None) is None:
@@ -296,6 +265,7 @@ def as_reward_model(model: Any, folder: str | Path, tokenizer: Any, weights_K: T
     settle_attention(value.body)
     check_decoder(value.body, shown_name(folder))
     value.config.base_weights = model_mark(value.body)
+    value.reward_outputs = weights_by_name(output_names(model), weights_K)
     ready: RewardModel = value.eval()
     return ready
 

@@ -30,6 +30,7 @@ class RewardModelConfig(PreTrainedConfig):
         closing: ids that take the place of a response's EOS, or follow a response without one, before it is read.
             None: responses are read as they are.
         end_ids: ids that count as an EOS there.
+        objectives: names of the outputs, one each; empty: a single output without a name.
     """
 
     model_type = "vgf_reward"
@@ -47,6 +48,7 @@ class RewardModelConfig(PreTrainedConfig):
         base_weights: str | None = None,
         closing: list[int] | None = None,
         end_ids: list[int] | None = None,
+        objectives: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Keep the fields; raises ValueError on an unknown pooling."""
@@ -61,6 +63,7 @@ class RewardModelConfig(PreTrainedConfig):
         self.output_width = output_width
         self.base_weights = base_weights
         self.closing, self.end_ids = closing, end_ids
+        self.objectives = list(objectives or [])
         super().__init__(**{"pad_token_id": pad_token_id, **kwargs})
 
     def build_body_config(self) -> PreTrainedConfig:
@@ -83,3 +86,15 @@ class RewardModelConfig(PreTrainedConfig):
     def num_layers(self) -> int:
         """Decoder layers kept."""
         return num_layers(self.build_body_config())
+
+    def check_one_output(self) -> None:
+        """Refuse a model with several outputs where one score is read.
+
+        Raises:
+            ModelError: naming the objectives.
+        """
+        if len(self.objectives) > 1:
+            raise ModelError(
+                f"this reward model has an output per objective ({', '.join(self.objectives)}); load it with "
+                "`load_reward_model` and the weights of its `outputs`, which makes them one score"
+            )

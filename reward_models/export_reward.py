@@ -5,7 +5,8 @@
 transformers reads one position through a linear head without a bias. So a model can be exported that pools the last
 token and has no input skip (train it with `--pooling last --input_skip false`). Two things are arranged for:
 
-- its bias is left out, a constant that changes no comparison; config.json states it as ``score_offset``;
+- its bias is left out, a constant that changes no comparison; config.json states it as ``score_offset``, a list where
+  there are several objectives;
 - the chat template is made to end where a response ends here, at the id that closes the assistant's turn, since
   transformers reads the last token that is not padding.
 """
@@ -67,7 +68,7 @@ def run(settings: ExportSettings) -> dict[str, Any]:
             f"the classifier needs the tokenizer of '{folder}', which cannot be loaded: {error}"
         ) from error
     with working(f"exporting {settings.reward_model}"):
-        value = load_reward_model(folder, tokenizer=tokenizer)
+        value = load_reward_model(folder, tokenizer=tokenizer, fold=False)
         tokenizer = tokenizer_for(tokenizer, settings.pad_token)
         model = classifier_of(value, tokenizer.pad_token_id, folder)
         model.save_pretrained(output)

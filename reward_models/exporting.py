@@ -20,10 +20,11 @@ _ANSWER = "vgfanswer"  # no template writes it
 def classifier_of(value: RewardModel, pad_token_id: int, folder: str) -> Any:
     """Build a classifier with the reward model's weights.
 
-    Its score plus ``config.score_offset`` is the reward model's.
+    Its score plus ``config.score_offset`` is the reward model's. Of several objectives each is an output, named in
+    ``config.id2label``, and the offset is a list.
 
     Args:
-        value: On the CPU or a device, whole.
+        value: On the CPU or a device, whole, objectives not folded.
         pad_token_id: Padding of the classifier; it may close no response.
         folder: Of the reward model, for messages.
 
@@ -46,7 +47,10 @@ def classifier_of(value: RewardModel, pad_token_id: int, folder: str) -> Any:
     body_config = config.build_body_config()
     text = body_config.get_text_config(decoder=True)
     text.pad_token_id = body_config.pad_token_id = pad_token_id
-    body_config.num_labels = 1
+    body_config.num_labels = max(1, len(config.objectives))
+    if config.objectives:
+        body_config.id2label = dict(enumerate(config.objectives))
+        body_config.label2id = {name: index for index, name in enumerate(config.objectives)}
     try:
         model: Any = AutoModelForSequenceClassification.from_config(body_config, dtype=value.body.dtype)
     except ValueError as error:
@@ -57,7 +61,8 @@ def classifier_of(value: RewardModel, pad_token_id: int, folder: str) -> Any:
     head: Any = value.head
     with torch.no_grad():
         model.score.weight.copy_(head.weight)
-    model.config.score_offset = float(head.bias)
+    offsets = head.bias.tolist()
+    model.config.score_offset = offsets if len(offsets) > 1 else offsets[0]
     return model.eval()
 
 

@@ -95,7 +95,7 @@ def foreign_reward(
 
     Raises:
         ModelError: The model cannot be loaded.
-        ConfigError: As for :func:`reward_models.classification.output_weights`.
+        ConfigError: As for :func:`reward_models.outputs.output_weights`.
     """
     if classifier_class(folder) is not None:
         if is_decoder(folder) and same_ids(load_tokenizer(str(folder)), tokenizer):
@@ -106,7 +106,7 @@ def foreign_reward(
     own = load_tokenizer(str(folder))
     if fingerprint(own) == fingerprint(tokenizer):
         return None
-    model = load_reward_model(folder, tokenizer=own, dtype=dtype, device=device)
+    model = load_reward_model(folder, tokenizer=own, dtype=dtype, device=device, outputs=outputs)
     return ForeignReward(model, own_tokenizer(folder, template_variables(tokenizer)))
 
 

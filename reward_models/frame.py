@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,6 +53,10 @@ class Task(Protocol):
     """Modules that take long to import."""
     loss: tuple[str, ...]
     """Settings of the loss."""
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the outputs that the model gets; empty for one without a name."""
 
     @property
     def shares_base(self) -> bool:
@@ -116,7 +121,7 @@ def train_scores(
     lm = base.lm
     check_max_length(script.max_length, lm.config)
     check_rows(tokenizer, [*train_rows, *held_out], base.rows)
-    model = untrained_model(lm, settings, training.seed, share=task.shares_base)
+    model = untrained_model(lm, settings, training.seed, task.shares_base, task.objectives)
     trainer = task.trainer(
         base.pad_id,
         model=model,
@@ -169,7 +174,9 @@ def refuse_other_kind(checkpoint: Path, adapter: bool) -> None:
         raise ConfigError(f"resume: '{checkpoint}' holds {kinds[0]}, but {kinds[1]}; set lora_r as it was")
 
 
-def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bool = False) -> Any:
+def untrained_model(
+    lm: Any, settings: RewardModelSettings, seed: int, share: bool = False, objectives: Sequence[str] = ()
+) -> Any:
     """Cut the reward model from the base, head at zero, with a LoRA around it (or around the base) where one is set."""
     from reward_models.value_model import build_value_model
 
@@ -186,6 +193,7 @@ def untrained_model(lm: Any, settings: RewardModelSettings, seed: int, share: bo
         lora_target_modules=settings.lora_target_modules,
         lora_dropout=settings.lora_dropout,
         share=share,
+        objectives=objectives,
     )
 
 
@@ -216,11 +224,13 @@ def identity_of(
     """
     from reward_models.loading import reward_model
 
-    rows = json.dumps([[getattr(row, field.name) for field in dataclasses.fields(row)] for row in train_rows])
+    values = ([getattr(row, field.name) for field in dataclasses.fields(row)] for row in train_rows)
+    rows = json.dumps([[one for one in row if one != ()] for row in values])  # no differences: as earlier versions
     return {
         "rows": task.rows,
         "model": dataclasses.asdict(settings),
         "weights": reward_model(model).config.base_weights,
+        **({"objectives": list(task.objectives)} if task.objectives else {}),
         "tokenizer": [tokens.tokenizer, tokens.template],
         "dataset": hashlib.sha256(rows.encode()).hexdigest(),
         "loss": {name: getattr(training, name) for name in task.loss},

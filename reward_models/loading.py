@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
 from reward_models.classification import classifier_class, load_classifier
 from reward_models.modelling import RewardModel, RewardModelConfig
+from reward_models.outputs import fold_objectives
 from vgf_llm.console.screen import say
 from vgf_llm.errors import ModelError
 from vgf_llm.models.architecture import difference, evaluating, tolerance
@@ -100,6 +101,7 @@ def load_reward_model(
     merge: bool = True,
     freeze: bool = True,
     outputs: Mapping[str, float] | None = None,
+    fold: bool = True,
 ) -> RewardModel:
     """Read a reward model: ours, full or LoRA, or a classifier on a causal decoder (TRL's, the hub's).
 
@@ -112,17 +114,20 @@ def load_reward_model(
         device: where it goes.
         merge: for a LoRA, add the adapters into the weights (same scores, faster).
         freeze: eval mode and no parameter gradients.
-        outputs: for a classifier with several outputs, their weights by name or number.
+        outputs: where there are several outputs (a classifier's, or objectives), their weights by name or number.
+        fold: whether a model of ours with several objectives becomes one with their weighted sum as its score; without,
+            it is as it was trained, and `forward` gives [R, K].
 
     Raises:
         ModelError: the folder is not a reward model, weights are missing, or the tokenizer is another one.
-        ConfigError: the weights of a classifier's outputs are missing or wrong.
+        ConfigError: the weights of several outputs are missing or wrong.
     """
     folder = Path(path)
     if classifier_class(folder) is not None:
         model = load_classifier(folder, outputs=outputs, base_tokenizer=tokenizer, dtype=dtype)
     else:
         model = _load_own(folder, tokenizer, base, dtype, merge)
+        model = fold_objectives(model, outputs, f"'{folder}'") if fold else model
     unplaced: Any = model
     placed: RewardModel = unplaced.to(device)
     return placed.freeze() if freeze else placed
@@ -159,6 +164,15 @@ def _read_config(folder: Path) -> RewardModelConfig:
             f"'{path}' is not of a reward model (no body_config); train one with `python -m reward_models.train`"
         )
     return config
+
+
+def objectives_of(folder: str | Path) -> list[str]:
+    """Return the names of the objectives of a reward model of ours; empty where it has one score.
+
+    Raises:
+        ModelError: the folder is not a reward model.
+    """
+    return [] if classifier_class(folder) is not None else list(_read_config(Path(folder)).objectives)
 
 
 def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_name: str) -> None:
@@ -231,6 +245,7 @@ def load_adapter(
         pooling=config.pooling,
         train_embeddings=config.train_embeddings,
         input_skip=config.input_skip,
+        objectives=config.objectives,
         share=dtype is None,
     )
     tell_if_changed(

@@ -33,7 +33,7 @@ from reward_models.body import (
     weight_shape,
 )
 from reward_models.configuration import RewardModelConfig
-from reward_models.pooling import check_pooled, pool_last, pool_mean, prompt_end, running_mean
+from reward_models.pooling import check_pooled, close_responses, pool_last, pool_mean, prompt_end, running_mean
 from vgf_llm.data.encoding import EncodedPrompt, encode_prompt
 from vgf_llm.errors import ModelError
 from vgf_llm.models.architecture import check_config, input_table, text_config
@@ -64,10 +64,12 @@ class RewardModel(PreTrainedModel):
             body_config, attn_implementation=body_attention(config._attn_implementation, body_config)
         )
         embedding_width = config.embedding_width or body_config.hidden_size
-        self.head = nn.Linear(config.output_width or body_config.hidden_size, 1)
-        self.skip_head = nn.Linear(embedding_width, 1, bias=False) if config.input_skip else None
+        outputs = max(1, len(config.objectives))
+        self.head = nn.Linear(config.output_width or body_config.hidden_size, outputs)
+        self.skip_head = nn.Linear(embedding_width, outputs, bias=False) if config.input_skip else None
         self._scale: float | None = None
         self.own_tokenizer: Any = None  # of a classifier whose template is not the base's
+        self.reward_outputs: dict[str, float] = {}  # weights of the outputs that were folded into one
         self.post_init()
         self.unfreeze()
 
@@ -93,6 +95,7 @@ class RewardModel(PreTrainedModel):
         input_skip: bool = False,
         seed: int = 0,
         share: bool = False,
+        objectives: Sequence[str] = (),
     ) -> RewardModel:
         """Cut a reward model from a causal LM; the head starts at N(0, 1 / (D + 1)), bias 0.
 
@@ -105,6 +108,7 @@ class RewardModel(PreTrainedModel):
             input_skip: whether the head also reads the mean of the response's input embeddings (starts at zero).
             seed: of the head's initial weights.
             share: hold the base's own, frozen parameters in place of copies (a LoRA is to go around it).
+            objectives: names of the outputs; empty: one output, without a name.
 
         Raises:
             ModelError: num_layers is out of range, the base cannot be loaded, its architecture is not supported, its
@@ -127,6 +131,7 @@ class RewardModel(PreTrainedModel):
             pad_token_id=getattr(text_config(base.config), "pad_token_id", None),
             embedding_width=weight_shape(input_table(base))[-1],
             output_width=None if output is None else weight_shape(output.weight)[-1],
+            objectives=list(objectives),
         )
         with parameters_on_meta() if share else contextlib.nullcontext():
             model = cls(config)
@@ -222,7 +227,7 @@ class RewardModel(PreTrainedModel):
                 (the head on that token's hidden state, no skip), any other column 0.
 
         Returns:
-            rewards_R, or values_RS (`pooling.prefix_columns` lines them up by prefix); float32.
+            rewards_R ([R, K] of K objectives) or values_RS (`pooling.prefix_columns` lines them up by prefix), float32.
 
         Raises:
             ModelError: there is no response_mask where one is needed, a row has nothing to pool, or `token_level` and a
@@ -252,6 +257,7 @@ class RewardModel(PreTrainedModel):
 
     def _token_values(self, hidden_RSD: Tensor, u_RSD: Tensor, response_mask_RS: Tensor) -> Tensor:
         """Read the heads at every token and pool what they read; see `forward`."""
+        self.config.check_one_output()
         mask_RS = response_mask_RS.bool()
         check_pooled(mask_RS)
         prompt_RS = prompt_end(mask_RS)
@@ -294,7 +300,7 @@ class RewardModel(PreTrainedModel):
             values_BN, float32.
 
         Raises:
-            ModelError: a response is empty.
+            ModelError: a response is empty, or the model has several objectives.
         """
         if responses.is_floating_point():
             return self.score_with_hidden(prefix, responses, mask_BNT)[0]
@@ -316,8 +322,9 @@ class RewardModel(PreTrainedModel):
             what `head` reads.
 
         Raises:
-            ModelError: a response is empty.
+            ModelError: a response is empty, or the model has several objectives.
         """
+        self.config.check_one_output()
         B, N, T = mask_BNT.shape
         mask_RT, u_RTD = mask_BNT.reshape(B * N, T), u_BNTD.reshape(B * N, T, -1)
         if self.config.closing is not None:
@@ -331,23 +338,12 @@ class RewardModel(PreTrainedModel):
         return values_R.reshape(B, N), hidden_RTD.reshape(B, N, T, -1), pooled_RD.reshape(B, N, -1)
 
     def _closed(self, u_RTD: Tensor, mask_RT: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the closing's embeddings where each response's EOS stands, or after a response without one.
-
-        Returns:
-            Embeddings and mask of T and the closing's tokens together.
-        """
-        closing_CD = self.embed(torch.tensor(self.config.closing, dtype=torch.long, device=u_RTD.device)).detach()
-        ends_ED = self.embed(torch.tensor(self.config.end_ids or [], dtype=torch.long, device=u_RTD.device)).detach()
-        C, lengths_R = len(closing_CD), mask_RT.sum(dim=1)
-        last_RD = u_RTD.detach()[torch.arange(len(u_RTD), device=u_RTD.device), (lengths_R - 1).clamp(min=0)]
-        is_ended_R = (last_RD[:, None] == ends_ED.to(last_RD.dtype)).all(dim=-1).any(dim=-1) & (lengths_R > 0)
-        start_R = (lengths_R - is_ended_R.long()).clamp(min=0 if C else 1)
-        place_RS = torch.arange(u_RTD.shape[1] + C, device=u_RTD.device) - start_R[:, None]
-        padded_RSD = nn.functional.pad(u_RTD, (0, 0, 0, C))
-        if C:
-            from_closing_RSD = closing_CD.to(u_RTD.dtype)[place_RS.clamp(0, C - 1)]
-            padded_RSD = torch.where(((place_RS >= 0) & (place_RS < C))[..., None], from_closing_RSD, padded_RSD)
-        return padded_RSD, place_RS < C
+        """Put the closing's embeddings where each response's EOS stands, or after a response without one."""
+        closing_CD, ends_ED = (
+            self.embed(torch.tensor(ids or [], dtype=torch.long, device=u_RTD.device)).detach()
+            for ids in (self.config.closing, self.config.end_ids)
+        )
+        return close_responses(u_RTD, mask_RT, closing_CD, ends_ED)
 
     def skip_gradient(self, mask_BNT: Tensor) -> Tensor:
         """Return the gradient of the input skip, v / (T rms), at every response token: [B, N, T, D], 0 without one."""
@@ -367,6 +363,7 @@ class RewardModel(PreTrainedModel):
 
         Under mean pooling a response's value is the mean of its tokens' reads; under last pooling a skip counts 1 / T.
         """
+        self.config.check_one_output()
         reads, share = self._read(hidden.float()), 1 if self.config.pooling == "mean" else tokens
         return reads if self.skip_head is None else reads + self._read_skip(embeddings.float()) / share
 

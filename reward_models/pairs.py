@@ -25,12 +25,13 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of one comparison."""
+    """Token ids of one comparison; differences are by how much chosen is better on each objective, 0: no opinion."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     margin: float | None = None
+    differences: tuple[float, ...] = ()
 
 
 def encode_pairs(
@@ -72,7 +73,7 @@ def encode_pairs(
         if chosen == rejected:
             counts["equal once encoded"] += 1
             continue
-        encoded.append(EncodedPair(prompt, chosen, rejected, pair.margin))
+        encoded.append(EncodedPair(prompt, chosen, rejected, pair.margin, pair.differences))
     counts = {reason: count for reason, count in counts.items() if count}
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     shorter = f" and max_response_length {max_response_length}" if max_response_length else ""
@@ -144,17 +145,23 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
 
 
 class PairCollator:
-    """Stack B pairs into 2B right-padded rows, chosen first; margins that are not stated count 0."""
+    """Stack B pairs into 2B right-padded rows, chosen first.
+
+    Beside them stand the margins, 0 where none is stated, or where there are objectives the differences.
+    """
 
     def __init__(self, pad_token_id: int) -> None:
         """Keep the padding id; it is never attended to."""
         self.pad_token_id = pad_token_id
 
     def __call__(self, pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
-        """Return input_ids, attention_mask and response_mask [2B, S], and margin [B]."""
+        """Return input_ids, attention_mask and response_mask [2B, S], and margin [B] or difference [B, K]."""
         rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
-        margins = torch.tensor([pair.margin or 0.0 for pair in pairs])
-        return stack_rows(rows, self.pad_token_id) | {"margin": margins}
+        if pairs[0].differences:
+            target = {"difference": torch.tensor([pair.differences for pair in pairs])}
+        else:
+            target = {"margin": torch.tensor([pair.margin or 0.0 for pair in pairs])}
+        return stack_rows(rows, self.pad_token_id) | target
 
 
 def stack_rows(rows: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, Tensor]:

@@ -70,3 +70,27 @@ def check_pooled(mask_RS: Tensor) -> None:
     empty = (~mask_RS.bool().any(dim=-1)).nonzero()
     if len(empty):
         raise ModelError(f"row {int(empty[0])} has no token to score; a response holds at least its EOS token")
+
+
+def close_responses(u_RTD: Tensor, mask_RT: Tensor, closing_CD: Tensor, ends_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Put a closing's embeddings where each response's EOS stands, or after a response without one.
+
+    Args:
+        u_RTD: response embeddings.
+        mask_RT: bool, right padded.
+        closing_CD: embeddings of the closing's tokens; C may be 0.
+        ends_ED: embeddings of the tokens that count as an EOS.
+
+    Returns:
+        Embeddings and mask of T and the closing's tokens together, [R, T + C, D] and [R, T + C].
+    """
+    C, lengths_R = len(closing_CD), mask_RT.sum(dim=1)
+    last_RD = u_RTD.detach()[torch.arange(len(u_RTD), device=u_RTD.device), (lengths_R - 1).clamp(min=0)]
+    is_ended_R = (last_RD[:, None] == ends_ED.to(last_RD.dtype)).all(dim=-1).any(dim=-1) & (lengths_R > 0)
+    start_R = (lengths_R - is_ended_R.long()).clamp(min=0 if C else 1)
+    place_RS = torch.arange(u_RTD.shape[1] + C, device=u_RTD.device) - start_R[:, None]
+    padded_RSD = torch.nn.functional.pad(u_RTD, (0, 0, 0, C))
+    if C:
+        from_closing_RSD = closing_CD.to(u_RTD.dtype)[place_RS.clamp(0, C - 1)]
+        padded_RSD = torch.where(((place_RS >= 0) & (place_RS < C))[..., None], from_closing_RSD, padded_RSD)
+    return padded_RSD, place_RS < C

@@ -192,8 +192,8 @@ def load_secant_head(folder: str | Path, value: RewardModel) -> SecantHead:
         value: the reward model that it will be used with.
 
     Raises:
-        ModelError: there is none, it cannot be read, its width is another one, or the reward model's weights are no
-            longer those that it was fitted to.
+        ModelError: there is none, it cannot be read, its width is another one, or it was fitted to other weights of the
+            reward model or of its outputs.
     """
     settle(folder)
     path = Path(folder) / FACTS_NAME
@@ -213,6 +213,12 @@ def load_secant_head(folder: str | Path, value: RewardModel) -> SecantHead:
             f"'{path}' was fitted to other weights (SHA-256 {str(fitted_to)[:12]}, those beside it {found[:12]}); "
             f"{advice} again"
         )
+    outputs = facts.get("reward_outputs")
+    if outputs is not None and outputs != value.reward_outputs:
+        raise ModelError(
+            f"'{path}' was fitted to reward_outputs {outputs}, and those in use are {value.reward_outputs}; give the "
+            "former, fit it again with `vgf-llm secant`, or remove the file"
+        )
     try:
         head.load_state_dict(load_file(Path(folder) / WEIGHTS_NAME))
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -224,13 +230,15 @@ def stated_fidelity(folder: str | Path) -> dict[str, dict[str, float]]:
     """Return what a reward model's folder states about its directions, by name.
 
     ``gradient`` is from the card, ``secant head`` from secant.json; what is not there or was not measured is left out.
-    The two may have been measured on different responses.
+    The two may have been measured on different responses. A card of several objectives is of their mean, whatever the
+    weights in use, and is left out.
     """
     from reward_models.card import CARD_NAME, read_card
 
     found: dict[str, dict[str, float]] = {}
-    if (Path(folder) / CARD_NAME).is_file() and (measured := read_card(folder).fidelity):
-        found["gradient"] = measured
+    if (Path(folder) / CARD_NAME).is_file():
+        card = read_card(folder)
+        found |= {"gradient": card.fidelity} if card.fidelity and len(card.objectives or {}) < 2 else {}
     if (Path(folder) / FACTS_NAME).is_file():
         facts = json.loads((Path(folder) / FACTS_NAME).read_text(encoding="utf-8"))
         found |= {"secant head": facts["fidelity"]["after"]} if "fidelity" in facts else {}

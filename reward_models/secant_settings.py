@@ -16,7 +16,7 @@ class SubstitutionSettings(BaseModelSettings):
     model_name_or_path: str = "default"
     """Base causal LM, the reference: "default" (embedded SmolLM2-135M-Instruct), a local folder, or a hub name."""
     reward_outputs: dict[str, float] = field(default_factory=dict)
-    """Weights of the reward model's outputs, by name or number; needed where it is a classifier with several."""
+    """Weights of the reward model's outputs, by name or number; needed where it has several."""
     prompts: str
     """Prompts that responses are sampled to for the fit: a file, glob or folder, or a hub data set."""
     validation_prompts: str

@@ -75,6 +75,16 @@ class RewardScript(TrainingData):
     """Column of how much better, a number, or two of them as score_chosen-score_rejected; optional."""
     preference_column: str = "overall_preference"
     """Where rows have it, which response is better: below 0 that of chosen_column, above 0 the other, 0 neither."""
+    objectives: dict[str, str] = field(default_factory=dict)
+    """Objectives that the model gets an output for each, by name: a column of how much better chosen is there (below 0:
+    rejected is better), or two as for margin_column; null or 0 is no opinion. Empty: one output, for chosen."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises SettingError."""
+        super().__post_init__()
+        for name, column in self.objectives.items():
+            valid = bool(name.strip()) and not name.isdigit() and bool(column.strip())
+            require(valid, "objectives", self.objectives, "a column by each name, and no name a number")
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ class RewardTraining(TrainerSettings):
     """How a reward model is trained on pairs."""
 
     use_margin: bool = False
-    """Whether the loss asks for the stated margin (times margin_scale)."""
+    """Whether the loss asks for the stated margin, or the difference of each objective (times margin_scale)."""
     margin_scale: float = 1.0
     """Reward units per unit of stated margin."""
     centring: float = 0.01

@@ -10,7 +10,7 @@ JSON.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reward_models.frame import train_scores
@@ -70,6 +70,11 @@ class _Pairs:
     def __init__(self, script: RewardScript, training: RewardTraining) -> None:
         self.script, self.training = script, training
 
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the outputs that the model gets; empty for one without a name."""
+        return list(self.script.objectives)
+
     def read(self) -> tuple[Preferences, Preferences | None]:
         """Return the pairs, and the held-out ones where they are named."""
         return read_texts(self.script)
@@ -80,14 +85,19 @@ class _Pairs:
 
     def trainer(self, padding_id: int, **parts: Any) -> Any:
         """Return the trainer of the parts."""
+        from reward_models.objective_trainer import ObjectiveTrainer
         from reward_models.pairs import PairCollator
         from reward_models.trainer import RewardTrainer
 
-        return RewardTrainer(data_collator=PairCollator(padding_id), **parts)
+        kind = ObjectiveTrainer if self.objectives else RewardTrainer
+        return kind(data_collator=PairCollator(padding_id), **parts)
 
     def facts(self, train_rows: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return fields of the card, and what it states of the loss."""
-        of_loss = {"margin in the loss": self.training.use_margin, "centring": self.training.centring}
+        of_loss: dict[str, Any] = {"margin in the loss": self.training.use_margin, "centring": self.training.centring}
+        if self.objectives:
+            columns = (f"{name} from {column}" for name, column in self.script.objectives.items())
+            of_loss["objectives"] = "; ".join(columns)
         return {"train_pairs": len(train_rows)}, of_loss
 
     def finish(
@@ -127,8 +137,21 @@ def load_pairs(
         say(f"{name}: {len(encoded)} pairs encoded; dropped or cut: {reasons}")
         kept.append(encoded)
         counted.append(counts)
+    _check_opinions(kept[0], script.objectives)
     dropped = train.dropped | counted[0]
     return kept[0], kept[1], {reason: count for reason, count in dropped.items() if count}
+
+
+def _check_opinions(pairs: list[EncodedPair], objectives: Mapping[str, str]) -> None:
+    """Say how many training pairs state each objective; refuse one that none is left for."""
+    for index, (name, column) in enumerate(objectives.items()):
+        count = sum(pair.differences[index] != 0 for pair in pairs)
+        say(f"objective {name}: {count} of {len(pairs)} training pairs have an opinion")
+        if not count:
+            raise DataError(
+                f"training: no pair that is left has an opinion on the objective '{name}' (column '{column}'); hold "
+                "back fewer, raise the limits, or leave the objective out"
+            )
 
 
 def read_texts(script: RewardScript) -> tuple[Preferences, Preferences | None]:
@@ -153,6 +176,7 @@ def _preferences(script: RewardScript, source: str, split: str, limit: int | Non
         max_dropped_share=script.max_dropped_share,
         system_column=script.system_column,
         preference_column=script.preference_column,
+        objectives=script.objectives,
     )
     say(preferences.report())
     return preferences
@@ -167,16 +191,22 @@ def finish(
     facts: dict[str, Any],
 ) -> RewardCard:
     """Read the saved model back, measure it, write its card and print it."""
-    from reward_models.assess import build_card
+    from reward_models.assess import build_card, objective_figures
     from reward_models.loading import load_reward_model
+    from reward_models.outputs import even_weights, fold_objectives
 
     stage("measuring it on held-out pairs")
+    names, further = list(script.objectives), {}
     with working("reading the saved model back and scoring the held-out pairs"):
         base = lm if settings.lora_r else None
-        model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device)
+        model = load_reward_model(script.output_dir, base=base, dtype=lm.dtype, device=lm.device, fold=False)
+        if names:
+            facts["objectives"] = objective_figures(model, tokenizer, held_out)
+            further["objectives"] = {name: found["accuracy"] for name, found in facts["objectives"].items()}
+            fold_objectives(model, even_weights(names), f"'{script.output_dir}'")
         card = build_card(model, tokenizer, held_out, script.output_dir, data_files=data_files(script), **facts)
     pairs = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in held_out]
-    return report(card, script, model, tokenizer, lm, pairs)
+    return report(card, script, model, tokenizer, lm, pairs, **further)
 
 
 if __name__ == "__main__":

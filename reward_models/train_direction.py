@@ -121,9 +121,12 @@ def run(script: DirectionScript, training: DirectionTraining, sampling: Sampling
 
 
 def _save(ground: Ground, script: DirectionScript, fitted: Fitted, folder: Path, facts: dict[str, Any]) -> None:
+    from reward_models.directions.reward import ModelReward
     from reward_models.directions.saving import FittedTo, save_direction
 
-    fitted_to = FittedTo.of(script.reward, script.model_name_or_path, ground.reference.model, ground.tokenizer)
+    reward, lm = ground.reward, ground.reference.model
+    outputs = reward.value.reward_outputs if isinstance(reward, ModelReward) else script.reward_outputs
+    fitted_to = FittedTo.of(script.reward, script.model_name_or_path, lm, ground.tokenizer, outputs)
     save_direction(fitted.direction, fitted.kind, folder, fitted_to, **facts)
 
 

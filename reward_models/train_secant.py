@@ -110,6 +110,7 @@ def run(script: SecantScript, training: SecantTraining, sampling: SamplingSettin
     }
     details = {"fidelity": {"before": before.to_dict(), "after": after.to_dict()}}
     settings = {
+        "reward_outputs": value.reward_outputs,
         "training": dataclasses.asdict(training),
         "sampling": dataclasses.asdict(sampling),
         "seed": script.seed,

@@ -67,6 +67,7 @@ class _Responses:
     rows = "responses"
     libraries: tuple[str, ...] = ("reward_models.value_trainer",)
     loss: tuple[str, ...] = ("td_lambda", "expectile", "target_tau")
+    objectives: list[str] = []
 
     def __init__(self, script: ValueScript, training: ValueTraining, variables: Mapping[str, Any]) -> None:
         self.script, self.training, self.variables = script, training, variables

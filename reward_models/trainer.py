@@ -103,9 +103,18 @@ class ScoreTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean training metrics since the last training line."""
         if "loss" in logs and self._batches:
-            logs |= {name: round(float(total / self._batches), 4) for name, total in self._sums.items()}
+            logs |= self.means()
             self._sums, self._batches = {}, 0
         super().log(logs, start_time)
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of every metric that was recorded since the last training line."""
+        return {name: round(float(total / self._batches), 4) for name, total in self._sums.items()}
+
+    def over_devices(self, own: int, device: torch.device) -> Tensor:
+        """Add up a count of this process over all of them."""
+        count = torch.tensor(own, device=device)
+        return torch.as_tensor(self.accelerator.gather(count)).sum() if self.accelerator.num_processes > 1 else count
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ in float32, and is evaluated by putting its weights into the value's own forward
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_models.loading import add_lora, is_lora, load_adapter, load_reward_model, save_reward_model
+from reward_models.loading import (
+    add_lora,
+    is_lora,
+    load_adapter,
+    load_reward_model,
+    objectives_of,
+    save_reward_model,
+)
 from reward_models.modelling import RewardModel
 from vgf_llm.console.screen import say
 from vgf_llm.errors import ModelError
@@ -42,6 +49,7 @@ def build_value_model(
     lora_target_modules: list[str] | None = None,
     lora_dropout: float = 0.0,
     share: bool = True,
+    objectives: Sequence[str] = (),
 ) -> nn.Module:
     """Cut a value from a base model, heads at zero, or go on from a trained reward or value model.
 
@@ -64,13 +72,14 @@ def build_value_model(
         lora_dropout: on the adapters' inputs, in [0, 1).
         share: under a LoRA, hold the base's own parameters in place of copies. Such a value is not to be merged in
             place (that would change the base): save it and load it.
+        objectives: names of the outputs; empty: one output, without a name.
 
     Returns:
         A `RewardModel`, or the PeftModel around one, on the base's device, in eval mode; what trains has requires_grad.
 
     Raises:
         ModelError: num_layers is out of range, the base's weights are to be shared and train, `start_from` cannot be
-            read, or it holds a full model and lora_r is above 0.
+            read or has several objectives, or it holds a full model and lora_r is above 0.
     """
     base = base_lm if isinstance(base_lm, PreTrainedModel) else base_lm.get_base_model()
     dtype = input_table(base).dtype if lora_r else torch.float32
@@ -85,6 +94,7 @@ def build_value_model(
         input_skip=input_skip,
         seed=seed,
         share=share and lora_r > 0,
+        objectives=objectives,
     )
     if base_name is not None:
         model.config.base_name = base_name
@@ -107,6 +117,11 @@ def _go_on(
     """Load a trained folder so that it trains on; `copied` is the dtype of a LoRA's body, None for a shared one."""
     if lora_r and not is_lora(folder):
         raise ModelError(f"start_from: '{folder}' holds a full model, but lora_r is {lora_r}; set lora_r to 0")
+    if len(names := objectives_of(folder)) > 1:
+        raise ModelError(
+            f"start_from: '{folder}' has {len(names)} objectives ({', '.join(names)}), and a value has one output; "
+            "start from another model, or from none"
+        )
     if lora_r:
         adapted: nn.Module = load_adapter(folder, base, tokenizer=tokenizer, dtype=copied, trainable=True)
         adapted.to(base.device).eval()

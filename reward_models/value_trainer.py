@@ -70,8 +70,7 @@ class ValueTrainer(ScoreTrainer):
         if not batch_samples:
             return None
         own = sum(int(batch["response_mask"].sum()) + len(batch["reward"]) for batch in batch_samples)
-        count = torch.tensor(own, device=device)
-        return torch.as_tensor(self.accelerator.gather(count)).sum() if self.accelerator.num_processes > 1 else count
+        return self.over_devices(own, device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model, and into a checkpoint the target network beside it; called on all processes."""

@@ -79,6 +79,7 @@ def cases(folder: Path) -> list[tuple[str, list[str], str]]:
 
     return [
         ("reward_models.train", train_reward("--chosen_column", "better"), "no column 'better'; columns: question, ch"),
+        ("reward_models.train", train_reward("--objectives", "{a: b-c}"), "no row has the column 'b-c' that --obj"),
         ("reward_models.train", train_reward("--train_dataset", f"{folder}/none.jsonl"), "none.jsonl' does not exist"),
         ("reward_models.train", train_reward("--report_to", "clearml"), "report_to: 'clearml' needs its package"),
         ("reward_models.train", train_reward("--report_to", "wandbb"), "report_to: 'wandbb' is unknown"),

@@ -49,7 +49,7 @@ def check_reward(
 
     Args:
         name: Folder of a reward model, a Python function, or a file that composes several.
-        outputs: Weights of a classifier's outputs.
+        outputs: Weights of the outputs where there are several.
         pairs: What it scores.
         device: It is run on.
         base_tokenizer: Of the base model whose responses it is to score; None: unknown.

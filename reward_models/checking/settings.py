@@ -15,7 +15,7 @@ class PairSettings:
     """Folder of a reward model (ours, or a classifier or adapter of one), a name on the hub, a Python function, or a
     YAML file that composes several."""
     reward_outputs: dict[str, float] = field(default_factory=dict)
-    """Weights of the model's outputs, by name or number; needed where it is a classifier with several."""
+    """Weights of the model's outputs, by name or number; needed where it has several."""
     dataset: str | None = None
     """Preference pairs: a file, glob or folder, or a hub data set. Null takes 32 built-in pairs."""
     split: str = "train"

@@ -20,13 +20,13 @@ from reward_models.classification import (
     as_reward_model,
     classifier_class,
     output_names,
-    output_weights,
     read_classifier,
 )
 from reward_models.foreign import text_reward
 from reward_models.grammar import is_composed
 from reward_models.loading import load_reward_model
 from reward_models.modelling import RewardModel
+from reward_models.outputs import output_weights
 from reward_models.sources import imported_outputs, local_folder, shown_name
 from vgf_llm.data.dialogue import PromptText, as_messages, as_text
 from vgf_llm.data.encoding import encode_prompt, encode_response
@@ -126,7 +126,7 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
 
     Args:
         name: Folder of a reward model, a Python function, or a file that composes several.
-        outputs: Weights of a classifier's outputs; needed where there are several.
+        outputs: Weights of the outputs; needed where there are several.
         device: It is run on.
 
     Raises:
@@ -139,7 +139,7 @@ def load_subject(name: str, outputs: Mapping[str, float], device: str | torch.de
     tokenizer = load_tokenizer(name)
     side: Any = AutoTokenizer.from_pretrained(name).padding_side
     if classifier_class(name) is None:
-        own = load_reward_model(name, tokenizer=tokenizer, device=device)
+        own = load_reward_model(name, tokenizer=tokenizer, device=device, outputs=outputs)
         subject = Subject(name, "ours", None, None, tokenizer, side, own, own)
         subject.score = _score_ours(own)
         return subject

@@ -137,7 +137,7 @@ def read_reward(
         name: A folder, ``module:function``, or a function of `reward_models.functions`.
         tokenizer: The reference's. A model of another tokenizer is asked for texts.
         device: Where a model goes; its parameters are float32, because changes are small.
-        outputs: Weights of the outputs of a classifier with several.
+        outputs: Weights of the outputs of a model with several.
 
     Raises:
         ConfigError: There is no such function.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -47,6 +48,7 @@ class FittedTo:
         base_mark: Mark of its weights (`vgf_llm.runs.provenance.model_mark`); None where it has none.
         tokenizer_sha256: Fingerprint of the tokenizer.
         template_sha256: Fingerprint of its chat template.
+        reward_outputs: Weights of the reward's outputs, by name; None in files of earlier versions.
     """
 
     reward: str
@@ -55,12 +57,21 @@ class FittedTo:
     base_mark: str | None
     tokenizer_sha256: str
     template_sha256: str
+    reward_outputs: dict[str, float] | None = None
 
     @classmethod
-    def of(cls, reward: str, base_model: str, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> FittedTo:
+    def of(
+        cls,
+        reward: str,
+        base_model: str,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        outputs: Mapping[str, float] | None = None,
+    ) -> FittedTo:
         """Take the marks of what is in use now."""
         prints = fingerprint(tokenizer)
-        return cls(reward, reward_digest(reward), base_model, model_mark(lm), prints.tokenizer, prints.template)
+        marks = reward_digest(reward), base_model, model_mark(lm), prints.tokenizer, prints.template
+        return cls(reward, *marks, None if outputs is None else dict(outputs))
 
 
 def reward_digest(reward: str) -> str | None:
@@ -100,7 +111,11 @@ def save_direction(direction: Direction, kind: Kind, folder: str | Path, fitted_
 
 
 def load_direction(
-    folder: str | Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reward: str | None = None
+    folder: str | Path,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: str | None = None,
+    outputs: Mapping[str, float] | None = None,
 ) -> BonusSource:
     """Read a direction and check that it belongs to this base model, tokenizer and reward.
 
@@ -113,6 +128,7 @@ def load_direction(
         tokenizer: Its tokenizer.
         reward: The reward that is in use, a folder or function; None looks at the one that the direction names, where
             its folder is still there.
+        outputs: Weights of its outputs that are in use, by name; None compares none.
 
     Raises:
         ModelError: There is none, it cannot be read, or it was fitted to something else.
@@ -128,6 +144,11 @@ def load_direction(
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(f"the direction in '{folder}' cannot be read ({error!r}); {_ADVICE}") from error
     _check_reward(folder, fitted_to, reward)
+    if None not in (outputs, fitted_to.reward_outputs) and outputs != fitted_to.reward_outputs:
+        raise ModelError(
+            f"the direction in '{folder}' was fitted to reward_outputs {fitted_to.reward_outputs}, and those in use "
+            f"are {outputs}; give the former, or {_ADVICE} again"
+        )
     _check_tokens(folder, fitted_to, tokenizer)
     try:
         return _built(folder, kind, facts, tensors, fitted_to, lm)

@@ -94,6 +94,20 @@ def test_a_fitted_direction_is_found_beside_the_reward_model(folders, reference,
         stream_sampler(reference, value, BUDGET, {"direction": "constant"}, own)
 
 
+def test_a_fitted_direction_serves_the_weights_of_outputs_in_use(folders, reference, value, tiny_lm, tiny_tokenizer):
+    base, reward = folders
+    fitted_to = FittedTo.of(str(reward), str(base), tiny_lm, tiny_tokenizer, {"good": 1.0})
+    bonus, folder = TableBonus(torch.randn(len(value.embedding_table_VD))), reward / FOLDER_NAME / "constant"
+    save_direction(bonus, "constant", folder, fitted_to)
+    own = Directions(tiny_tokenizer, str(reward))
+    value.reward_outputs = {"good": 1.0}
+    stream_sampler(reference, value, BUDGET, {"direction": "constant"}, own)
+    value.reward_outputs = {"good": 2.0}
+    stream_sampler(reference, value, BUDGET, {"direction": str(folder)}, own)  # it may be of another reward
+    with pytest.raises(ModelError, match="was fitted to reward_outputs"):
+        stream_sampler(reference, value, BUDGET, {"direction": "constant"}, own)
+
+
 def test_a_direction_of_a_function_is_named_by_its_folder(folders, reference, value, tiny_lm, tiny_tokenizer, tmp_path):
     base, reward = folders
     own = tmp_path / "brief"

@@ -204,3 +204,46 @@ def test_harmless_base_from_anthropic():
 
 
 # Encoding ----------------------------------------------------------------------------------------------------------
+
+
+# Objectives --------------------------------------------------------------------------------------------------------
+
+
+def test_differences_of_one_column_or_two_and_null_or_0_is_no_opinion(tmp_path):
+    columns = {"helpful": "chosen-rating - rejected-rating", "brief": "brevity"}
+    rows = [
+        {"chosen-rating": 4.5, "rejected-rating": 3, "brevity": -2},
+        {"chosen-rating": None, "rejected-rating": 3, "brevity": 0.5},
+        {"chosen-rating": "4", "rejected-rating": "4", "brevity": "1"},
+        {"chosen-rating": 1, "rejected-rating": 2},
+        {"chosen-rating": 1, "rejected-rating": 1, "brevity": 0},
+    ]
+    source = write(tmp_path / "pairs.jsonl", [{**GOOD, **row} for row in rows])
+    found = load_preferences(source, objectives=columns)
+    assert [pair.differences for pair in found.pairs] == [(1.5, -2.0), (0.0, 0.5), (0.0, 1.0), (-1.0, 0.0)]
+    assert "1 without an opinion on any objective" in found.report()
+    assert [pair.differences for pair in load_preferences(source).pairs] == [()] * 5
+    (pair, *_) = load_preferences(source, margin_column="chosen-rating-rejected-rating").pairs
+    assert pair.margin == 1.5
+
+
+def test_differences_trade_sides_with_the_responses(tmp_path):
+    """An overall preference above 0 says that the response in rejected_column is the better one."""
+    row = {**GOOD, "overall_preference": 2, "longer": 3}
+    (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row]), objectives={"long": "longer"}).pairs
+    assert (pair.chosen, pair.rejected, pair.differences) == (" is red", " is blue", (-3.0,))
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "said"),
+    [
+        ({"a": 1}, "b", "no row has the column 'b' that --objectives names; columns: prompt, chosen, rejected, a"),
+        ({"a": 1}, "a-b", "no row has the column 'a-b' that --objectives names"),
+        ({"a": 0}, "a", "no row has an opinion on the objective 'name': column 'a' is null or 0 in all 2;"),
+        ({"a": 2, "b": 2}, "a - b", "no row has an opinion on the objective 'name': column 'a - b' is null or 0"),
+        ({"a": "much"}, "a", "row 1, column 'a': expected a number, got 'much'"),
+    ],
+)
+def test_objectives_that_say_nothing_are_named(tmp_path, row, column, said):
+    with pytest.raises(DataError, match=said):
+        load_preferences(write(tmp_path / "pairs.jsonl", [{**GOOD, **row}] * 2), objectives={"name": column})

@@ -7,6 +7,7 @@ import pytest
 from reward_models.card import (
     RewardCard,
     card_markdown,
+    card_rows,
     pair_figures,
     pearson_correlation,
     read_card,
@@ -61,3 +62,14 @@ def test_missing_and_foreign_cards_are_refused(tmp_path):
     (tmp_path / "reward_card.json").write_text('{"unknown": 1}')
     with pytest.raises(ModelError, match="not a reward card"):
         read_card(tmp_path)
+
+
+def test_objectives_are_listed_and_the_score_of_other_figures_is_stated():
+    card = RewardCard("base", 2, "mean", False, "a" * 64, "b" * 64, True, 64, 10, 4)
+    card.objectives = {"good": {"accuracy": 0.75, "interval": (0.3, 0.95), "pairs": 4}}
+    assert dict(card_rows(card))["objective good"] == "accuracy 0.750 (95% 0.300 to 0.950, 4 pairs)"
+    assert "score of all other figures" not in dict(card_rows(card)) and "outputs=" not in card_markdown(card)
+    card.objectives["rare"] = {"accuracy": None, "interval": None, "pairs": 0}
+    assert dict(card_rows(card))["objective rare"] == "not measured"
+    assert dict(card_rows(card))["score of all other figures"] == "mean of the 2 objectives (weights 1/2)"
+    assert "outputs={'good': 1.0, 'rare': 1.0}" in card_markdown(card)

@@ -8,8 +8,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from reward_models.called import classifier_reward
-from reward_models.classification import load_classifier, output_weights, read_classifier, reward_head
+from reward_models.classification import load_classifier, read_classifier, reward_head
 from reward_models.loading import load_reward_model
+from reward_models.outputs import output_weights
 from tests.byte_tokenizers import byte_tokenizer
 from tests.reward_models.classifiers import (
     TOKENIZERS,

@@ -165,6 +165,25 @@ def test_an_exported_model_scores_in_transformers_as_here(tmp_path, capsys, styl
     assert (again.score(again.prefix(ids), tokens, mask)[:, 0] + offset - found).abs().max() < 1e-4
 
 
+def test_objectives_are_exported_as_named_outputs(tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    folder = ours(tmp_path, tokenizer, objectives=["good", "long"])
+    out = exported(folder, tmp_path)
+    offsets = json.loads(capsys.readouterr().out.splitlines()[-1])["score_offset"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["id2label"] == {"0": "good", "1": "long"} and offsets == pytest.approx([0.7, 0.7])
+    tokenizer, talks = load_tokenizer(str(folder)), talks_of(byte_tokenizer(), 8)
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    weights, outputs = torch.tensor([1.0, -0.5]), {"good": 1.0, "long": -0.5}
+    found = scores_by_transformers(model, AutoTokenizer.from_pretrained(out), talks)
+    expected = (torch.tensor(found) + torch.tensor(offsets)) @ weights
+    for source, offset in ((folder, 0.0), (out, 0.35)):  # ours, and the exported one read back: 0.7 - 0.5 * 0.7
+        value, ids, tokens, mask = scored(load_reward_model(source, outputs=outputs), tokenizer, talks)
+        assert (value.score(value.prefix(ids), tokens, mask)[:, 0] + offset - expected).abs().max() < 1e-4
+    with pytest.raises(ModelError, match="is not a classifier; a reward model of ours has a card already"):
+        imported(tmp_path / "ours", folder, tmp_path)
+
+
 def test_what_cannot_be_exported(tmp_path):
     tokenizer = byte_tokenizer()
     with pytest.raises(ModelError, match="--pooling last --input_skip false"):

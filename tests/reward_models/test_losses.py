@@ -1,4 +1,4 @@
-"""Bradley-Terry by hand, its limits, and what the module imports."""
+"""Bradley-Terry by hand, of one score and of several objectives, its limits, and what the module imports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from reward_models.losses import bradley_terry
+from reward_models.losses import bradley_terry, count_agreements, objectives_loss
 
 CHOSEN, REJECTED = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
 
@@ -53,6 +53,47 @@ def test_shapes_that_do_not_fit_are_refused(rejected):
         bradley_terry(torch.zeros(2), rejected)
     with pytest.raises(ValueError, match="two vectors"):
         bradley_terry(torch.zeros(0), torch.zeros(0))
+
+
+def test_objectives_by_hand():
+    """c - r = 1 and -2 on objective 0, 2 and 1 on 1. Stated: d = 2 of (0, 0), -1 of (1, 0), -0.5 of (0, 1).
+
+    Signed differences 1, 2, -2: L = [log(1 + e^-1) + log(1 + e^-2) + log(1 + e^2)] / 3 = (0.313262 + 0.126928 +
+    2.126928) / 3. With margins of 0.5 |d|, 1, 0.5 and 0.25, they are 0, 1.5, -2.25: (0.693147 + 0.201413 + 2.350207)
+    / 3. The sums c + r are 1, 2 and 4: the penalty's mean square is 7.
+    """
+    chosen, rejected = torch.tensor([[1.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    difference = torch.tensor([[2.0, -0.5], [-1.0, 0.0]])
+    loss, metrics = objectives_loss(chosen, rejected, difference)
+    assert loss.item() == pytest.approx(2.567118 / 3, abs=1e-6) and metrics["accuracy"].item() == pytest.approx(2 / 3)
+    loss, _ = objectives_loss(chosen, rejected, difference, margin_scale=0.5, centring=0.1)
+    assert loss.item() == pytest.approx(3.244767 / 3 + 0.7, abs=1e-6)
+    agree_K, stated_K = count_agreements(chosen, rejected, difference)
+    assert agree_K.tolist() == [2, 0] and stated_K.tolist() == [2, 1]
+
+
+def test_one_objective_is_bradley_terry_and_equal_scores_agree_with_nothing():
+    one = objectives_loss(CHOSEN[:, None], REJECTED[:, None], torch.tensor([[1.0], [0.5]]), 2.0, 0.1)
+    plain = bradley_terry(CHOSEN, REJECTED, torch.tensor([2.0, 1.0]), 0.1)
+    assert torch.equal(one[0], plain[0]) and all(torch.equal(one[1][name], plain[1][name]) for name in plain[1])
+    swapped = objectives_loss(REJECTED[:, None], CHOSEN[:, None], torch.tensor([[-1.0], [-0.5]]), 2.0, 0.1)
+    assert torch.equal(swapped[0], plain[0])
+    assert count_agreements(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1))[0].tolist() == [0]
+
+
+def test_what_is_not_stated_has_no_gradient():
+    chosen = torch.tensor([[1.0, 3.0]], requires_grad=True)
+    objectives_loss(chosen, torch.zeros(1, 2), torch.tensor([[-1.0, 0.0]]), centring=0.1)[0].backward()
+    assert chosen.grad[0, 0] > 0 and chosen.grad[0, 1] == 0
+
+
+def test_objectives_of_other_shapes_or_without_an_opinion_are_refused():
+    with pytest.raises(ValueError, match=r"difference_BK must have shape \[B=2, K=3\], got \[2, 1\]"):
+        objectives_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"rejected_BK must have shape \[B=2, K=3\], got \[2\]"):
+        count_agreements(torch.zeros(2, 3), torch.zeros(2), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="a difference that is not 0, got none"):
+        objectives_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3))
 
 
 def test_losses_import_torch_only():

@@ -22,9 +22,12 @@ from vgf_llm.runs.files import read_jsonl
 from vgf_llm.runs.manifest import verify
 
 STEPS = 6
+OBJECTIVES = {"better": "margin", "brief": "brevity"}
 KINDS = {
     "reward, all weights, noise, a log line over a checkpoint": ("reward", 0, {"embedding_noise": 0.2}),
     "reward, LoRA with dropout": ("reward", 4, {}),
+    "objectives, all weights, uneven": ("objectives", 0, {"gradient_accumulation_steps": 2}),
+    "objectives, LoRA with dropout": ("objectives", 4, {}),
     "value, all weights": ("value", 0, {"gradient_accumulation_steps": 2}),
     "value, LoRA with dropout": ("value", 4, {"target_tau": 0.3}),
 }
@@ -39,11 +42,12 @@ def workplace(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
     """A base model and rows; returns a function that trains, killed before the step that is given."""
     tiny_lm.save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
-    for name, rows in (("pairs", toy_rows(24)), ("logged", logged_rows(24))):
+    pairs = [{**row, "brevity": number % 3 - 1} for number, row in enumerate(toy_rows(24))]
+    for name, rows in (("pairs", pairs), ("logged", logged_rows(24))):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(output="out", kind="reward", lora_r=0, killed=None, **training):
-        source = str(tmp_path / ("pairs.jsonl" if kind == "reward" else "logged.jsonl"))
+        source = str(tmp_path / ("logged.jsonl" if kind == "value" else "pairs.jsonl"))
         common = {"max_length": 64, "fidelity_responses": 0}
         settings = RewardModelSettings(
             str(tmp_path / "base"), num_layers=1, lora_r=lora_r, lora_dropout=0.2 if lora_r else 0.0
@@ -64,8 +68,9 @@ def workplace(tmp_path, tiny_lm, tiny_tokenizer, monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr(Trainer, "training_step", dies)
-            if kind == "reward":
-                script = RewardScript(source, str(tmp_path / output), source, **common)
+            if kind != "value":
+                objectives = OBJECTIVES if kind == "objectives" else {}
+                script = RewardScript(source, str(tmp_path / output), source, **common, objectives=objectives)
                 return train.run(script, settings, RewardTraining(**keys))
             value = ValueScript(source, str(tmp_path / output), eval_dataset=source, **common)
             return train_value.run(value, settings, ValueTraining(**keys))
@@ -116,6 +121,17 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_unless_allowed(workplace
         file.write(json.dumps(toy_rows(1, seed=5)[0]) + "\n")
     with pytest.raises(ConfigError, match="dataset .* -> "):
         workplace(max_steps=6, learning_rate=0.02, resume=True)
+
+
+def test_a_checkpoint_of_other_objectives_is_refused(workplace, tmp_path, monkeypatch):
+    workplace(kind="objectives", max_steps=2)
+    config = json.loads((tmp_path / "out" / "checkpoint-2" / "config.json").read_text())
+    assert config["objectives"] == list(OBJECTIVES)
+    monkeypatch.setitem(OBJECTIVES, "brief", "margin")
+    with pytest.raises(ConfigError, match="dataset .* -> "):
+        workplace(kind="objectives", max_steps=4, resume=True)
+    with pytest.raises(ConfigError, match="objectives"):
+        workplace(max_steps=4, resume=True)
 
 
 def test_a_broken_checkpoint_is_passed_over_and_refused_when_it_is_named(workplace, tmp_path, capsys):

@@ -271,6 +271,26 @@ def test_the_command_writes_a_head_beside_the_model(command, tmp_path, capsys, t
     assert load_secant_head(tmp_path / "value", value).hidden == 8
 
 
+def test_a_head_serves_the_weights_of_outputs_that_it_was_fitted_to(command, tmp_path, tiny_lm, tiny_tokenizer, capsys):
+    model = RewardModel.from_base(tiny_lm, num_layers=1, pooling="mean", input_skip=True, objectives=["good", "long"])
+    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.skip_head.weight)
+    save_reward_model(model, tmp_path / "value")
+    assert run_main(main, command()) == 2
+    assert "reward_outputs: " in capsys.readouterr().err
+    assert main(command(reward_outputs="{good: 1.0, long: -0.2}")) == 0
+    folder = tmp_path / "value"
+    facts = json.loads((folder / "secant.json").read_text())
+    assert facts["reward_outputs"] == {"good": 1.0, "long": -0.2}
+    load_secant_head(folder, load_reward_model(folder, outputs={"0": 1.0, "1": -0.2}))
+    other = load_reward_model(folder, outputs={"good": 1.0})
+    with pytest.raises(ModelError, match=r"fitted to reward_outputs \{'good': 1.0, 'long': -0.2\}, and those in"):
+        load_secant_head(folder, other)
+    del facts["reward_outputs"]  # as earlier versions wrote it, for a classifier
+    (folder / "secant.json").write_text(json.dumps(facts))
+    load_secant_head(folder, other)
+
+
 def test_the_command_says_what_is_wrong(command, tmp_path, capsys, tiny_lm, tiny_tokenizer):
     assert run_main(main, command(validation_prompts=tmp_path / "fit.jsonl")) == 2
     assert "prompt 0 is in" in capsys.readouterr().err

@@ -82,7 +82,8 @@ def stream_sampler(
     for key in ("candidates", "min_probability"):
         if key in options:
             raise ConfigError(f"decoder_options: {key} belongs to the direction lookahead, got direction {name!r}")
-    source, steering = _fitted(reference, name, steering, directions)
+    outputs = value.reward_outputs if isinstance(value, RewardModel) else None
+    source, steering = _fitted(reference, name, steering, directions, outputs)
     return StreamSampler(reference, source, steering)
 
 
@@ -101,7 +102,11 @@ def _lookahead(value: Value, options: Mapping[str, Any]) -> Lookahead:
 
 
 def _fitted(
-    reference: TorchReference, name: Any, steering: Steering, directions: Directions | None
+    reference: TorchReference,
+    name: Any,
+    steering: Steering,
+    directions: Directions | None,
+    outputs: Mapping[str, float] | None,
 ) -> tuple[BonusSource, Steering]:
     if directions is None:
         raise ConfigError(f"decoder_options: direction {name!r} has to be loaded, which this command does not do")
@@ -121,8 +126,9 @@ def _fitted(
         raise ConfigError(
             f"decoder_options: direction {name!r} is neither lookahead, {', '.join(_FITTED)} nor the folder of one"
         )
-    reward = str(folder.parent.parent) if name in _FITTED else None  # one that is named by its folder may be of another
-    source = load_direction(folder, reference.model, directions.tokenizer, reward)
+    is_own = name in _FITTED  # one that is named by its folder may be of another reward
+    reward = str(folder.parent.parent) if is_own else None
+    source = load_direction(folder, reference.model, directions.tokenizer, reward, outputs if is_own else None)
     return source, load_steering(folder, steering, reference.sampling.max_new_tokens)
 
 

@@ -237,3 +237,33 @@ def read_number(value: Any, source: str, number: Place, column: str) -> float | 
     if not math.isfinite(parsed):
         raise DataError(f"{source}, row {number}, column '{column}': expected a number, got {shorten(repr(value))}")
     return parsed
+
+
+def read_difference(row: Row, column: str, source: str, number: Place) -> float | None:
+    """Return a column's number, or that of two columns as ``left-right``: left less right; None where one is empty.
+
+    Raises:
+        DataError: a cell is neither empty nor a finite number.
+    """
+    sides = None if column in row else _sides(column, row)
+    if sides is None:
+        return read_number(row.get(column), source, number, column)
+    left, right = (read_number(row[side], source, number, side) for side in sides)
+    return None if left is None or right is None else left - right
+
+
+def check_difference(
+    rows: Sequence[tuple[Place, Row]], source: str, option: str, column: str, default: str = ""
+) -> None:
+    """Refuse a column of differences, or two as ``left-right``, that no row has; see :func:`check_named`."""
+    if not any(column in row or _sides(column, row) for _, row in rows):
+        check_named(rows, source, option, column, default)
+
+
+def _sides(column: str, row: Row) -> tuple[str, str] | None:
+    """Return the columns of ``left-right`` where the row has both, whichever dash divides them."""
+    for dash in (place for place, sign in enumerate(column) if sign == "-"):
+        left, right = column[:dash].strip(), column[dash + 1 :].strip()
+        if left in row and right in row:
+            return left, right
+    return None

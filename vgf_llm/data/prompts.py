@@ -8,11 +8,19 @@ from 1) and the column; what is odd in single rows is counted, and an error only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vgf_llm.data.cells import check_named, missing_column, read_cell, read_number, refuse_columns
+from vgf_llm.data.cells import (
+    check_difference,
+    check_named,
+    missing_column,
+    read_cell,
+    read_difference,
+    read_number,
+    refuse_columns,
+)
 from vgf_llm.data.dialogue import (
     ASSISTANT,
     DIVERGE,
@@ -56,12 +64,17 @@ _REPEATS = 0.9  # share of rows whose responses start with their prompt from whi
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One comparison: the prompt, the better response, the worse one and by how much (None: not stated)."""
+    """One comparison: the prompt, the better response, the worse one and by how much (None: not stated).
+
+    Attributes:
+        differences: By how much chosen is better on each objective; 0 where the row has no opinion.
+    """
 
     prompt: Prompt
     chosen: str
     rejected: str
     margin: float | None = None
+    differences: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,7 @@ class _Columns:
     margin: str
     system: str
     preference: str
+    objectives: Mapping[str, str]
 
 
 def load_preferences(
@@ -208,6 +222,7 @@ def load_preferences(
     max_dropped_share: float = 0.2,
     system_column: str = "system",
     preference_column: str = "overall_preference",
+    objectives: Mapping[str, str] | None = None,
 ) -> Preferences:
     """Read preference pairs from local files or a hub dataset.
 
@@ -224,6 +239,8 @@ def load_preferences(
         system_column: column of a system turn, where rows have it.
         preference_column: where rows have it, a number that says which response is better: below 0 the one in
             chosen_column, above 0 the other, 0 neither (HelpSteer3).
+        objectives: names of objectives, each with a column of how much better chosen is there, or two as for
+            margin_column; null or 0 is no opinion. A row without any opinion is unusable.
 
     Returns:
         The pairs with the count of dropped rows by reason.
@@ -232,11 +249,12 @@ def load_preferences(
         DataError: the source cannot be read, a column is missing or malformed, or too many rows are unusable.
     """
     rows = read_rows(source, split, limit)
-    columns = _Columns(prompt_column, chosen_column, rejected_column, margin_column, system_column, preference_column)
+    names = (prompt_column, chosen_column, rejected_column, margin_column, system_column, preference_column)
+    columns = _Columns(*names, objectives or {})
     check_named(rows, source, "system_column", system_column, "system")
     check_named(rows, source, "preference_column", preference_column, "overall_preference")
-    if not all(part.strip() in rows[0][1] for part in margin_column.split("-")):
-        check_named(rows, source, "margin_column", margin_column, "margin")
+    check_difference(rows, source, "margin_column", margin_column, "margin")
+    _check_objectives(rows, source, columns.objectives)
     explicit = any(prompt_column in row for _, row in rows)
     cells = [_cells(row, source, number, columns, explicit) for number, row in rows]
     repeated = repeated_prompts(cells, source)
@@ -251,13 +269,14 @@ def load_preferences(
                 raise UnusableRowError(EMPTY_PROMPT)
             prompt, chosen, rejected = split_pair(given if explicit else None, better, worse, f"{source}, row {number}")
             margin, swap = _margin(row, source, number, columns)
+            differences = _differences(row, source, number, columns, swap)
         except UnusableRowError as odd:
             dropped[odd.reason] = dropped.get(odd.reason, 0) + 1
             first.setdefault(odd.reason, f"row {number}" + (f": {odd.detail}" if odd.detail else ""))
             continue
         prompt = with_system(prompt, row, system_column, source, number)
         chosen, rejected = (rejected, chosen) if swap else (chosen, rejected)
-        pairs.append(PreferencePair(prompt, chosen, rejected, margin))
+        pairs.append(PreferencePair(prompt, chosen, rejected, margin, differences))
     unusable = len(rows) - len(pairs)
     if unusable > max_dropped_share * len(rows) or not pairs:
         reasons = ", ".join(f"{dropped[reason]} {reason} (first: {seen})" for reason, seen in first.items())
@@ -337,9 +356,32 @@ def _margin(row: Row, source: str, number: Place, columns: _Columns) -> tuple[fl
         if preference == 0:
             raise UnusableRowError("in which neither response is better")
         return abs(preference), preference > 0
-    name = columns.margin
-    left, minus, right = (part.strip() for part in name.partition("-"))
-    if name not in row and minus and left in row and right in row:
-        better, worse = (read_number(row[column], source, number, column) for column in (left, right))
-        return (None if better is None or worse is None else better - worse), False
-    return read_number(row.get(name), source, number, name), False
+    return read_difference(row, columns.margin, source, number), False
+
+
+def _differences(row: Row, source: str, number: Place, columns: _Columns, swap: bool) -> tuple[float, ...]:
+    """Return by how much the better response is better on each objective, 0 where the row has no opinion.
+
+    Raises:
+        UnusableRowError: it has no opinion on any.
+        DataError: a number is malformed.
+    """
+    found = [read_difference(row, column, source, number) or 0.0 for column in columns.objectives.values()]
+    if found and not any(found):
+        raise UnusableRowError("without an opinion on any objective")
+    return tuple(-difference if swap else difference for difference in found)
+
+
+def _check_objectives(rows: Sequence[tuple[Place, Row]], source: str, objectives: Mapping[str, str]) -> None:
+    """Refuse an objective whose column is not there, or says nothing.
+
+    Raises:
+        DataError: naming objective and column.
+    """
+    for name, column in objectives.items():
+        check_difference(rows, source, "objectives", column)
+        if not any(read_difference(row, column, source, number) for number, row in rows):
+            raise DataError(
+                f"{source}: no row has an opinion on the objective '{name}': column '{column}' is null or 0 in all "
+                f"{len(rows)}; name another column, or leave the objective out"
+            )

@@ -49,7 +49,7 @@ class ModelSettings(BaseModelSettings):
     """Reward model whose gradient moves the particles and that selects: a folder (ours, a classifier, an adapter), or a
     name on the hub."""
     reward_outputs: dict[str, float] = field(default_factory=dict, kw_only=True)
-    """Weights of the reward model's outputs, by name or number; needed where it is a classifier with several."""
+    """Weights of the reward model's outputs, by name or number; needed where it has several."""
     dtype: DtypeName = "auto"
     """Parameter dtype of both models; "auto": bfloat16 where the device has units for it, else float32."""
     device: str = "auto"

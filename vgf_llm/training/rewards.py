@@ -171,7 +171,7 @@ def load_rewards(
         tokenizer: The policy's; reward models must have been trained with it, unless ``foreign``. Variables that are
             fixed in its chat template reach the templates of models that have one of their own.
         gold: A function, or a reward model's folder, that is only looked at.
-        outputs: Weights of the outputs of classifiers with several.
+        outputs: Weights of the outputs of models with several.
         foreign: Whether a model of another tokenizer may score texts; it cannot move particles.
         dtype: Of the reward models' bodies.
         device: Where they go.

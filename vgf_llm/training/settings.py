@@ -39,7 +39,7 @@ class TrainScript(RewardCallSettings):
     reward_weights: list[float] = field(default_factory=list)
     """Weight of each reward; empty weighs all by 1."""
     reward_outputs: dict[str, float] = field(default_factory=dict, kw_only=True)
-    """Weights of the outputs of rewards that are classifiers with several, by name or number."""
+    """Weights of the outputs of reward models with several, by name or number."""
     gold: str | None = None
     """Python function, folder of a reward model, or YAML file, that is logged and never trained on."""
 

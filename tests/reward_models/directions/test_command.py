@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from reward_models.directions.saving import load_direction
 from reward_models.directions.settings import DirectionScript, DirectionTraining
 from reward_models.directions.targets import BonusTargets
 from reward_models.loading import save_reward_model
+from reward_models.modelling import RewardModel
 from reward_models.train_direction import main
 from tests.reward_models.test_secant import value_model
 from vgf_llm.cli import run_main
@@ -75,6 +77,16 @@ def test_on_a_reward_model_it_is_saved_beside_it(target, command, tmp_path, caps
     assert main(command(reward=tmp_path / "value", target=target)) == 0
     capsys.readouterr()
     load_direction(tmp_path / "value" / "directions" / "causal", tiny_lm, tiny_tokenizer)
+
+
+def test_the_weights_of_objectives_are_kept(command, tmp_path, capsys, tiny_lm, tiny_tokenizer):
+    model = RewardModel.from_base(tiny_lm, num_layers=1, objectives=["good", "long"])
+    torch.nn.init.normal_(model.head.weight)
+    save_reward_model(model, tmp_path / "value")
+    assert main(command(reward=tmp_path / "value", kind="constant", reward_outputs="{'1': 0.5}")) == 0
+    capsys.readouterr()
+    folder = tmp_path / "value" / "directions" / "constant"
+    assert json.loads((folder / "direction.json").read_text())["fitted_to"]["reward_outputs"] == {"long": 0.5}
 
 
 def test_a_secant_head_is_the_secant_commands(command, tmp_path, capsys):

@@ -65,6 +65,20 @@ def test_a_kill_leaves_the_old_pair_or_the_new(tiny_lm, tiny_tokenizer, tmp_path
     assert torch.equal(head.first.weight, new.head.first.weight)
 
 
+def test_other_weights_of_the_rewards_outputs_are_refused(tiny_lm, tiny_tokenizer, tmp_path):
+    table = TableBonus(torch.randn(len(input_table(tiny_lm))))
+    fitted_to = FittedTo.of("vader_compound", "base", tiny_lm, tiny_tokenizer, {"good": 1.0})
+    save_direction(table, "table", tmp_path, fitted_to)
+    for outputs in (None, {"good": 1.0}):
+        load_direction(tmp_path, tiny_lm, tiny_tokenizer, outputs=outputs)
+    with pytest.raises(ModelError, match=r"fitted to reward_outputs \{'good': 1.0\}, and those in use are \{'long'"):
+        load_direction(tmp_path, tiny_lm, tiny_tokenizer, outputs={"long": 1.0})
+    facts = json.loads((tmp_path / FACTS_NAME).read_text())
+    del facts["fitted_to"]["reward_outputs"]  # as earlier versions wrote it
+    (tmp_path / FACTS_NAME).write_text(json.dumps(facts))
+    load_direction(tmp_path, tiny_lm, tiny_tokenizer, outputs={"long": 1.0})
+
+
 def test_other_weights_and_tokens_are_refused(tiny_lm, tiny_tokenizer, tmp_path):
     fitted_to = FittedTo.of("vader_compound", "my_base", tiny_lm, tiny_tokenizer)
     save_direction(causal_of(tiny_lm), "causal", tmp_path / "causal", fitted_to)
