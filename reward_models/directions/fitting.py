@@ -16,7 +16,6 @@ from reward_models.directions.causal import CausalDirection, fit_causal
 from reward_models.directions.constant import ConstantFit, fit_constant
 from reward_models.directions.positions import (
     Positions,
-    bonuses_along,
     join_positions,
     read_positions,
     sample_positions,
@@ -25,6 +24,7 @@ from reward_models.directions.regrown import regrown_changes
 from reward_models.directions.reward import CountedReward, ModelReward, TextPrompt, read_reward
 from reward_models.directions.saving import Direction, Kind
 from reward_models.directions.settings import DirectionScript, DirectionTraining
+from reward_models.directions.swaps import bonus_variances
 from reward_models.directions.table import candidate_tokens, fit_table, observations_of, observe_tokens
 from reward_models.directions.targets import BonusTargets, from_changes, from_source
 from reward_models.fidelity import ExactChanges, exact_changes
@@ -42,7 +42,7 @@ from vgf_llm.text.bonus import BonusSource, TableBonus
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.reference import TorchReference
 from vgf_llm.text.responses import Responses
-from vgf_llm.text.stream import bonus_variance, expected_left
+from vgf_llm.text.stream import expected_left
 
 _PROMPTS_A_BATCH = 16
 _TEACHER_CANDIDATES, _TEACHER_PROBABILITY = 16, 0.003
@@ -290,12 +290,8 @@ def measured_steering(ground: Ground, fitted: Fitted, unseen: Positions) -> dict
         fitted: The direction.
         unseen: Base samples to prompts that it was not fitted to.
     """
-    responses, distribution = unseen.responses, unseen.text_distribution
-    live_BNT = responses.movable_BNT
-    logps_XK = distribution.logps[live_BNT]
-    bonus_XK = bonuses_along(fitted.direction, unseen)[live_BNT]
-    variance_X = bonus_variance(logps_XK, bonus_XK, logps_XK.isinf())
-    left_T = expected_left(responses.lengths_BN.flatten(), ground.reference.sampling.max_new_tokens)
+    variance_X = bonus_variances(fitted.direction, unseen)
+    left_T = expected_left(unseen.responses.lengths_BN.flatten(), ground.reference.sampling.max_new_tokens)
     return {"variance": float(variance_X.mean()), "left": [round(left, 3) for left in left_T.tolist()]}
 
 
