@@ -94,13 +94,24 @@ def draw_substitutions(
     return pair_RS // K, ids_RTK.flatten(1).gather(1, pair_RS), ~noise_RS.isinf()
 
 
-def _substituted_values(value: RewardModel, prefix: Any, responses: Responses, t_RS: Tensor, v_RS: Tensor) -> Tensor:
-    """Score every response with one token replaced, for all its replacements: [R, S]."""
+def substituted(responses: Responses, t_RS: Tensor, v_RS: Tensor) -> Responses:
+    """Return every response with one token replaced, for all S replacements: N * S responses to each prompt.
+
+    Args:
+        responses: B x N responses, R = B * N.
+        t_RS: int64, position of each replacement.
+        v_RS: Its token.
+    """
     B, N, T = responses.tokens_BNT.shape
     S = t_RS.shape[1]
     tokens_BNST = responses.tokens_BNT.unsqueeze(2).expand(B, N, S, T).clone()
     tokens_BNST.scatter_(-1, t_RS.view(B, N, S, 1), v_RS.view(B, N, S, 1))
-    mask_BNST = responses.mask_BNT.unsqueeze(2).expand(B, N, S, T)
-    at_once = max(1, _ROWS // B)
-    chunks = zip(tokens_BNST.flatten(1, 2).split(at_once, 1), mask_BNST.flatten(1, 2).split(at_once, 1), strict=True)
-    return torch.cat([value.score(prefix, tokens, mask) for tokens, mask in chunks], 1).view(B * N, S)
+    mask_BMT = responses.mask_BNT.repeat_interleave(S, 1)
+    return Responses(responses.prompts, tokens_BNST.flatten(1, 2), mask_BMT, responses.eos_ids, responses.pad_id)
+
+
+def _substituted_values(value: RewardModel, prefix: Any, responses: Responses, t_RS: Tensor, v_RS: Tensor) -> Tensor:
+    """Score every response with one token replaced, for all its replacements: [R, S]."""
+    swapped, at_once = substituted(responses, t_RS, v_RS), max(1, _ROWS // len(responses.prompts))
+    chunks = zip(swapped.tokens_BNT.split(at_once, 1), swapped.mask_BNT.split(at_once, 1), strict=True)
+    return torch.cat([value.score(prefix, tokens, mask) for tokens, mask in chunks], 1).view(t_RS.shape)

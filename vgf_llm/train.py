@@ -31,7 +31,7 @@ from vgf_llm.runs.resume import check_resume, refuse_new_run
 from vgf_llm.settings import SamplingSettings, check_decoder_options
 from vgf_llm.settings.parse import dump, parse
 from vgf_llm.settings.trainer_names import check_trainer_settings
-from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings
+from vgf_llm.training.settings import OptimSettings, PolicySettings, TrainScript, VGFSettings, check_direction
 
 if TYPE_CHECKING:
     from vgf_llm.data.dialogue import PromptText
@@ -149,6 +149,7 @@ def look_at_inputs(
     check_trainer_settings(optim, ("ddp_find_unused_parameters",))
     check_resume(optim.resume, script.output_dir)
     refuse_new_run(optim.resume, script.output_dir)
+    check_direction(method)
     check_decoder_options(method.decoder, method.decoder_options)
     check_engine(method.backend, method.engine.url)
     check_rewards(script.rewards, script.gold, calls=script)

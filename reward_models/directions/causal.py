@@ -25,7 +25,7 @@ prompts, where it falls back to the constant.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,21 @@ class CausalHead(nn.Module):
             self.first.bias.zero_()
             self.second.weight.zero_()
             self.second.bias.zero_()
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> CausalHead:
+        """Return the head whose ``state_dict`` these are, frozen; torch's random state is left alone."""
+        units, hidden_width = tensors["first.weight"].shape
+        with torch.random.fork_rng(devices=[]):
+            head = cls(hidden_width, len(tensors["constant"]), len(tensors["rest"]), units)
+        head.load_state_dict(tensors)
+        return head.to(tensors["constant"].device).eval().requires_grad_(False)
+
+    def go_on_from(self, earlier: CausalHead) -> None:
+        """Take the layers of another head, and the unit that they are in; constant and rest stay."""
+        for own, other in ((self.first, earlier.first), (self.second, earlier.second)):
+            own.load_state_dict(other.state_dict())
+        self.unit.copy_(earlier.unit)
 
     def forward(self, hidden: Tensor, drop: float = 0.0) -> Tensor:
         """Map hidden states [..., D_h] to directions [..., D], float32, in units of the reward per rms of the table.
@@ -136,7 +151,11 @@ def inner_products(direction_XD: Tensor, table_VD: Tensor, ids_XK: Tensor) -> Te
 
 
 def fit_causal(
-    targets: BonusTargets, table_VD: Tensor, training: SecantTraining, constant_D: Tensor | None = None
+    targets: BonusTargets,
+    table_VD: Tensor,
+    training: SecantTraining,
+    constant_D: Tensor | None = None,
+    start: CausalHead | None = None,
 ) -> tuple[CausalHead, dict[str, float | None]]:
     """Fit a head to bonus targets over a shortlist at positions.
 
@@ -145,10 +164,11 @@ def fit_causal(
         table_VD: The reference's input embeddings.
         training: Steps, batch size in candidates, learning rate, weight decay, dropout, units and seed.
         constant_D: g0 (`constant.ConstantFit.direction_D`); zero when not given.
+        start: An earlier head, whose layers are gone on from; None starts from none.
 
     Returns:
-        The head, frozen, and figures: the step that was kept (0: the constant), the shrink of d (None: d is 0), and the
-        loss on the held-back prompts there and at the constant, each with its d.
+        The head, frozen, and figures: the step that was kept (0: the constant, -1: `start` as it came), the shrink of d
+        (None: d is 0), and the loss on the held-back prompts there and at the constant, each with its d.
 
     Raises:
         DataError: The targets are of one prompt.
@@ -162,8 +182,11 @@ def fit_causal(
         head.constant.copy_(constant_D)
     optimizer = torch.optim.AdamW(head.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
-    first = copy.deepcopy(head.state_dict())
-    best, best_loss, kept_step = first, _held_loss(head, held, table_VD, rms), 0
+    alone = copy.deepcopy(head.state_dict())
+    if start is not None:
+        head.go_on_from(start)
+    kept_step = 0 if start is None else -1
+    best, best_loss = copy.deepcopy(head.state_dict()), _held_loss(head, held, table_VD, rms)
     batches, every = _batches(fitted, training), max(1, training.steps // _LOOKS)
     torch.manual_seed(training.fit_seed)  # of the dropout
     for step in track(range(1, training.steps + 1), "fitting the causal head", unit="steps"):
@@ -174,11 +197,11 @@ def fit_causal(
         schedule.step()
         if step % every == 0 and (found := _held_loss(head, held, table_VD, rms)) < best_loss:
             best, best_loss, kept_step = copy.deepcopy(head.state_dict()), found, step
-    ends = {0: _with_rest(head, first, fitted, held, table_VD, rms)}
+    ends = {0: _with_rest(head, alone, fitted, held, table_VD, rms)}
     if kept_step:
         ends[kept_step] = _with_rest(head, best, fitted, held, table_VD, rms)
     kept = min(ends, key=lambda step: ends[step][0])
-    head.load_state_dict(first if kept == 0 else best)
+    head.load_state_dict(best if kept else alone)
     loss_kept, shrink = ends[kept]
     if shrink is not None:
         left = _left_over(head, targets, table_VD, rms)

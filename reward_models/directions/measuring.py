@@ -8,11 +8,12 @@ from typing import Any
 from reward_models.directions.agreement import Agreement, measure_direction, whole_position_changes
 from reward_models.directions.fitting import Fitted
 from reward_models.directions.ground import Ground, check_usable
-from reward_models.directions.positions import Positions, bonuses_along, sample_positions
+from reward_models.directions.positions import Positions, sample_positions
 from reward_models.directions.settings import DirectionScript
+from reward_models.directions.swaps import bonus_variances
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.text.bonus import BonusSource
-from vgf_llm.text.stream import bonus_variance, expected_left
+from vgf_llm.text.stream import expected_left
 
 
 def sample_unseen(ground: Ground, script: DirectionScript, prompts: Sequence[PromptText]) -> Positions:
@@ -63,10 +64,6 @@ def measured_steering(ground: Ground, fitted: Fitted, unseen: Positions) -> dict
         fitted: The direction.
         unseen: Base samples to prompts that it was not fitted to.
     """
-    responses, distribution = unseen.responses, unseen.text_distribution
-    live_BNT = responses.movable_BNT
-    logps_XK = distribution.logps[live_BNT]
-    bonus_XK = bonuses_along(fitted.direction, unseen)[live_BNT]
-    variance_X = bonus_variance(logps_XK, bonus_XK, logps_XK.isinf())
-    left_T = expected_left(responses.lengths_BN.flatten(), ground.reference.sampling.max_new_tokens)
+    variance_X = bonus_variances(fitted.direction, unseen)
+    left_T = expected_left(unseen.responses.lengths_BN.flatten(), ground.reference.sampling.max_new_tokens)
     return {"variance": float(variance_X.mean()), "left": [round(left, 3) for left in left_T.tolist()]}

@@ -85,11 +85,13 @@ def reward_digest(reward: str) -> str | None:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def save_direction(direction: Direction, kind: Kind, folder: str | Path, fitted_to: FittedTo, **facts: Any) -> None:
+def save_direction(
+    direction: Direction | CausalHead, kind: Kind, folder: str | Path, fitted_to: FittedTo, **facts: Any
+) -> None:
     """Write a direction; a kill leaves the old pair of files or the new one.
 
     Args:
-        direction: What was fitted.
+        direction: What was fitted; of a causal one, the head is enough.
         kind: Its kind.
         folder: Where it goes; created if missing.
         fitted_to: Reward, base and tokenizer.
@@ -101,7 +103,7 @@ def save_direction(direction: Direction, kind: Kind, folder: str | Path, fitted_
     if isinstance(direction, TableBonus):
         tensors, shape = {"bonus": direction.bonus_V.contiguous()}, {"vocabulary": len(direction.bonus_V)}
     else:
-        head = direction.head
+        head = direction if isinstance(direction, CausalHead) else direction.head
         tensors = {name: tensor.contiguous() for name, tensor in head.state_dict().items()}
         shape = {"hidden_width": head.hidden_width, "width": head.width, "units": head.units}
         shape["vocabulary"] = head.vocabulary

@@ -142,7 +142,7 @@ def from_changes(positions: Positions, changes: Sequence[ExactChanges], even: fl
     ids_XK[:, 0], is_there_XK[:, 0] = positions.responses.tokens_BNT.flatten()[at_X], True
     ids_XK[row_S, column_S], targets_XK[row_S, column_S] = v_S[order_S], exact_S[order_S].float()
     is_there_XK[row_S, column_S] = True
-    logps_XK = _logps_of(positions, at_X, ids_XK).masked_fill(~is_there_XK, -torch.inf)
+    logps_XK = logps_of(positions, at_X, ids_XK).masked_fill(~is_there_XK, -torch.inf)
     equal_XK = is_there_XK / is_there_XK.sum(-1, keepdim=True)
     weights_XK = (1 - even) * logps_XK.softmax(-1) + even * equal_XK
     return BonusTargets(positions.hidden_BNTD.flatten(0, 2)[at_X], ids_XK, weights_XK, targets_XK, at_X // (N * T))
@@ -165,7 +165,7 @@ def from_source(source: BonusSource, positions: Positions) -> BonusTargets:
     return BonusTargets(positions.hidden_BNTD[movable_BNT], ids_XK, weights_XK, targets_XK, prompt_X)
 
 
-def _logps_of(positions: Positions, at_X: Tensor, ids_XK: Tensor) -> Tensor:
+def logps_of(positions: Positions, at_X: Tensor, ids_XK: Tensor) -> Tensor:
     """Look up the reference's log-probability of tokens at positions (flat index); ``-inf`` off its list."""
     listed_XJ = positions.distribution.ids.flatten(0, 2)[at_X]
     logps_XJ = positions.distribution.logps.flatten(0, 2)[at_X]

@@ -26,6 +26,7 @@ from vgf_llm.training.resume import checkpoint_to_resume
 pytestmark = pytest.mark.slow
 ENGINES = {"ddp": "DistributedDataParallel", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine", "fsdp2": "FSDP"}
 LEARNED = ["lora_sgd", "lora_adam", "full_sgd", "standardised", "dpo_sgd"]
+FITTED = ("loss", "reward/original", "reward/policy", "nats/response", "direction_correlation", "reward_calls")
 LOG_LINE = ("loss", "reward/original", "reward/policy", "policy/kl", "nats/response", "mmd2", "value/value_error")
 WORKER = Path(vgf_worker.__file__)
 
@@ -35,7 +36,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process with four prompts a step."""
     folder = tmp_path_factory.mktemp("alone")
     vgf_worker.prepare(folder)
-    for job in LEARNED:
+    for job in (*LEARNED, "direction"):
         vgf_worker.train(folder, job, batch=4)
     return folder
 
@@ -115,6 +116,19 @@ def test_two_processes_take_the_same_steps(alone: Path, engine: Any, name: str, 
     assert found["stage"] == (int(name[-1]) if name.startswith("zero") else None)
     assert not found["clipping"]  # max_grad_norm 0 reaches DeepSpeed's own clipping
     assert_same_steps(alone, folder, job)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_processes_fit_one_direction(alone: Path, engine: Any, name: str) -> None:
+    """To the changes that both have scored, in the order of one process; the same tensors on both, as all others."""
+    folder, job = engine(name), "direction"
+    assert report(folder, job)["processes"] == 2
+    tensors = [load_file(one / f"{job}.safetensors") for one in (alone, folder)]
+    fitted = [key for key in tensors[0] if key.startswith("direction.")]
+    assert len(fitted) > 3
+    assert differences(alone, folder, job).abs().max() < 1e-4
+    lines = [json.loads((one / job / "metrics.jsonl").read_text().splitlines()[-1]) for one in (alone, folder)]
+    assert [lines[1][key] for key in FITTED] == pytest.approx([lines[0][key] for key in FITTED], abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["", "_full"])

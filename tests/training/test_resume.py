@@ -21,6 +21,7 @@ from vgf_llm.runs.compare import compare_checkpoints
 from vgf_llm.train import build_trainer
 from vgf_llm.training.identity import weights_digest
 from vgf_llm.training.resume import checkpoint_to_resume
+from vgf_llm.training.settings import DirectionOptions
 
 RUN = {"max_steps": 1, "save_steps": 1}
 KINDS = {
@@ -28,6 +29,19 @@ KINDS = {
     "LoRA": {"value": "reward", "rewards": None},
     "full and value": {"lora_r": 0},
     "full without a value": {"lora_r": 0, "value": "reward", "rewards": None},
+    "constant": {"value": "reward", "direction": "constant"},
+    "table, every other step": {
+        "value": "reward",
+        "direction": "table",
+        "direction_options": DirectionOptions(substitutions=4, refit_steps=2, replay=200),
+    },
+    "causal, accumulation, dropout": {
+        "value": "reward",
+        "direction": "causal",
+        "direction_options": DirectionOptions(substitutions=8, steps=10),
+        "gradient_accumulation_steps": 2,
+        "lora_dropout": 0.1,
+    },
     "shared value, accumulation, dropout": {
         "learned": {"lora_r": 2, "num_layers": 2},
         "gradient_accumulation_steps": 2,

@@ -40,6 +40,7 @@ SGD: dict[str, Any] = {"trainer_arguments": {"disable_tqdm": True, "optim": "sgd
 SGD |= {"learned": {"learning_rate": 0.01, "head_learning_rate": 0.1}}
 ADAM = {"learning_rate": 1e-3, "learned": {"learning_rate": 1e-4, "head_learning_rate": 1e-3}}
 SECANT = {"gradient": "secant", "secant_learning_rate": 0.1}
+FITTED: dict[str, Any] = {"value": "reward", "direction": "causal", "learned": {}}
 RESUMED: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "learned": {"learning_rate": 1e-3, "target_tau": 0.5}}
 JOBS: dict[str, dict[str, Any]] = {
     "lora_sgd": SGD | {"kl_coefficient": 0.1},
@@ -47,6 +48,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "full_sgd": SGD | {"lora_r": 0, "learning_rate": 0.01},
     "standardised": ADAM,
     "dpo_sgd": SGD | {"loss": "dpo", "learned": SGD["learned"] | SECANT},
+    "direction": SGD | FITTED,
     "whole": RESUMED | {"learned": RESUMED["learned"] | SECANT},
     "resumed": RESUMED | {"learned": RESUMED["learned"] | SECANT},
     "whole_full": RESUMED | {"lora_r": 0, "logging_steps": 3},  # its line is half done when the checkpoint is written
@@ -93,9 +95,7 @@ def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str
     seen = watch(trainer)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.checkpoints, parts[3]))
     engine = trainer.model_wrapped
-    tensors = trained_tensors(trainer.model) | {
-        f"target.{name}": w.clone() for name, w in trainer.learned.target.weights.items()
-    }
+    tensors = trained_tensors(trainer.model) | untrained(trainer)
     report = {
         "engine": type(engine).__name__,
         "stage": engine.zero_optimization_stage() if trainer.is_deepspeed_enabled else None,
@@ -111,6 +111,13 @@ def train(folder: Path, job: str, batch: int, accumulation: int = 1) -> dict[str
     spread = everywhere([report["norms"]])
     assert all(norms == spread[0] for norms in spread), "the processes hold different weights"
     return report
+
+
+def untrained(trainer: Any) -> dict[str, torch.Tensor]:
+    """What a run has besides what its optimiser trains: the value's target, or a fitted direction."""
+    if trainer.learned is None:
+        return {f"direction.{name}": w.clone() for name, w in trainer.transport.tensors.items()}
+    return {f"target.{name}": w.clone() for name, w in trainer.learned.target.weights.items()}
 
 
 def watch(trainer: Any) -> list[tuple[int, int, list[int]]]:

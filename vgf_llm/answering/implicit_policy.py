@@ -140,7 +140,7 @@ class ImplicitPolicy:
         work = Work.of(originals.lengths_BN, value=self.passes_a_flow)
         pool, values = [originals], [first.values_BN]
         particle_BM, draw_BM = self._texts(originals)
-        coupled_BM, seeds_BM = draw_BM == 0, self._text_seeds(seeds_BN)
+        coupled_BM, seeds_BM = draw_BM == 0, text_seeds(seeds_BN, self.draws)
         current, state = originals.take(particle_BM), None
         known: Moved | None = first.take(particle_BM)
         nats: list[Tensor] = []
@@ -187,7 +187,7 @@ class ImplicitPolicy:
 
     def _one_pass(self, stream: StreamSampler, prompts: list[list[int]], seeds_BN: Tensor) -> Outcome:
         """Draw N * draws transported texts at once, and select; nothing is sampled before."""
-        seeds_BM = self._text_seeds(seeds_BN)
+        seeds_BM = text_seeds(seeds_BN, self.draws)
         streamed = stream.within(self.budget).stream(prompts, seeds_BM)
         texts = streamed.responses
         values_BM = self._score(self.value.prefix(prompts), texts)
@@ -205,12 +205,6 @@ class ImplicitPolicy:
             work=Work.of(texts.lengths_BN, value=1 + stream.source.passes),
             one_pass=True,
         )
-
-    def _text_seeds(self, seeds_BN: Tensor) -> Tensor:
-        """Return the seeds of the M = N * draws texts: an original's own for its first text, then others."""
-        draw_M = torch.arange(seeds_BN.shape[1] * self.draws) % self.draws
-        seeds_BM = seeds_BN.repeat_interleave(self.draws, 1)
-        return torch.where(draw_M == 0, seeds_BM, combine_seeds(seeds_BM, _DRAW_STREAM + draw_M))
 
     @property
     def passes_a_flow(self) -> float:
@@ -281,3 +275,10 @@ class ImplicitPolicy:
                 step=0,
             )
         return values_BN
+
+
+def text_seeds(seeds_BN: Tensor, draws: int) -> Tensor:
+    """Return the seeds of the M = N * draws texts, [B, M]: an original's own for its first text, then others."""
+    draw_M = torch.arange(seeds_BN.shape[1] * draws) % draws
+    seeds_BM = seeds_BN.repeat_interleave(draws, 1)
+    return torch.where(draw_M == 0, seeds_BM, combine_seeds(seeds_BM, _DRAW_STREAM + draw_M))

@@ -26,6 +26,7 @@ from vgf_llm.console.progress import working
 from vgf_llm.errors import ConfigError
 from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.settings import check_decoder_options
+from vgf_llm.settings.shared import check_one_pass_budget
 from vgf_llm.text.bonus import BonusSource
 from vgf_llm.text.noise import row_seeds
 from vgf_llm.text.protocols import Reference, Value
@@ -68,13 +69,7 @@ def stream_sampler(
     check_decoder_options("stream", options)
     if not isinstance(reference, TorchReference):
         raise ConfigError("the decoder 'stream' reads the base model in this process: set backend to transformers")
-    if budget.rounds != 1:
-        raise ConfigError(f"the decoder 'stream' writes once: budget.rounds must be 1, got {budget.rounds}")
-    for key in ("step", "step_size", "steps", "bandwidth"):
-        if not budget.is_none and getattr(budget, key) != getattr(TransportBudget(), key):
-            raise ConfigError(f"the decoder 'stream' moves no particles, so budget.{key} does nothing: leave it out")
-    if budget.kernel != "none":
-        raise ConfigError(f"the decoder 'stream' moves no particles: budget.kernel must be none, got {budget.kernel!r}")
+    check_one_pass_budget(budget, "the decoder 'stream'")
     name = options.get("direction", "lookahead")
     steering = Steering(budget.nats, budget.max_token_nats)
     if name == "lookahead":

@@ -39,3 +39,13 @@ def of_first(found: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([found])[0]
+
+
+def of_all(found: Any) -> list[Any]:
+    """Return what every process found, in the order of their ranks, on every process; called by all of them."""
+    if not in_process_group():
+        return [found]
+    from accelerate.utils import gather_object
+
+    gathered: list[Any] = gather_object([found])
+    return gathered

@@ -40,6 +40,7 @@ RESULT_NAMES = (
     "training_args.bin",
     "reward_statistics.json",
     "value",
+    "direction",
 )
 """Patterns of the files and folders that a checkpoint and the result of its run have in common."""
 

@@ -203,6 +203,25 @@ def check_decoder_options(name: str, options: Iterable[str]) -> None:
         )
 
 
+def check_one_pass_budget(budget: TransportBudget, who: str) -> None:
+    """Refuse a budget that asks for what writing in one pass has not: no particle is moved.
+
+    Args:
+        budget: Nothing is said of the empty one.
+        who: Writes in one pass, for the message.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    if budget.rounds != 1:
+        raise ConfigError(f"{who} writes once: budget.rounds must be 1, got {budget.rounds}")
+    for key in ("step", "step_size", "steps", "bandwidth"):
+        if not budget.is_none and getattr(budget, key) != getattr(TransportBudget(), key):
+            raise ConfigError(f"{who} moves no particles, so budget.{key} does nothing: leave it out")
+    if budget.kernel != "none":
+        raise ConfigError(f"{who} moves no particles: budget.kernel must be none, got {budget.kernel!r}")
+
+
 def check_backend(decoder: str, backend: str) -> None:
     """Refuse a decoder that the backend cannot run.
 

@@ -229,15 +229,18 @@ class StreamSampler:
         return StreamSampler(self.reference, self.source, steering)
 
 
-def expected_left(lengths_N: Tensor, longest: int) -> Tensor:
+def expected_left(lengths_N: Tensor, longest: int, counts_N: Tensor | None = None) -> Tensor:
     """Return the mean number of tokens that are still to come where a response has not ended, float [T].
 
     Args:
         lengths_N: Tokens of base samples, their EOS included.
         longest: T, the limit on a response.
+        counts_N: How often each length was seen, at least 0; None: once each.
     """
-    left = []
+    counts_N = torch.ones(lengths_N.shape) if counts_N is None else counts_N
+    counts_N, left = counts_N.to(lengths_N.device), []
     for position in range(longest):
-        reaching = lengths_N[lengths_N > position]
-        left.append(float((reaching - position).float().mean()) if len(reaching) else float(longest - position))
+        reaching_N = counts_N.double() * (lengths_N > position)
+        total = float(reaching_N.sum())
+        left.append(float((reaching_N * (lengths_N - position)).sum()) / total if total else float(longest - position))
     return torch.tensor(left)

@@ -115,7 +115,7 @@ def rewards_of(
         base.tokenizer,
         gold=script.gold,
         outputs=script.reward_outputs or None,
-        foreign=method.value == "learned",
+        foreign=method.value == "learned" or method.direction is not None,
         dtype=getattr(torch, policy.dtype),
         device=arguments.device,
         calls=script,

@@ -2,9 +2,10 @@
 
 A checkpoint holds the policy as users load it (a PEFT adapter, or a transformers model), ``value/`` where a value is
 learned, ``trained.safetensors`` with what the policy's own files do not hold exactly, ``target.safetensors``,
-``reward_statistics.json`` where rewards are standardised by running statistics, and the Trainer's optimiser, scheduler,
-random states and progress; under DeepSpeed and FSDP their own shards (shards.py); and what the next log line has so
-far. It is written next to its place and published by one rename.
+``reward_statistics.json`` where rewards are standardised by running statistics, ``direction/`` and its
+state where one is fitted, and the Trainer's optimiser, scheduler, random states and progress; under DeepSpeed and FSDP
+their own shards (shards.py); and what the next log line has so far. It is written next to its place
+and published by one rename.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from vgf_llm.runs.files import write_json_atomic
 from vgf_llm.runs.provenance import BASE_NAME, write_base
 from vgf_llm.runs.publishing import published
 from vgf_llm.runs.result import replaced
+from vgf_llm.training.fitted_direction import DIRECTION_FOLDER
 from vgf_llm.training.identity import identity_of_models
 from vgf_llm.training.learned_value import LearnedValue
 from vgf_llm.training.policy_models import PolicyModels
+from vgf_llm.training.transport import Transport
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,6 +58,7 @@ class Checkpoints:
         accelerator: Of the run's processes.
         identity: What must not change when the run is resumed, as far as the settings tell.
         running: Statistics of the rewards.
+        transport: What has learned to carry responses.
 
     Attributes:
         staging: Folder that a checkpoint is being written into; None in between.
@@ -70,8 +74,9 @@ class Checkpoints:
         accelerator: Accelerator,
         identity: dict[str, Any],
         running: RunningRewards,
+        transport: Transport,
     ) -> None:
-        self.running = running
+        self.running, self.transport = running, transport
         self.output_dir, self.limit = Path(output_dir), limit
         self.models, self.learned, self.tokenizer = models, learned, tokenizer
         self.accelerator = accelerator
@@ -117,7 +122,7 @@ class Checkpoints:
     def _stale(self, folder: Path) -> list[str]:
         """Name what an earlier run left that the new result would be read together with."""
         own = () if self.models.is_lora else ("model*.safetensors", "model.safetensors.index.json")
-        patterns = (ADAPTER_NAME, "adapter_*", BASE_NAME, VALUE_FOLDER, STATISTICS_NAME, *own)
+        patterns = (ADAPTER_NAME, "adapter_*", BASE_NAME, VALUE_FOLDER, STATISTICS_NAME, DIRECTION_FOLDER, *own)
         return list(dict.fromkeys(path.name for pattern in patterns for path in sorted(folder.glob(pattern))))
 
     def write(self, model: nn.Module, folder: Path, with_state: bool) -> None:
@@ -143,6 +148,7 @@ class Checkpoints:
                 self.learned.save_secant(folder / VALUE_FOLDER, under(tensors, "secant."))
             if self.running.by_name:
                 write_json_atomic(folder / STATISTICS_NAME, self.running.state_dict())
+            self.transport.save(folder, with_state)
             if with_state:
                 self._write_state(folder, tensors)
         self.accelerator.wait_for_everyone()
@@ -202,6 +208,14 @@ class Checkpoints:
         """Read the value's target back, where there is one."""
         if self.learned is not None:
             self.learned.target.load_state_dict(load_file(folder / TARGET_NAME))
+
+    def load_transport(self, folder: Path) -> None:
+        """Read back what the transport has learned; called on all processes.
+
+        Raises:
+            CheckpointError: It is missing.
+        """
+        self.transport.load(folder)
 
     def load_running(self, folder: Path) -> None:
         """Read the rewards' statistics back, where there are some; called on all processes.

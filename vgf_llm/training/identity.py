@@ -58,6 +58,7 @@ def identity_of(
     """
     rows = json.dumps([[row.index, row.ids] for row in prompts])
     tokens = fingerprint(tokenizer)
+    how = _HOW if method.direction else (*_HOW, "direction_options")
     start = method.learned_value.start_from if method.value == "learned" else None
     return {
         "model": dump(policy),
@@ -67,7 +68,7 @@ def identity_of(
         "reward_weights": list(script.reward_weights),
         **({"reward_outputs": script.reward_outputs} if script.reward_outputs else {}),
         "value_weights": None if start is None else scorer_contents(start),
-        **{key: value for key, value in dump(method).items() if key not in _HOW},
+        **{key: value for key, value in dump(method).items() if key not in how},
         "sampling": dataclasses.asdict(sampling),
         "optimisation": {name: getattr(optim, name) for name in _OPTIM},
         "trainer_arguments": optim.trainer_arguments,

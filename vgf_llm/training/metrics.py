@@ -126,12 +126,12 @@ def _selected(rollout: Rollout) -> dict[str, Tensor]:
     }
 
 
-def flow_metrics(rollout: Rollout, value: Value, budget: TransportBudget) -> dict[str, Tensor | float]:
+def flow_metrics(rollout: Rollout, value: Value | None, budget: TransportBudget) -> dict[str, Tensor | float]:
     """Return MMD^2 of the particles before and after the flow, and for sgd steps its bound, means over prompts.
 
     Particles are compared by their mean over movable tokens; the bound's constant is the largest gradient met.
     """
-    if rollout.first_move is None:
+    if rollout.first_move is None or value is None:
         return {}
     responses, moved = rollout.first_move
     weight_BNT1 = responses.movable_BNT.unsqueeze(-1).float()

@@ -60,7 +60,7 @@ class Observer:
         self.logged_at = 0.0
 
     @torch.no_grad()
-    def observe(self, rollout: Rollout, value: Value, step: int) -> None:
+    def observe(self, rollout: Rollout, value: Value | None, step: int) -> None:
         """Add to the rollout's own figures: likelihoods, distances, and the policy's own samples.
 
         Rewards are of samples under the run's sampling distribution, as users will draw them; the KL is of samples of
@@ -68,7 +68,7 @@ class Observer:
 
         Args:
             rollout: Of this step.
-            value: What its flow climbed.
+            value: What its flow climbed; None where there was none.
             step: Optimiser steps done.
         """
         started = time.perf_counter()

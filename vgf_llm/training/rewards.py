@@ -36,6 +36,8 @@ from vgf_llm.text.particles import GradientSource, exact_gradient
 from vgf_llm.text.protocols import Value
 from vgf_llm.text.responses import Responses
 
+_ROWS = 128  # responses that a reward model scores in one forward, where there are many to a prompt
+
 Flow = Callable[[], tuple[Value, GradientSource]]
 """Returns what the flow climbs as it is now, and where its direction comes from."""
 
@@ -108,6 +110,36 @@ class Rewards:
             scores["gold"], inside = self._one(self.gold, prompts, texts, responses, False)
             scores |= {f"gold.{name}": values_BN for name, values_BN in inside.items()}
         return scores
+
+    @torch.no_grad()
+    def of_distinct(self, prompts: list[str], responses: Responses) -> tuple[Tensor, int]:
+        """Return the weighted sum alone, [B, N] float32, and how many texts it was asked for.
+
+        A text that comes twice to a prompt is asked for once. Running statistics do not take the values in, and what
+        is only looked at is not asked.
+
+        Args:
+            prompts: B texts, for functions.
+            responses: B x N responses.
+
+        Raises:
+            ModelError: As for a call.
+        """
+        texts = responses.texts(self.tokenizer)
+        pairs = [(b, text) for b, group in enumerate(texts) for text in group]
+        number = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
+        where_BN = torch.tensor([number[pair] for pair in pairs]).view(responses.tokens_BNT.shape[:2])
+        asked_prompts, asked_texts = [prompts[b] for b, _ in number], [text for _, text in number]
+        total_BN = torch.zeros(where_BN.shape, device=responses.tokens_BNT.device)
+        for member in self.members:
+            if isinstance(member.scorer, RewardModel):
+                scores_BN = _scores_of(member.scorer, responses)
+            else:
+                found, _ = scored(member.scorer, asked_prompts, asked_texts, self.running, f"{member.name}.")
+                scores_BN = torch.tensor(found, dtype=torch.float32)[where_BN].to(total_BN.device)
+            total_BN += member.weight * scores_BN
+        _refuse_non_finite("of all rewards, weighted and added,", total_BN, prompts, "lower their weights")
+        return total_BN, len(number)
 
     def _one(
         self, member: NamedReward, prompts: list[str], texts: list[list[str]], responses: Responses, learn: bool
@@ -195,6 +227,13 @@ def load_rewards(
     if len({member.name for member in members}) < len(members):  # folders are often called alike
         members = [replace(member, name=f"{member.name}_{i}") for i, member in enumerate(members)]
     return Rewards(members, tokenizer, None if gold is None else text_reward(gold, device, dtype, calls, variables))
+
+
+def _scores_of(model: RewardModel, responses: Responses) -> Tensor:
+    """Return a model's scores of many responses, [B, N], some rows at a time."""
+    prefix, at_once = model.prefix(responses.prompts), max(1, _ROWS // len(responses.prompts))
+    parts = zip(responses.tokens_BNT.split(at_once, 1), responses.mask_BNT.split(at_once, 1), strict=True)
+    return torch.cat([model.score(prefix, tokens_BNT, mask_BNT).float() for tokens_BNT, mask_BNT in parts], 1)
 
 
 def _refuse_non_finite(name: str, scores_BN: Tensor, prompts: list[str], mend: str) -> None:

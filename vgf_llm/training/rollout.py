@@ -6,12 +6,12 @@ Nothing here holds weights; models are run by the rollout worker.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vgf_llm.answering.implicit_policy import ImplicitPolicy, Outcome
+from vgf_llm.answering.implicit_policy import ImplicitPolicy
 from vgf_llm.text.protocols import Moved
 from vgf_llm.text.responses import Responses, changed_tokens, concatenate
 
@@ -30,6 +30,33 @@ class PromptBatch:
     """The prompts of one forward; opaque to what moves tensors between devices."""
 
     rows: list[PromptRow]
+
+
+class Carried(Protocol):
+    """Originals, and the responses that they were carried to, M a prompt, those of an original side by side.
+
+    `vgf_llm.answering.implicit_policy.Outcome` is one.
+    """
+
+    @property
+    def originals(self) -> Responses:
+        """N samples a prompt."""
+        ...
+
+    @property
+    def transported(self) -> Responses:
+        """M transported responses a prompt."""
+        ...
+
+    @property
+    def nats_BN(self) -> Tensor:
+        """KL that each transported response spent, [B, M]."""
+        ...
+
+    @property
+    def displacement_BN(self) -> Tensor:
+        """Mean displacement of a token, in nearest-token distances; NaN where no particle moved."""
+        ...
 
 
 class ObservedPolicy(ImplicitPolicy):
@@ -51,7 +78,7 @@ class Rollout:
 
     Attributes:
         prompts: B prompts.
-        outcome: Of the implicit policy: N originals, M transported responses per prompt.
+        outcome: N originals, M transported responses per prompt.
         original_scores: Rewards by name, each [B, N].
         transported_scores: Rewards by name, each [B, M].
         first_move: Particles and where the first flow carried them; None where nothing moved.
@@ -59,7 +86,7 @@ class Rollout:
     """
 
     prompts: list[PromptRow]
-    outcome: Outcome
+    outcome: Carried
     original_scores: dict[str, Tensor]
     transported_scores: dict[str, Tensor]
     first_move: tuple[Responses, Moved] | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vgf_llm.errors import require
+from vgf_llm.errors import ConfigError, require
+from vgf_llm.flow.budget import TransportBudget
 from vgf_llm.runs.resume import require_resume
 from vgf_llm.settings import (
     BackendName,
@@ -16,6 +17,7 @@ from vgf_llm.settings import (
     ParticleSettings,
     RewardCallSettings,
 )
+from vgf_llm.settings.shared import check_one_pass_budget
 from vgf_llm.settings.training import LoraSettings, OptimiserSettings
 
 
@@ -112,6 +114,25 @@ class LearnedValueSettings:
 
 
 @dataclass(frozen=True)
+class DirectionOptions:
+    """How a direction is fitted while training goes."""
+
+    substitutions: int = 16
+    """Token changes per response that the reward is asked for in a step that fits, at least 1."""
+    refit_steps: int = 1
+    """A direction is fitted in one step of so many, at least 1; the others cost no calls."""
+    replay: int = 16384
+    """Token changes that are fitted to, the newest of all processes, at least 1."""
+    steps: int = 60
+    """Optimiser steps of a causal head in each fit, from where it was, at least 1."""
+
+    def __post_init__(self) -> None:
+        """Validate ranges; raises SettingError."""
+        for key in ("substitutions", "refit_steps", "replay", "steps"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+
+
+@dataclass(frozen=True)
 class VGFSettings(ParticleSettings, BackendSettings):
     """The method: how responses are moved, and how the result is learned."""
 
@@ -130,6 +151,11 @@ class VGFSettings(ParticleSettings, BackendSettings):
     """What moves the particles: the reward models among the rewards, or a value learned from the rewards."""
     learned_value: LearnedValueSettings = field(default_factory=LearnedValueSettings)
     """The learned value; read where value is "learned"."""
+    direction: Literal["constant", "table", "causal"] | None = None
+    """A direction that is fitted to the rewards while training goes; transported responses are then written in one pass
+    (docs/training.md). null: particles are moved by `value`."""
+    direction_options: DirectionOptions = field(default_factory=DirectionOptions)
+    """How the direction is fitted; read where there is one."""
     loss: Literal["weighted_nll", "dpo"] = "weighted_nll"
     """How transported responses are distilled into the policy."""
     weight_temperature: float = 0.5
@@ -145,11 +171,48 @@ class VGFSettings(ParticleSettings, BackendSettings):
         """Validate ranges; raises SettingError."""
         super().__post_init__()
         require(self.num_particles >= 2, "num_particles", self.num_particles, "at least 2: weights compare responses")
-        require(self.decoder != "stream", "decoder", self.decoder, "a decoder that moves samples: not stream yet")
+        moves = self.decoder != "stream" or self.direction is not None
+        require(moves, "decoder", self.decoder, "a decoder that moves samples; to write in one pass, set direction")
+        kinds = (None, "constant", "table", "causal")
+        require(self.direction in kinds, "direction", self.direction, 'null, "constant", "table" or "causal"')
         require(self.kept is None or self.kept >= 1, "kept", self.kept, "null or at least 1")
         for key in ("weight_temperature", "dpo_beta"):
             require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
         require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "at least 0")
+
+
+def check_direction(method: VGFSettings) -> None:
+    """Refuse settings that a fitted direction does not go with; nothing is said where there is none.
+
+    Raises:
+        ConfigError: Naming the keys.
+    """
+    kind, budget = method.direction, method.budget
+    if kind is None:
+        return
+    who = f"direction {kind!r}"
+    if method.backend != "transformers":
+        raise ConfigError(
+            f"{who} tilts every token while it is written, in this process: backend must be transformers, got "
+            f"{method.backend!r}, which can be given no bonus for a token yet"
+        )
+    if method.value == "learned":
+        raise ConfigError(f"{who} takes the place of a learned value: leave value out")
+    if method.decoder not in ("prior", "stream") or method.decoder_options:
+        named = f"decoder {method.decoder!r}" if not method.decoder_options else "decoder_options"
+        raise ConfigError(f"{who} is the decoder stream with options of its own: leave {named} out")
+    if kind == "causal" and method.particles_from == "policy":
+        raise ConfigError(
+            f"{who} reads hidden states, which must be those of one model: set particles_from to reference, or take "
+            "direction constant or table"
+        )
+    if budget.is_none:
+        raise ConfigError(
+            f"{who} spends budget.nats, so budget.steps: 0 does nothing; for best-of-N set budget.nats: 0"
+        )
+    if budget.temperature != TransportBudget().temperature:
+        raise ConfigError(f"{who} moves no particles, so budget.temperature does nothing: leave it out")
+    check_one_pass_budget(budget, who)
 
 
 @dataclass(frozen=True)

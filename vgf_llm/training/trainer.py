@@ -4,9 +4,9 @@ An optimiser step takes its micro-batches of prompts first, rolls each out, coun
 all of them and all processes, and only then runs forward and backward. So one process with a batch of 2B, two with B,
 and accumulation over two of B take the same step.
 
-The work is done by objects that know nothing of the trainer: `Distributions` (what is sampled from), `RolloutWorker`
-(sample, transport, decode, score), `Learner` (batches and losses), `Observer` (log lines), `Checkpoints` and
-`ParticleEngine`.
+The work is done by objects that know nothing of the trainer: `Distributions` (what is sampled from), `Transport`
+(what carries responses), `RolloutWorker` (sample, transport, decode, score), `Learner` (batches and losses), `Observer`
+(log lines), `Checkpoints` and `ParticleEngine`.
 
 Departs from TRL's GRPOTrainer: no policy gradient; what is learned from are transported responses, and the distance
 they went is part of every log line.
@@ -48,6 +48,7 @@ from vgf_llm.training.rollout import PromptBatch, PromptRow, Rollout, own_rows
 from vgf_llm.training.rollout_worker import RolloutWorker
 from vgf_llm.training.run_log import RunLog
 from vgf_llm.training.settings import VGFSettings
+from vgf_llm.training.transport import make_transport
 
 
 class VGFTrainer(Trainer):
@@ -107,8 +108,8 @@ class VGFTrainer(Trainer):
         self.prompts, self.make_engine, self.metrics = train_dataset, make_engine, MetricSums()
         self.run_log = RunLog(self.output_dir, base.tokenizer, writes=self.is_world_process_zero())
         self.distributions = Distributions(models, base, sampling, method, args.seed)
-        self.flow = rewards.flow() if learned is None else learned.flow
-        self.worker = RolloutWorker(self.distributions, self.flow, rewards, method, self.metrics)
+        self.transport = make_transport(method, self.distributions, rewards, learned, self.metrics, self.accelerator)
+        self.worker = RolloutWorker(self.distributions, self.transport, rewards, self.metrics)
         self.learner = Learner(make_distillation(method), learned, self.distributions, self.metrics, self.accelerator)
         self.observer = Observer(
             self.distributions, rewards, method.budget, self.metrics, self.run_log, self.accelerator
@@ -122,6 +123,7 @@ class VGFTrainer(Trainer):
             self.accelerator,
             identity,
             rewards.running,
+            self.transport,
         )
         self._resumed_from: Path | None = None
         self.add_callback(_AroundSteps(self))
@@ -133,16 +135,22 @@ class VGFTrainer(Trainer):
 
     # One optimiser step: roll out every micro-batch, count, then learn ------------------------------------------------
 
-    def micro_batch(self, rows: list[PromptRow]) -> TrainBatch:
-        """Roll out what is this process's own of its prompts, and return the tensors of their forward."""
+    def own(self, rows: list[PromptRow]) -> tuple[list[PromptRow], bool]:
+        """Return what is this process's own of the prompts of a forward, and whether it counts."""
         left = 0
         if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
             left = len(self.prompts) % (rows_per_forward(self) * self.accelerator.num_processes)
-        rows, count = own_rows(rows, self.accelerator.process_index, left)
-        seen = self.rewards.running.seen
+        return own_rows(rows, self.accelerator.process_index, left)
+
+    def micro_batch(self, rows: list[PromptRow], count: bool) -> TrainBatch:
+        """Roll out this process's own prompts, and return the tensors of their forward."""
+        seen, step = self.rewards.running.seen, self.state.global_step
         with self.metrics.muted(not count):
-            batch = self.learner.batch(self.rollout(rows), self.state.global_step)
-        if not count:
+            rollout = self.rollout(rows)
+            batch = self.learner.batch(rollout, step)
+        if count:
+            self.transport.see(rollout, step)
+        else:
             self.rewards.running.forget(seen)
         return batch if count else without_effect(batch)
 
@@ -151,7 +159,7 @@ class VGFTrainer(Trainer):
         self.module.eval()
         rollout = self.worker(prompts, self.state.global_step)
         if ends_in_log_line(self.args, self.state):
-            self.observer.observe(rollout, self.flow()[0], self.state.global_step)
+            self.observer.observe(rollout, self.transport.value, self.state.global_step)
         return rollout
 
     def step_counts(self, batches: list[TrainBatch]) -> Counts:
@@ -181,11 +189,13 @@ class VGFTrainer(Trainer):
             self.metrics.load_state_dict(figures)
 
     def end_step(self) -> None:
-        """Let the value's target, and the rewards' statistics, follow, before a checkpoint of the step is written."""
+        """Let value, direction and the rewards' statistics follow, before a checkpoint of the step is written."""
         self.rewards.running.end_step(lambda table: summed(table, self.accelerator))
-        if self.learned is not None:
+        if self.learned is not None or self.transport.learns:
             with whole_weights(self.accelerator, self.model_wrapped):
-                self.learned.follow()
+                if self.learned is not None:
+                    self.learned.follow()
+                self.transport.end_step(self.state.global_step - 1)
 
     @contextlib.contextmanager
     def engine_running(self) -> Iterator[None]:
@@ -197,7 +207,7 @@ class VGFTrainer(Trainer):
             EngineRun(
                 self.models,
                 self.base,
-                self.flow()[0].embedding_table_VD,
+                self.transport.table_VD,
                 self.metrics,
                 self.accelerator,
                 self.output_dir,
@@ -226,7 +236,10 @@ class VGFTrainer(Trainer):
             if self.distributions.engine is not None:
                 self.distributions.engine.begin_step(self.module, self.state.global_step)
             taken = (next(epoch_iterator, None) for _ in range(num_batches))
-            batches = [self.micro_batch(prompts.rows) for prompts in taken if prompts is not None]
+            own = [self.own(prompts.rows) for prompts in taken if prompts is not None]
+            self.module.eval()
+            self.transport.begin_step([rows for rows, count in own if count], self.state.global_step)
+            batches = [self.micro_batch(rows, count) for rows, count in own]
         if not batches:
             return [], None
         counts = self.step_counts(batches)
@@ -347,6 +360,7 @@ class VGFTrainer(Trainer):
             self._resumed_from = Path(resume_from_checkpoint)
             self.checkpoints.load_target(self._resumed_from)
             self.checkpoints.load_running(self._resumed_from)
+            self.checkpoints.load_transport(self._resumed_from)
             self.state.compute_steps(self.args, max_steps)  # of these settings, not of the checkpoint's
         self.run_log.start(self.state.global_step)
         return prepared
