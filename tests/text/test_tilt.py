@@ -70,6 +70,32 @@ def test_a_cap_is_met_from_below_whatever_stands_beside(cap, size):
     torch.testing.assert_close(alone, s, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("multiplier", "cap", "spread", "offset"),
+    [
+        (1e5, 1.0, 1, 0),
+        (1e7, 0.5, 1, 0),
+        (1e9, 0.5, 1, 0),
+        (1e6, 1.0, 15, 0),
+        (10.0, 0.05, 1, 1e3),
+        (10.0, 0.01, 1, 1e4),
+    ],
+)
+def test_a_cap_holds_where_rounding_is_coarse(multiplier, cap, spread, offset):
+    """Huge multipliers, peaked rows, bonuses with a common offset: measured in float64."""
+    torch.manual_seed(3)
+    logps = (torch.randn(400, 50) * spread).log_softmax(-1)
+    bonus = torch.randn(400, 50) + offset
+    eos = torch.zeros(400, 50, dtype=torch.bool)
+    wanted = torch.full((400,), multiplier)
+    s = capped_multiplier(logps, bonus, wanted, eos, cap)
+    exact, centred = logps.double(), bonus.double() - offset
+    nats = kl_divergence(tilt(exact, centred, s.double(), eos), exact)
+    assert (nats <= cap * (1 + 0.02)).all()
+    most = kl_divergence(tilt(exact, centred, wanted.double(), eos), exact)
+    assert (s[most > 1.01 * cap] > 0).all()
+
+
 def test_nothing_is_spent_under_a_cap_of_zero():
     logp = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     eos = torch.zeros(2, 2, dtype=torch.bool)

@@ -16,7 +16,11 @@ from torch import Tensor
 
 _DOUBLINGS = 20
 _BISECTIONS = 45
-_NEWTON_STEPS, _CAP_SLACK = 40, 2e-5  # a cap is met in three or four steps, unless the tilt saturates
+_NEWTON_STEPS, _CAP_SLACK, _NATS_ROUNDING = (
+    12,
+    2e-5,
+    1e-6,
+)  # a cap is met in three or four steps, unless the tilt saturates
 _NUMBERS_PER_CHUNK = 2**24  # embeddings that are looked up at once: K * D for each position
 
 
@@ -87,12 +91,15 @@ def _at_cap(
     """Return s in [0, high) with a KL just below the cap, from a first guess.
 
     Newton's method on sqrt(KL), which small tilts make linear in s, inside a bracket that is halved where a step leaves
-    it. With m the probability of text, KL = m (s E_q[b] - log Z) and dKL/ds = m s Var_q[b].
+    it. With m the probability of text and b centred, KL = m (s E_q[b] - log Z) and dKL/ds = m s Var_q[b]. Where
+    rounding spoils that (huge multipliers), plain halving takes over.
     """
+    wanted_X = high_X
     text_XK = logps_XK.masked_fill(is_eos_XK, -torch.inf)
     log_mass_X1 = text_XK.logsumexp(-1, keepdim=True)
     text_XK, mass_X = text_XK - log_mass_X1, log_mass_X1.exp().squeeze(-1)
     bonus_XK = bonus_XK.masked_fill(torch.isinf(text_XK), 0)
+    bonus_XK = bonus_XK - (text_XK.exp() * bonus_XK).sum(-1, keepdim=True)
     low_X, goal_X, is_met_X = torch.zeros_like(s_X), cap_X * (1 - _CAP_SLACK), torch.zeros_like(s_X, dtype=torch.bool)
     for _ in range(_NEWTON_STEPS):
         raised_XK = text_XK + s_X.unsqueeze(-1) * bonus_XK
@@ -111,6 +118,21 @@ def _at_cap(
         step_X = s_X + 2 * nats_X * ((goal_X / nats_X).sqrt() - 1) / slope_X
         is_inside_X = (step_X > low_X) & (step_X < high_X)
         s_X = torch.where(is_inside_X, step_X, (low_X + high_X) / 2)
+    spent_X = kl_divergence(tilt(logps_XK, bonus_XK, low_X, is_eos_XK), logps_XK)
+    is_off_X = ((spent_X - cap_X).abs() > 4 * _CAP_SLACK * cap_X + _NATS_ROUNDING) & (cap_X > 0)
+    if not bool(is_off_X.any()):
+        return low_X
+    rows = [tensor[is_off_X] for tensor in (logps_XK, bonus_XK, is_eos_XK, wanted_X, cap_X)]
+    return low_X.masked_scatter(is_off_X, _halved(*rows))
+
+
+def _halved(logps_XK: Tensor, bonus_XK: Tensor, is_eos_XK: Tensor, high_X: Tensor, cap_X: Tensor) -> Tensor:
+    """Return the largest s below ``high`` with a KL of at most the cap, by halving."""
+    low_X = torch.zeros_like(high_X)
+    for _ in range(_BISECTIONS):
+        middle_X = (low_X + high_X) / 2
+        too_far_X = kl_divergence(tilt(logps_XK, bonus_XK, middle_X, is_eos_XK), logps_XK) > cap_X
+        low_X, high_X = torch.where(too_far_X, low_X, middle_X), torch.where(too_far_X, middle_X, high_X)
     return low_X
 
 
