@@ -8,9 +8,9 @@ of the embedded base: ours by `recipes/smollm2_dialogue/reward.yaml`, the other 
 rate.
 The classifier is imported (`vgf-llm import-reward`), and both get a secant head on prompts of the training pairs. Then
 clouds of eight are written to unseen dialogues, as in `benchmarks.one_pass`: gain of the model's own score and of the
-held-out model's (gold) over plain samples, and eta. ``selected_gold`` is the gold of the response that the model picks,
-less that of its pick of eight plain samples. Stages whose result is there are not run again. The last line of standard
-output is one JSON object.
+held-out model's (gold) over plain samples, and eta. ``picked`` is the gold of the response that the model picks, less
+that of its pick of eight plain samples. Seeds are those of the recipes, and 0 for TRL. Stages whose result is there are
+not run again. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vgf_llm.runs.files import check_writable, write_json_atomic
 RECORD = Path("docs/results/trl_classifier.json")
 _RECIPE, _OUTPUTS = "recipes/smollm2_dialogue", Path("outputs/smollm2_dialogue")
 _DATA = _OUTPUTS / "data"
-LAYERS, RESPONSE_TOKENS, LONGEST = 6, 32, 512
+LAYERS, RESPONSE_TOKENS, LONGEST, SEED = 6, 32, 512, 0
 _FIT = {
     "prompts": _DATA / "preferences_reward.jsonl",
     "validation_prompts": _DATA / "prompts_validation.jsonl",
@@ -47,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages that are missing and print the figures."""
     arguments = _arguments(argv)
     if arguments.stage == "train":
-        train(arguments.seed)
+        train()
         return 0
     if not _DATA.is_dir():
         raise DataError(f"'{_DATA}' is not there; run `python -m {_RECIPE.replace('/', '.')}.make_data --source FILE`")
     if arguments.record:
         check_writable(str(RECORD.parent))
     folders = {"ours": _OUTPUTS / "reward", "TRL": _OUTPUTS / "imported"}
-    for done, command in _stages(folders, arguments.seed):
+    for done, command in _stages(folders):
         if not done.exists():
             print(f"running: {' '.join(command)}", file=sys.stderr, flush=True)
             subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {name: {"fidelity": own["secant"]["spearman_after"], "arms": own["arms"]} for name, own in found.items()}
     if arguments.record:
         command_line = "python -m benchmarks.trl_classifier " + " ".join(sys.argv[1:] if argv is None else argv)
-        record = {"models": found, "seed": arguments.seed, "hardware": hardware(), "command": command_line.strip()}
+        record = {"models": found, "seed": SEED, "hardware": hardware(), "command": command_line.strip()}
         write_json_atomic(RECORD, record)
     print(json.dumps(result))
     return 0
 
 
-def _stages(folders: dict[str, Path], seed: int) -> list[tuple[Path, list[str]]]:
+def _stages(folders: dict[str, Path]) -> list[tuple[Path, list[str]]]:
     """Return (file that is there at the end, module and its arguments) of every stage."""
     ours, imported = folders["ours"], folders["TRL"]
     classifier, held_out = _OUTPUTS / "classifier", _OUTPUTS / "held_out"
@@ -78,7 +78,7 @@ def _stages(folders: dict[str, Path], seed: int) -> list[tuple[Path, list[str]]]
     return [
         (ours / "reward_card.json", ["reward_models.train", "--config", f"{_RECIPE}/reward.yaml"]),
         (held_out / "reward_card.json", ["reward_models.train", "--config", f"{_RECIPE}/reward_held_out.yaml"]),
-        (classifier / "model.safetensors", ["benchmarks.trl_classifier", "--stage", "train", "--seed", str(seed)]),
+        (classifier / "model.safetensors", ["benchmarks.trl_classifier", "--stage", "train"]),
         (imported / "reward_card.json", ["reward_models.import_reward", *imports]),
         (ours / "secant.json", ["reward_models.train_secant", "--reward_model", str(ours), *fit]),
         (
@@ -88,7 +88,7 @@ def _stages(folders: dict[str, Path], seed: int) -> list[tuple[Path, list[str]]]
     ]
 
 
-def train(seed: int) -> None:
+def train() -> None:
     """Train the classifier with TRL on the training pairs of part A; its folder appears when it is whole."""
     import torch
     from datasets import Dataset
@@ -99,7 +99,7 @@ def train(seed: int) -> None:
     from vgf_llm.data.prompts import load_preferences
     from vgf_llm.models.loading import embedded_model_folder
 
-    set_seed(seed)
+    set_seed(SEED)
     base = embedded_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(base)
 
@@ -112,7 +112,7 @@ def train(seed: int) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=1, num_hidden_layers=LAYERS, dtype=torch.float32
     )
-    output = _OUTPUTS / "classifier"
+    output, staging = _OUTPUTS / "classifier", _OUTPUTS / "classifier_run" / "final"
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(
@@ -121,7 +121,7 @@ def train(seed: int) -> None:
             per_device_train_batch_size=4,
             gradient_accumulation_steps=4,
             max_length=LONGEST,
-            seed=seed,
+            seed=SEED,
             logging_steps=5,
             save_strategy="no",
             report_to="none",
@@ -133,7 +133,8 @@ def train(seed: int) -> None:
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.save_model(str(output))
+    trainer.save_model(str(staging))
+    staging.rename(output)
 
 
 def _figures(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +169,6 @@ def _figures(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_classifier", description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=24, help="unseen dialogues")
-    parser.add_argument("--seed", type=int, default=0, help="of TRL's training")
     parser.add_argument("--work", default="outputs/trl_classifier", help="folder for the texts")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD} too")
     parser.add_argument("--stage", choices=["train"], help=argparse.SUPPRESS)

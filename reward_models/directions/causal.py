@@ -84,10 +84,12 @@ class CausalHead(nn.Module):
         return head.to(tensors["constant"].device).eval().requires_grad_(False)
 
     def go_on_from(self, earlier: CausalHead) -> None:
-        """Take the layers of another head, and the unit that they are in; constant and rest stay."""
+        """Take the layers of another head, in this one's unit; constant and rest stay."""
         for own, other in ((self.first, earlier.first), (self.second, earlier.second)):
             own.load_state_dict(other.state_dict())
-        self.unit.copy_(earlier.unit)
+        with torch.no_grad():
+            for parameter in self.second.parameters():
+                parameter.mul_(earlier.unit / self.unit)
 
     def forward(self, hidden: Tensor, drop: float = 0.0) -> Tensor:
         """Map hidden states [..., D_h] to directions [..., D], float32, in units of the reward per rms of the table.

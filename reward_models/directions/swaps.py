@@ -73,6 +73,11 @@ class Swaps:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
+    def can_be_split(self) -> bool:
+        """Whether some can be held back: there are swaps of two responses at least."""
+        return len(self.response_O.unique()) > 1
+
+    @property
     def targets(self) -> BonusTargets:
         """What `constant` and `causal` are fitted to; a prompt's swaps are held back together, where there are two."""
         weights_O2 = (1 - _EVEN) * self.logps_O2.softmax(-1) + _EVEN / 2
@@ -87,6 +92,20 @@ class Swaps:
         context_O2 = torch.arange(len(self), device=self.change_O.device).unsqueeze(1).expand(-1, 2)
         reward_O2 = torch.stack([torch.zeros_like(self.change_O), self.change_O], 1)
         return Observations(context_O2.flatten(), self.ids_O2.flatten(), reward_O2.flatten())
+
+
+def thinned(swaps: Swaps, most: int, seed: int) -> Swaps:
+    """Return at most so many, drawn evenly from all, in their order.
+
+    Args:
+        swaps: In an order that does not depend on who scored them.
+        most: How many are kept.
+        seed: Of the draw.
+    """
+    if len(swaps) <= most:
+        return swaps
+    drawn_O = torch.randperm(len(swaps), generator=torch.Generator().manual_seed(seed))[:most]
+    return swaps.take(drawn_O.sort().values)
 
 
 def join_swaps(parts: Sequence[Swaps]) -> Swaps:

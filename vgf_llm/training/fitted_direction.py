@@ -35,7 +35,7 @@ from reward_models.directions.causal import CausalDirection, CausalHead, fit_cau
 from reward_models.directions.constant import fit_constant
 from reward_models.directions.positions import Positions, read_positions
 from reward_models.directions.saving import Direction, FittedTo, Kind, reward_digest, save_direction
-from reward_models.directions.swaps import Swaps, bonus_variances, join_swaps, swap_correlation, swaps_of
+from reward_models.directions.swaps import Swaps, bonus_variances, join_swaps, swap_correlation, swaps_of, thinned
 from reward_models.directions.table import fit_table
 from reward_models.grammar import is_composed, reward_contents
 from reward_models.secant_online import draw_substitutions, substituted
@@ -61,7 +61,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DIRECTION_FOLDER, STATE_NAME = "direction", "direction_state.safetensors"
-_FIRST_STREAM, _SWAP_STREAM = 0xD1, 0xD2  # samples before step 0, and the token changes of every step
+_FIRST_STREAM, _SWAP_STREAM, _FIRST_SWAP_STREAM = (
+    0xD1,
+    0xD2,
+    0xD3,
+)  # samples before step 0, token changes, those of them
 _SHORTLIST = 50  # likeliest tokens that swaps come from, where the distribution is not cut off
 _KEPT_LENGTHS = 0.9  # share of its weight that a length keeps from one fit to the next
 _RESPONSES_A_STEP = 2**32  # more than a step has: numbers of responses are unique
@@ -149,9 +153,14 @@ class FittedDirection:
         streamed = sampler.stream(originals.prompts, text_seeds(seeds_BN, self.method.draws))
         return OnePass(originals, streamed.responses, streamed.nats_BN), None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is spent, so that no direction is needed."""
+        return self.method.budget.nats == 0
+
     def begin_step(self, batches: Sequence[Sequence[PromptRow]], step: int) -> None:
         """Fit a first direction, to samples of its own to the step's prompts, where there is none."""
-        if self.tensors:
+        if self.tensors or self.is_idle:
             return
         for prompts in batches:
             if prompts:
@@ -160,12 +169,13 @@ class FittedDirection:
 
     def see(self, rollout: Rollout, step: int) -> None:
         """Ask what swaps in the originals change, where the step fits."""
-        if step % self.options.refit_steps == 0:
-            self._look(rollout.prompts, rollout.outcome.originals, rollout.original_scores["reward"], step)
+        if step % self.options.refit_steps == 0 and not self.is_idle:
+            rewards_BN = rollout.original_scores["reward"]
+            self._look(rollout.prompts, rollout.outcome.originals, rewards_BN, step, _SWAP_STREAM)
 
     def end_step(self, step: int) -> None:
         """Fit to what was seen; log correlation, calls and seconds."""
-        if step % self.options.refit_steps == 0:
+        if step % self.options.refit_steps == 0 and not self.is_idle:
             self._learn(step)
         if step == 0 and self.rewards.running.by_name:
             self.replay = None  # scored before the rewards had a scale
@@ -176,14 +186,16 @@ class FittedDirection:
             originals = sample(distribution, prompts, self.distributions.seeds(prompts, step, _FIRST_STREAM))
         rewards_BN, calls = self.rewards.of_distinct([prompt.text for prompt in prompts], originals)
         self._calls += calls
-        self._look(prompts, originals, rewards_BN, step)
+        self._look(prompts, originals, rewards_BN, step, _FIRST_SWAP_STREAM)
 
     @torch.no_grad()
-    def _look(self, prompts: Sequence[PromptRow], originals: Responses, rewards_BN: Tensor, step: int) -> None:
+    def _look(
+        self, prompts: Sequence[PromptRow], originals: Responses, rewards_BN: Tensor, step: int, stream: int
+    ) -> None:
         """Draw swaps in B x N originals, score them, and keep them until the step ends."""
         started = time.perf_counter()
         positions, N = self._positions_of(originals), rewards_BN.shape[1]
-        seeds_R = self.distributions.seeds(prompts, step, _SWAP_STREAM).flatten()
+        seeds_R = self.distributions.seeds(prompts, step, stream).flatten()
         t_RS, v_RS, is_swap_RS = draw_substitutions(
             originals, positions.distribution, seeds_R, self.options.substitutions
         )
@@ -193,7 +205,8 @@ class FittedDirection:
         change_RS = scores_BM.view(t_RS.shape) - rewards_BN.view(-1, 1)
         index_B = torch.tensor([prompt.index for prompt in prompts], device=rewards_BN.device)
         number_R = index_B.repeat_interleave(N) * N + torch.arange(N, device=index_B.device).repeat(len(index_B))
-        numbers_R2 = torch.stack([number_R // N, step * _RESPONSES_A_STEP + number_R], 1)
+        look = step if stream == _SWAP_STREAM else -1
+        numbers_R2 = torch.stack([number_R // N, look * _RESPONSES_A_STEP + number_R], 1)
         found = swaps_of(positions, t_RS, v_RS, change_RS, is_swap_RS, numbers_R2)
         self._swaps.append(found.to(torch.device("cpu")))
         self._positions.append(positions)
@@ -215,7 +228,7 @@ class FittedDirection:
         found = [swaps for part in of_all(self._swaps) for swaps in part if len(swaps)]
         self.metrics.total("reward_calls", self._calls)
         if found:
-            new = join_swaps(found).in_order()
+            new = thinned(join_swaps(found).in_order(), self.options.replay, step)
             with self.distributions.particles() as distribution:
                 if self.tensors:
                     source = self.source(distribution)
@@ -223,7 +236,8 @@ class FittedDirection:
                     self.metrics.add("direction_correlation", correlation)
                 joined = new if self.replay is None else join_swaps([self.replay, new])
                 self.replay = joined.take(slice(-self.options.replay, None))
-                self.tensors = of_first(self._fit(distribution, self.replay, step) if is_first else None)
+                if self.kind == "table" or self.replay.can_be_split:
+                    self.tensors = of_first(self._fit(distribution, self.replay, step) if is_first else None)
                 self._measure(self.source(distribution))
         self._swaps, self._positions, self._calls = [], [], 0
         self.metrics.add("seconds/direction", self._seconds + time.perf_counter() - started)
@@ -265,7 +279,10 @@ class FittedDirection:
         distributions = self.distributions
         prints, models = fingerprint(distributions.base.tokenizer), distributions.models
         base = str(models.policy_lm.name_or_path)
-        return FittedTo(*_stated(self.rewards.members), base, models.base_weights, prints.tokenizer, prints.template)
+        members = self.rewards.members
+        outputs = getattr(members[0].scorer, "reward_outputs", None) if _is_single(members) else None
+        name, digest = _stated(members)
+        return FittedTo(name, digest, base, models.base_weights, prints.tokenizer, prints.template, outputs)
 
     def save(self, folder: Path, with_state: bool) -> None:
         """Write the direction as ``direction/``, which commands load, and what a resumed run needs beside it."""
@@ -303,9 +320,14 @@ class FittedDirection:
         self.lengths_T, self.variance = state["lengths"], float(state["variance"])
 
 
+def _is_single(members: Sequence[NamedReward]) -> bool:
+    """Return whether the sum is one reward as it is."""
+    return len(members) == 1 and members[0].weight == 1 and not is_composed(members[0].source)
+
+
 def _stated(members: Sequence[NamedReward]) -> tuple[str, str | None]:
     """Return what a sum of rewards is called, and a digest of it; a single reward by its own name and digest."""
-    if len(members) == 1 and members[0].weight == 1 and not is_composed(members[0].source):
+    if _is_single(members):
         return members[0].source, reward_digest(members[0].source)
     contents = [[member.weight, reward_contents(member.source)] for member in members]
     name = " + ".join(f"{member.weight:g} * {member.source}" for member in members)

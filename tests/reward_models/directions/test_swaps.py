@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reward_models.directions.causal import CausalHead, fit_causal
-from reward_models.directions.swaps import Swaps, join_swaps, swap_correlation
+from reward_models.directions.swaps import Swaps, join_swaps, swap_correlation, thinned
 from reward_models.secant_settings import SecantTraining
 from vgf_llm.text.bonus import TableBonus
 
@@ -87,3 +87,31 @@ def test_a_causal_head_goes_on_from_its_layers() -> None:
     assert torch.equal(again(hidden), head(hidden)) and not any(p.requires_grad for p in again.parameters())
     still, figures = fit_causal(many, table, SecantTraining(steps=1, learning_rate=10.0, hidden=32), start=head)
     assert figures["kept_step"] == -1 and torch.equal(still(hidden), head(hidden))
+
+
+def test_a_head_of_another_unit_goes_on_as_the_same_function() -> None:
+    """Losses before and after are in one unit, so a head that is wrong by now is not kept for a coarser one."""
+    earlier, later = CausalHead(6, 8, 4, 16, seed=1), CausalHead(6, 8, 4, 16)
+    torch.nn.init.normal_(earlier.second.weight)
+    earlier.unit.fill_(20.0)
+    later.unit.fill_(0.5)
+    later.go_on_from(earlier)
+    hidden = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(later(hidden), earlier(hidden))
+    assert later.unit.item() == 0.5
+
+
+def test_a_step_with_too_many_swaps_is_thinned_evenly() -> None:
+    many = Swaps(
+        torch.arange(1000),
+        torch.arange(1000),
+        torch.zeros(1000, 2).long(),
+        torch.zeros(1000, 2),
+        torch.zeros(1000),
+        torch.zeros(1000, 0),
+    )
+    kept = thinned(many, 200, seed=3)
+    assert len(kept) == 200 and torch.equal(kept.prompt_O, kept.prompt_O.sort().values)
+    assert kept.prompt_O[:100].max() < 650 and kept.prompt_O[100:].min() > 350
+    assert thinned(many, 1000, seed=3) is many and torch.equal(thinned(many, 200, seed=3).prompt_O, kept.prompt_O)
+    assert many.can_be_split and not many.take(slice(0, 1)).can_be_split
