@@ -159,8 +159,28 @@ def _first_line(error: Exception) -> str:
 
 def output_names(model: PreTrainedModel) -> list[str]:
     """Return the names of a classifier's outputs, in order."""
-    labels: dict[int, str] = getattr(model.config, "id2label", None) or {}
-    return [str(labels.get(index, index)) for index in range(int(model.config.num_labels or 1))]
+    return _names_in(model.config)
+
+
+def saved_output_names(folder: str | Path) -> list[str]:
+    """Return the names of the outputs of a folder's classifier, in order, without loading its weights.
+
+    Raises:
+        ModelError: Its configuration cannot be read.
+    """
+    folder = weights_folder(folder)
+    name, labels = str(folder), {}
+    if (folder / ADAPTER_NAME).is_file():
+        name, labels = _base_of(folder), _labels_of(folder)
+    try:
+        return _names_in(AutoConfig.from_pretrained(name, **labels))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the classifier '{folder}' cannot be loaded: {_first_line(error)}") from error
+
+
+def _names_in(config: Any) -> list[str]:
+    labels: dict[int, str] = getattr(config, "id2label", None) or {}
+    return [str(labels.get(index, index)) for index in range(int(config.num_labels or 1))]
 
 
 def reward_head(score: nn.Module, weights_K: Tensor) -> nn.Module:

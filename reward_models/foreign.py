@@ -19,14 +19,14 @@ from reward_models.composed import ComposedReward
 from reward_models.functions import RewardFunction, load_function
 from reward_models.grammar import Part, is_composed, read_composed
 from reward_models.inputs import called_part
-from reward_models.loading import TOKENIZER_NAMES, load_reward_model
+from reward_models.loading import TOKENIZER_NAMES, load_reward_model, outputs_of
 from reward_models.modelling import RewardModel
 from reward_models.pairs import stack_rows
-from reward_models.sources import local_folder
+from reward_models.sources import imported_outputs, local_folder, shown_name
 from vgf_llm.data.dialogue import PromptText
 from vgf_llm.data.encoding import encode_prompt, encode_response, template_variables
 from vgf_llm.data.endings import check_ids, padding_id
-from vgf_llm.errors import DataError
+from vgf_llm.errors import ConfigError, DataError
 from vgf_llm.models.architecture import max_positions
 from vgf_llm.models.loading import fingerprint, load_tokenizer
 from vgf_llm.runs.files import shorten
@@ -127,7 +127,7 @@ def text_reward(
         variables: Of the policy's chat template; a model's own takes those that it reads.
 
     Raises:
-        ConfigError: There is no such function, or the file is wrong.
+        ConfigError: There is no such function, the file is wrong, or the model has several outputs.
         ModelError: The model cannot be loaded.
     """
     if is_composed(name):
@@ -141,7 +141,25 @@ def text_reward(
     name = local_folder(name)
     if not Path(name).is_dir():
         return CalledReward(load_function(name), calls, name=name)
+    _check_one_output(name)
     if classifier_class(name) is not None:
         return classifier_reward(name, None, device, dtype, variables)
     model = load_reward_model(name, tokenizer=load_tokenizer(name), dtype=dtype, device=device)
     return ForeignReward(model, own_tokenizer(name, variables))
+
+
+def _check_one_output(folder: str) -> None:
+    """Refuse a model with several outputs where their weights cannot be given.
+
+    Raises:
+        ConfigError: Naming the model and its outputs.
+    """
+    names = outputs_of(folder)
+    if len(names) > 1 and not imported_outputs(folder):
+        advice = "name a model with one output"
+        if classifier_class(folder) is not None:
+            advice += ", or a folder of `vgf-llm import-reward --reward_outputs`, which keeps weights"
+        raise ConfigError(
+            f"'{shown_name(folder)}' has {len(names)} outputs ({', '.join(names)}), and a gold reward or a part of a "
+            f"composed one takes no weights; {advice}"
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_models.card import CARD_NAME, check_fingerprint, compare_fingerprints, read_card
-from reward_models.classification import classifier_class, load_classifier
+from reward_models.classification import classifier_class, load_classifier, saved_output_names
 from reward_models.modelling import RewardModel, RewardModelConfig
 from reward_models.outputs import fold_objectives
 from vgf_llm.console.screen import say
@@ -173,6 +173,15 @@ def objectives_of(folder: str | Path) -> list[str]:
         ModelError: the folder is not a reward model.
     """
     return [] if classifier_class(folder) is not None else list(_read_config(Path(folder)).objectives)
+
+
+def outputs_of(folder: str | Path) -> list[str]:
+    """Return the names of the outputs of a reward model, a classifier's or objectives; empty for one without a name.
+
+    Raises:
+        ModelError: the folder is not a reward model.
+    """
+    return objectives_of(folder) if classifier_class(folder) is None else saved_output_names(folder)
 
 
 def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, base_name: str) -> None:

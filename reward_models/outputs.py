@@ -8,7 +8,9 @@ they are folded, the score and its gradient cost what one output costs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,8 @@ def output_weights(names: Sequence[str], wanted: Mapping[str, float] | None, whe
         where: Names the model in errors.
 
     Raises:
-        ConfigError: Several outputs and no weights, or a weight of an output that there is not.
+        ConfigError: Several outputs and no weights; a weight of an output that there is not, or of one named twice; a
+            weight that is not a finite number; or weights that are all 0.
     """
     if not wanted:
         if len(names) > 1:
@@ -35,15 +38,28 @@ def output_weights(names: Sequence[str], wanted: Mapping[str, float] | None, whe
                 f'example {{"{names[0]}": 1.0}}'
             )
         return torch.ones(1)
-    weights_K = torch.zeros(len(names))
+    weights_K, seen = torch.zeros(len(names)), set()
     for name, weight in wanted.items():
-        if name in names:
-            weights_K[names.index(name)] = weight
-        elif name.isdigit() and int(name) < len(names):
-            weights_K[int(name)] = weight
-        else:
-            raise ConfigError(f"reward_outputs: {where} has no output {name!r}; it has {', '.join(names)}")
+        place = place_of(name, names)
+        if place is None:
+            raise ConfigError(f"reward_outputs: {where} has no output {str(name)!r}; it has {', '.join(names)}")
+        if place in seen:
+            raise ConfigError(f"reward_outputs: the output {names[place]!r} of {where} is named twice; drop one")
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise ConfigError(f"reward_outputs: the weight of {str(name)!r} must be a finite number, got {weight!r}")
+        seen.add(place)
+        weights_K[place] = weight
+    if not weights_K.any():
+        raise ConfigError(f"reward_outputs: the weights {dict(wanted)} are all 0; raise one of {', '.join(names)}")
     return weights_K
+
+
+def place_of(name: Any, names: Sequence[str]) -> int | None:
+    """Return the place of an output among all, by its name or number (a text or an integer); None where it is not."""
+    name = str(name)
+    if name in names:
+        return names.index(name)
+    return int(name) if name.isascii() and name.isdecimal() and int(name) < len(names) else None
 
 
 def weights_by_name(names: Sequence[str], weights_K: Tensor) -> dict[str, float]:
@@ -78,14 +94,17 @@ def fold_objectives(model: RewardModel, wanted: Mapping[str, float] | None, wher
 
     Args:
         model: As it was trained.
-        wanted: Weights by name or number; None where there is one objective.
+        wanted: Weights by name or number; None where there is one output.
         where: Names the model in errors.
 
     Raises:
-        ConfigError: As for `output_weights`.
+        ConfigError: As for `output_weights`, or weights for a model without objectives.
     """
     names, train = model.config.objectives, model.head.weight.requires_grad
     if not names:
+        if wanted:
+            given = ", ".join(map(str, wanted))
+            raise ConfigError(f"reward_outputs: {where} has one output without a name; drop {given}")
         return model
     weights_K = output_weights(names, wanted, where)
     model.head = weighted_layer(model.head, weights_K).requires_grad_(train)

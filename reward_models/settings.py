@@ -83,7 +83,8 @@ class RewardScript(TrainingData):
         """Validate ranges; raises SettingError."""
         super().__post_init__()
         for name, column in self.objectives.items():
-            valid = bool(name.strip()) and not name.isdigit() and bool(column.strip())
+            named = bool(str(name).strip()) and not str(name).isdecimal()
+            valid = named and isinstance(column, str) and bool(column.strip())
             require(valid, "objectives", self.objectives, "a column by each name, and no name a number")
 
 

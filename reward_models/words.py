@@ -29,18 +29,25 @@ _WORD = rf"{_INITIALS}|{_RUN}(?:(?:{_JOINED}){_RUN})*|(?=[{_UNSPACED}])\X"
 _PIECE = regex.compile(rf"(?V1)(?P<word>{_WORD})|\S")
 
 _ANY_END, _OWN_END = r"[.!?\u2026\p{SB=ATerm}\p{SB=STerm}]", r"[\p{SB=STerm}--[!?]]"
-_CLOSING = r"\"'*_~\p{Pe}\p{Pf}"
-_END = regex.compile(rf"(?V1){_ANY_END}*{_OWN_END}{_ANY_END}*[{_CLOSING}]*|{_ANY_END}++[{_CLOSING}\p{{Pi}}]*+(?=\s|$)")
+_CLOSING = r"\"'`*_~\p{Pe}\p{Pf}\p{Extended_Pictographic}\p{Emoji_Modifier}\p{Regional_Indicator}"
+_NOTE = r"\[\p{Nd}{1,3}\]"
+_END = regex.compile(
+    rf"(?V1){_ANY_END}*{_OWN_END}{_ANY_END}*[{_CLOSING}]*|{_ANY_END}++(?:[{_CLOSING}\p{{Pi}}]|{_NOTE})*+(?=\s|$)"
+)
 _QUESTION = regex.compile(
-    rf"(?V1)[?\u037e\u055e\u061f\u1367\u203d\u2047-\u2049\ufe16\ufe56\uff1f]{_ANY_END}*[{_CLOSING}\p{{Pi}}`\s\p{{Cf}}]*$"
+    rf"(?V1)[?\u037e\u055e\u061f\u1367\u203d\u2047-\u2049\ufe16\ufe56\uff1f]{_ANY_END}*"
+    rf"(?:[{_CLOSING}\p{{Pi}}\s\p{{Cf}}\ufe0f]|{_NOTE}|[:;]-?[()DP])*$"
 )
 _AROUND = 40  # characters around a mark that are looked at
 _LAST_WORD = regex.compile(r"(?<![\p{L}\p{M}\p{N}.])[\p{L}\p{M}.]+$")
-_LIST_NUMBER = regex.compile(r"(?:^|\n)[\s>*#(-]*\p{Nd}{1,3}$")
+_LIST_ITEM = regex.compile(
+    r"(?:^|\n)[\s>*_~#(+\u2022-]*(?i:(?:step|part|question|section|chapter)\s+)?(?:\p{Nd}{1,3}|[A-Za-z])\\?$"
+)
+_MONTHS = ["jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"]
 _BEFORE_NAMES = frozenset(
     ["mr", "mrs", "ms", "dr", "prof", "st", "vs", "cf", "e.g", "i.e", "z.b", "d.h", "p.ej", "approx"]
 )
-_BEFORE_NUMBERS = frozenset(["no", "nr", "fig", "figs", "vol", "p", "pp"])
+_BEFORE_NUMBERS = frozenset(["no", "nr", "fig", "figs", "vol", "p", "pp", *_MONTHS])
 _SHORT = frozenset(["etc", "inc", "ltd", "co", "corp", "jr", "sr", "al", "ca", "bzw", "usw", "eds", "dept"])
 
 
@@ -99,6 +106,8 @@ def _goes_on(match: regex.Match[str]) -> bool:
     after = rest.lstrip()
     if not after:
         return False
+    if mark.rstrip("*_~") == "." and "\n" not in rest[: len(rest) - len(after)] and _LIST_ITEM.search(before):
+        return True
     is_small, is_closed = after[0].islower(), mark[-1] not in ".!?\u2026" and not regex.fullmatch(_ANY_END, mark[-1])
     if is_closed:
         return (is_small and rest != after) or after.startswith(("と", "って"))
@@ -110,13 +119,14 @@ def _goes_on(match: regex.Match[str]) -> bool:
     word = found[0].lower() if found else ""
     if word in _BEFORE_NAMES or (word in _BEFORE_NUMBERS and after[0].isdigit()):
         return True
-    if is_small and (word in _SHORT or "." in word):
-        return True
-    return "\n" not in rest[: len(rest) - len(after)] and _LIST_NUMBER.search(before) is not None
+    return is_small and (word in _SHORT or "." in word)
 
 
 def ends_in_question(text: str) -> bool:
-    """Return whether a text ends in a question mark of any script; ``!``, quotes, brackets and blanks may follow it."""
+    """Return whether a text ends in a question mark of any script.
+
+    ``!``, quotes, brackets, blanks, emoji, ``:)`` and a note's number may follow it.
+    """
     return _QUESTION.search(text) is not None
 
 

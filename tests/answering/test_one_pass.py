@@ -103,9 +103,12 @@ def test_a_fitted_direction_serves_the_weights_of_outputs_in_use(folders, refere
     value.reward_outputs = {"good": 1.0}
     stream_sampler(reference, value, BUDGET, {"direction": "constant"}, own)
     value.reward_outputs = {"good": 2.0}
-    stream_sampler(reference, value, BUDGET, {"direction": str(folder)}, own)  # it may be of another reward
-    with pytest.raises(ModelError, match="was fitted to reward_outputs"):
-        stream_sampler(reference, value, BUDGET, {"direction": "constant"}, own)
+    for name in ("constant", str(folder), f"{folder}/../constant"):
+        with pytest.raises(ModelError, match="was fitted to reward_outputs"):
+            stream_sampler(reference, value, BUDGET, {"direction": name}, own)
+    elsewhere = reward.parent / "elsewhere"
+    save_direction(bonus, "constant", elsewhere, fitted_to)
+    stream_sampler(reference, value, BUDGET, {"direction": str(elsewhere)}, own)  # it may be of another reward
 
 
 def test_a_direction_of_a_function_is_named_by_its_folder(folders, reference, value, tiny_lm, tiny_tokenizer, tmp_path):

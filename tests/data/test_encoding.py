@@ -308,3 +308,14 @@ def test_variables_are_read_back_from_a_template_also_a_saved_one(tmp_path):
     set_in_template(tokenizer, variables)
     tokenizer.save_pretrained(tmp_path)
     assert template_variables(tokenizer) == template_variables(load_tokenizer(str(tmp_path))) == variables
+
+
+def test_variables_that_are_set_again_take_new_values_and_keep_their_letters():
+    body = "{% if tone is defined %}{{ tone }}{% endif %}" + THINKING
+    tokenizer, at_once = byte_tokenizer(template=body), byte_tokenizer(template=body)
+    set_in_template(tokenizer, {"tone": "stern", "thinking": False})
+    set_in_template(tokenizer, {"tone": "höflich 😀"})
+    set_in_template(at_once, {"tone": "höflich 😀", "thinking": False})
+    assert tokenizer.chat_template == at_once.chat_template
+    assert template_variables(tokenizer) == {"tone": "höflich 😀", "thinking": False}
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi")).startswith("höflich 😀")

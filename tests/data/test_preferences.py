@@ -234,6 +234,33 @@ def test_differences_trade_sides_with_the_responses(tmp_path):
     assert (pair.chosen, pair.rejected, pair.differences) == (" is red", " is blue", (-3.0,))
 
 
+def test_the_overall_preference_keeps_its_sign_as_an_objective(tmp_path):
+    """Below 0 the response in chosen_column is better, so the better response is better by |preference|."""
+    rows = [{**GOOD, "overall_preference": -2}, {**GOOD, "overall_preference": 3}]
+    found = load_preferences(write(tmp_path / "a.jsonl", rows), objectives={"overall": "overall_preference"}).pairs
+    assert [(pair.chosen, pair.differences) for pair in found] == [(" is blue", (2.0,)), (" is red", (3.0,))]
+    rows = [{**GOOD, "preference_strength": -1, "longer": 2}]
+    given = {"preference_column": "preference_strength", "objectives": {"better": "preference_strength", "l": "longer"}}
+    (pair,) = load_preferences(write(tmp_path / "b.jsonl", rows), **given).pairs
+    assert (pair.chosen, pair.differences) == (" is blue", (1.0, 2.0))
+
+
+def test_objectives_of_a_row_without_an_overall_preference_are_kept(tmp_path):
+    row = {**GOOD, "overall_preference": 0, "longer": -3}
+    (pair,) = load_preferences(write(tmp_path / "pairs.jsonl", [row]), objectives={"long": "longer"}).pairs
+    assert (pair.chosen, pair.margin, pair.differences) == (" is blue", None, (-3.0,))
+
+
+def test_ties_and_missing_ratings_are_counted_and_never_too_many(tmp_path):
+    seen = [1, 0, None, "N/A", "nan", float("nan"), " "]
+    rows = [{**GOOD, "left": value, "right": 0} for value in seen]
+    found = load_preferences(write(tmp_path / "pairs.jsonl", rows), objectives={"a": "left-right"}, max_dropped_share=0)
+    assert [pair.differences for pair in found.pairs] == [(1.0,)]
+    assert "7 rows, 1 pairs kept" in found.report() and "6 without an opinion on any objective" in found.report()
+    with pytest.raises(DataError, match="column 'left': expected a number, got 'N/A'"):
+        load_preferences(write(tmp_path / "margins.jsonl", rows[3:4]), margin_column="left-right")
+
+
 @pytest.mark.parametrize(
     ("row", "column", "said"),
     [

@@ -23,7 +23,7 @@ from tests.reward_models.classifiers import TOKENIZERS, classifier, scores_by_tr
 from tests.reward_models.test_classification import talks_of
 from vgf_llm import evaluate, generate, train, transport
 from vgf_llm.data.encoding import set_in_template
-from vgf_llm.errors import DataError
+from vgf_llm.errors import ConfigError, DataError
 
 _SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 ENCODERS = {
@@ -93,6 +93,9 @@ def test_a_name_is_a_function_or_a_folder(tmp_path):
     folder = encoder(tmp_path, byte_tokenizer(template=None))
     assert text_reward("length_words")(["a"], ["b c"]) == [2.0]
     assert len(text_reward(str(folder))(["a"], ["b c"])) == 1
+    several = classifier(tmp_path / "two", byte_tokenizer(), num_labels=2, id2label={0: "a", 1: "b"})
+    with pytest.raises(ConfigError, match=r"has 2 outputs \(a, b\), and a gold .* `vgf-llm import-reward --reward_out"):
+        text_reward(str(several))
 
 
 def test_commands_take_classifiers_by_one_line(tmp_path, tiny_lm, tiny_tokenizer, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -133,7 +135,22 @@ def test_heads_with_a_bias_and_small_stacks():
     assert torch.allclose(reward_head(stack, weights_K)(h_D), (stack(h_D) * weights_K).sum())
     with pytest.raises(ModelError, match="not a stack ending in a Linear"):
         reward_head(torch.nn.Identity(), weights_K)
+
+
+def test_weights_of_outputs_by_name_or_number():
     assert output_weights(["a"], None, "m").tolist() == [1.0]
+    assert output_weights(["a", "b"], {1: 2, "a": -0.5}, "m").tolist() == [-0.5, 2.0]
+    assert output_weights(["a", "0"], {0: 1.0}, "m").tolist() == [0.0, 1.0]  # a name goes before a number
+    for wanted, said in (
+        ({"a": 1.0, 0: 1.0}, "the output 'a' of m is named twice"),
+        ({"a": math.nan}, "the weight of 'a' must be a finite number, got nan"),
+        ({"a": "1"}, "the weight of 'a' must be a finite number, got '1'"),
+        ({"a": 0.0}, "are all 0; raise one of a, b"),
+        ({2: 1.0}, "m has no output '2'; it has a, b"),
+        ({"²": 1.0}, "m has no output '²'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            output_weights(["a", "b"], wanted, "m")
 
 
 def test_gradients_are_those_of_finite_differences_and_the_closing_holds_still(tmp_path):

@@ -202,6 +202,25 @@ def test_rewards_of_a_training_and_called_ones_take_the_weights(folder):
     assert long > short
 
 
+def test_each_reward_of_a_training_gets_the_outputs_it_has(folder, tmp_path):
+    tokenizer, other = build_tokenizer(), tmp_path / "other"
+    for name, objectives in (("plain", []), ("other", ["kind", "brief"])):
+        model = RewardModel.from_base(build_llama(), num_layers=1, objectives=objectives)
+        save_reward_model(model, tmp_path / name)
+    names = [str(folder), str(other), str(tmp_path / "plain"), "length_words"]
+    members = load_rewards(names, [], tokenizer, outputs={"long": 1.0, "kind": 0.5}).members
+    assert [member.scorer.reward_outputs for member in members[:3]] == [{"long": 1.0}, {"kind": 0.5}, {}]
+    with pytest.raises(ConfigError, match="no model has an output 'short'; named outputs: good, long, kind, brief"):
+        load_rewards(names, [], tokenizer, outputs={"long": 1.0, "short": 0.5})
+    with pytest.raises(ConfigError, match=r"other' has 2 outputs \(kind, brief\); give their weights"):
+        load_rewards(names, [], tokenizer, outputs={"long": 1.0})
+
+
+def test_a_gold_of_several_outputs_asks_for_a_model_with_one(folder):
+    with pytest.raises(ConfigError, match=r"has 2 outputs \(good, long\), and a gold reward or a part .* one output$"):
+        load_rewards(["length_words"], [], build_tokenizer(), gold=str(folder))
+
+
 def test_a_value_starts_from_one_output_alone(folder, place):
     lora_r = 4 if (folder / "adapter_config.json").is_file() else 0
     with pytest.raises(ModelError, match=r"has 2 objectives \(good, long\), and a value has one output"):
@@ -236,6 +255,8 @@ def test_one_objective_is_todays_training_bit_for_bit(place, tmp_path, use_margi
     model = load_reward_model(tmp_path / "named")  # one output needs no weight
     assert torch.equal(scores(model, GOOD_SHORT), scores(load_reward_model(tmp_path / "plain"), GOOD_SHORT))
     assert model.reward_outputs == {} and load_reward_model(tmp_path / "named", outputs={"better": -1.0}).reward_outputs
+    with pytest.raises(ConfigError, match="plain' has one output without a name; drop better"):
+        load_reward_model(tmp_path / "plain", outputs={"better": 1.0})
 
 
 def trainer_of(pairs, folder, size, accumulation):
@@ -308,7 +329,7 @@ def test_a_configuration_of_an_earlier_version_is_read(tmp_path):
     assert again.config.objectives == [] and torch.equal(again.head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize("objectives", [{"": "a"}, {"1": "a"}, {"a": " "}])
+@pytest.mark.parametrize("objectives", [{"": "a"}, {"1": "a"}, {1: "a"}, {"a": " "}, {"a": 2}])
 def test_names_and_columns_are_stated(objectives):
     with pytest.raises(SettingError, match="a column by each name, and no name a number"):
         RewardScript("x", "y", objectives=objectives)

@@ -97,6 +97,13 @@ def test_letters_of_any_script():
         ("At 5 p.m. we left. It was 6 p.m. Then home.", ["At 5 p.m. we left.", "It was 6 p.m.", "Then home."]),
         ("No. It is No. 5, etc. and 3.5 more.", ["No.", "It is No. 5, etc. and 3.5 more."]),
         ("1. Mix.\n2. Bake it.", ["1. Mix.", "2. Bake it."]),
+        ("**1.** Do this.\n**2. And that.**", ["**1.** Do this.", "**2. And that.**"]),
+        ("1\\. Do\n2\\. Rest.", ["1\\. Do\n2\\. Rest."]),
+        ("a. Mix it.\n  b. Bake it.", ["a. Mix it.", "b. Bake it."]),
+        ("Step 1. Do it.\n## Step 2. Rest.", ["Step 1. Do it.", "## Step 2. Rest."]),
+        ("On Jan. 5 we met. It was Dec. Then snow.", ["On Jan. 5 we met.", "It was Dec.", "Then snow."]),
+        ("Great!😀 Use `x.` It is so.[1] Fine.👍🏽", ["Great!😀", "Use `x.`", "It is so.[1]", "Fine.👍🏽"]),
+        ("It was plan B. Then home.", ["It was plan B.", "Then home."]),
         ("It began in 1999. Then 7.\nEnd", ["It began in 1999.", "Then 7.", "End"]),
         ("it is so. so it is.", ["it is so.", "so it is."]),
         ("สวัสดี วันนี้ร้อน", ["สวัสดี วันนี้ร้อน"]),
@@ -111,7 +118,7 @@ def test_sentences_of_many_scripts(text, sentences):
     "text",
     [
         "Is it?", "好吗？", "好吗？」", "كيف؟", "“Is it?”", "(Is it?)\n", "**Is it?**", "«Vraiment ?»", "Really?!",
-        "What!?", "Is it? \u200b",
+        "What!?", "Is it? \u200b", "Is it? 😀", "Is it?❤️", "Is it? :)", "Is it? ;-D", "Is it `so?`", "Is it?[1]",
     ],
 )  # fmt: skip
 def test_questions(text):

@@ -118,6 +118,13 @@ def test_dotted_keys_and_a_block_are_folded(tmp_path):
     assert read(tmp_path, "budget.steps: 4\nbudget:\n  nats: 2\n")[0].budget == Budget(steps=4, nats=2.0)
 
 
+def test_points_in_the_names_of_a_free_mapping_stay(tmp_path):
+    lines = 'weights: {"gpt4.honesty": 1.5, 0: 2}\nextra:\n  a.b: {c.d: 1}\n'
+    script, _ = read(tmp_path, lines)
+    assert script.weights == {"gpt4.honesty": 1.5, "0": 2} and script.extra == {"a.b": {"c.d": 1}}
+    assert read(tmp_path, "weights.gpt4.honesty: 1.5\n")[0].weights == {"gpt4.honesty": 1.5}
+
+
 def test_a_list_of_blocks_on_the_command_line():
     argv = ["--arms", "{steps: 4}", "--arms", "[{steps: 5}, {nats: 1e-3}]"]
     assert parse(Script, argv=argv)[0].arms == [Budget(steps=4), Budget(steps=5), Budget(nats=1e-3)]

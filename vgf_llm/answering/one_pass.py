@@ -121,10 +121,15 @@ def _fitted(
         raise ConfigError(
             f"decoder_options: direction {name!r} is neither lookahead, {', '.join(_FITTED)} nor the folder of one"
         )
-    is_own = name in _FITTED  # one that is named by its folder may be of another reward
-    reward = str(folder.parent.parent) if is_own else None
+    is_own = name in _FITTED or _lies_in(folder, directions.reward_model)  # another may be of another reward
+    reward = local_folder(str(directions.reward_model)) if is_own else None
     source = load_direction(folder, reference.model, directions.tokenizer, reward, outputs if is_own else None)
     return source, load_steering(folder, steering, reference.sampling.max_new_tokens)
+
+
+def _lies_in(folder: Path, reward_model: str | None) -> bool:
+    """Return whether a direction lies among those of a reward model's own folder."""
+    return reward_model is not None and folder.resolve().parent.parent == Path(local_folder(reward_model)).resolve()
 
 
 def calibrate(policy: ImplicitPolicy, prompts: Sequence[list[int]]) -> None:

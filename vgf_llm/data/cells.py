@@ -239,17 +239,34 @@ def read_number(value: Any, source: str, number: Place, column: str) -> float | 
     return parsed
 
 
-def read_difference(row: Row, column: str, source: str, number: Place) -> float | None:
+def read_difference(row: Row, column: str, source: str, number: Place, unrated: bool = False) -> float | None:
     """Return a column's number, or that of two columns as ``left-right``: left less right; None where one is empty.
+
+    Args:
+        row: the row.
+        column: one of its columns, or two.
+        source: where it is from.
+        number: its place there.
+        unrated: whether NaN and what annotators write for it ("N/A") is empty.
 
     Raises:
         DataError: a cell is neither empty nor a finite number.
     """
-    sides = None if column in row else _sides(column, row)
-    if sides is None:
-        return read_number(row.get(column), source, number, column)
-    left, right = (read_number(row[side], source, number, side) for side in sides)
-    return None if left is None or right is None else left - right
+    sides = (None if column in row else _sides(column, row)) or (column,)
+    cells = [None if unrated and _is_unrated(row.get(side)) else row.get(side) for side in sides]
+    found = [read_number(cell, source, number, side) for cell, side in zip(cells, sides, strict=True)]
+    if found[0] is None or found[-1] is None:
+        return None
+    return found[0] if len(found) == 1 else found[0] - found[1]  # type: ignore[operator]
+
+
+def _is_unrated(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "n/a", "na", "nan", "null", "none")
+    try:
+        return bool(math.isnan(value))
+    except TypeError:
+        return False
 
 
 def check_difference(

@@ -91,7 +91,7 @@ def set_in_template(tokenizer: Any, variables: Mapping[str, Any]) -> None:
     """Fix variables of a tokenizer's chat template, as ``chat_template_kwargs`` of TRL and vLLM pass them at each call.
 
     They become part of the template: its fingerprint tells a model that was trained with others, and what is saved
-    answers with them wherever it is served.
+    answers with them wherever it is served. Where a template has fixed variables already, new values take their place.
 
     Args:
         tokenizer: its ``chat_template`` is changed.
@@ -105,11 +105,13 @@ def set_in_template(tokenizer: Any, variables: Mapping[str, Any]) -> None:
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str):
         raise ModelError("chat_template_kwargs are set, and the tokenizer has no single chat template; drop them")
-    lines = []
-    for name, value in variables.items():
-        if name not in in_template(tokenizer, variables):
+    readable, all_fixed = in_template(tokenizer, variables), template_variables(tokenizer) | dict(variables)
+    for name in variables:
+        if name not in readable:
             raise ModelError(f"chat_template_kwargs: the chat template has no variable {name!r} to be set; drop it")
-        lines.append(f"{{% set {name} = {_literal(value, name)} %}}")
+    while head := _FIXED.match(template):
+        template = template[head.end() :]
+    lines = [f"{{% set {name} = {_literal(value, name)} %}}" for name, value in all_fixed.items()]
     tokenizer.chat_template = "".join(lines) + "{{ '' }}" + template  # what is printed keeps the template's line breaks
 
 
@@ -144,11 +146,11 @@ def _literal(value: Any, name: str) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool | int | float | str):
-        return json.dumps(value)
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
         return "[" + ", ".join(_literal(one, name) for one in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(one, name)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{_literal(str(key), name)}: {_literal(one, name)}" for key, one in value.items()) + "}"
     raise ModelError(f"chat_template_kwargs: {name} must be a JSON value, got {shorten(repr(value))}")
 
 

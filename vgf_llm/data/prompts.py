@@ -59,6 +59,7 @@ __all__ = [
     "repeated_prompts",
 ]
 
+_NO_OPINION = "without an opinion on any objective"
 _REPEATS = 0.9  # share of rows whose responses start with their prompt from which they repeat it
 
 
@@ -240,7 +241,8 @@ def load_preferences(
         preference_column: where rows have it, a number that says which response is better: below 0 the one in
             chosen_column, above 0 the other, 0 neither (HelpSteer3).
         objectives: names of objectives, each with a column of how much better chosen is there, or two as for
-            margin_column; null or 0 is no opinion. A row without any opinion is unusable.
+            margin_column; null, NaN, "N/A" or 0 is no opinion. A row without any is left out, and counts as usable.
+            The preference_column keeps its own sign.
 
     Returns:
         The pairs with the count of dropped rows by reason.
@@ -277,7 +279,7 @@ def load_preferences(
         prompt = with_system(prompt, row, system_column, source, number)
         chosen, rejected = (rejected, chosen) if swap else (chosen, rejected)
         pairs.append(PreferencePair(prompt, chosen, rejected, margin, differences))
-    unusable = len(rows) - len(pairs)
+    unusable = len(rows) - len(pairs) - (dropped.get(_NO_OPINION, 0) if pairs else 0)
     if unusable > max_dropped_share * len(rows) or not pairs:
         reasons = ", ".join(f"{dropped[reason]} {reason} (first: {seen})" for reason, seen in first.items())
         advice = "" if explicit or NO_PROMPT not in first else f"; {_no_prompt_column(rows[0][1], columns)}"
@@ -354,6 +356,8 @@ def _margin(row: Row, source: str, number: Place, columns: _Columns) -> tuple[fl
     preference = read_number(row.get(columns.preference), source, number, columns.preference)
     if preference is not None:
         if preference == 0:
+            if columns.objectives:  # they may state what the preference does not
+                return None, False
             raise UnusableRowError("in which neither response is better")
         return abs(preference), preference > 0
     return read_difference(row, columns.margin, source, number), False
@@ -366,10 +370,16 @@ def _differences(row: Row, source: str, number: Place, columns: _Columns, swap: 
         UnusableRowError: it has no opinion on any.
         DataError: a number is malformed.
     """
-    found = [read_difference(row, column, source, number) or 0.0 for column in columns.objectives.values()]
+    found = [_difference(row, source, number, columns, column) for column in columns.objectives.values()]
     if found and not any(found):
-        raise UnusableRowError("without an opinion on any objective")
+        raise UnusableRowError(_NO_OPINION)
     return tuple(-difference if swap else difference for difference in found)
+
+
+def _difference(row: Row, source: str, number: Place, columns: _Columns, column: str) -> float:
+    """Return by how much the response in chosen_column is better by a column; below 0 in preference_column means it."""
+    difference = read_difference(row, column, source, number, unrated=True) or 0.0
+    return -difference if difference and column == columns.preference else difference
 
 
 def _check_objectives(rows: Sequence[tuple[Place, Row]], source: str, objectives: Mapping[str, str]) -> None:
@@ -380,7 +390,7 @@ def _check_objectives(rows: Sequence[tuple[Place, Row]], source: str, objectives
     """
     for name, column in objectives.items():
         check_difference(rows, source, "objectives", column)
-        if not any(read_difference(row, column, source, number) for number, row in rows):
+        if not any(read_difference(row, column, source, number, unrated=True) for number, row in rows):
             raise DataError(
                 f"{source}: no row has an opinion on the objective '{name}': column '{column}' is null or 0 in all "
                 f"{len(rows)}; name another column, or leave the objective out"

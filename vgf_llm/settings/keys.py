@@ -128,7 +128,7 @@ def load_recipe(path: str, hints: Hints) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, got {type(content).__name__}")
-    content = _fold(content)
+    content = _fold(content, hints)
     check_keys(content, hints, path)
     return content
 
@@ -139,11 +139,17 @@ def inline_yaml(content: Mapping[str, Any]) -> str:
     return re.sub(r"[\x7f-\x9f\u2028\u2029\ufeff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _fold(content: Mapping[Any, Any]) -> dict[str, Any]:
+def _fold(content: Mapping[Any, Any], hints: Hints) -> dict[str, Any]:
+    """Fold dotted keys into blocks; the keys inside a free mapping are names, whose points stay."""
     folded: dict[str, Any] = {}
     for key, value in content.items():
         name, _, rest = str(key).partition(".")
-        value = _fold({rest: value}) if rest else _fold(value) if isinstance(value, Mapping) else value
+        value = {rest: value} if rest else value
+        hint = hints.get(name)
+        if isinstance(value, Mapping):
+            nested, is_free = dataclass_in(hint), _is_mapping(hint)
+            inside = field_hints(nested) if nested else {}
+            value = {str(one): held for one, held in value.items()} if is_free else _fold(value, inside)
         if isinstance(value, Mapping) and isinstance(folded.get(name), Mapping):
             value = {**folded[name], **value}
         folded[name] = value

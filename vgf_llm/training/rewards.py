@@ -23,8 +23,9 @@ from reward_models.foreign import foreign_reward, text_reward
 from reward_models.functions import RewardFunction
 from reward_models.grammar import is_composed
 from reward_models.inputs import check_rewards
-from reward_models.loading import load_reward_model
+from reward_models.loading import load_reward_model, outputs_of
 from reward_models.modelling import RewardModel
+from reward_models.outputs import place_of
 from reward_models.running import RunningRewards
 from reward_models.sources import local_folder, shown_name
 from reward_models.weighted import WeightedRewards
@@ -203,30 +204,56 @@ def load_rewards(
         tokenizer: The policy's; reward models must have been trained with it, unless ``foreign``. Variables that are
             fixed in its chat template reach the templates of models that have one of their own.
         gold: A function, or a reward model's folder, that is only looked at.
-        outputs: Weights of the outputs of models with several.
+        outputs: Weights of the outputs of models with several, by name or number; each model gets those that it has.
         foreign: Whether a model of another tokenizer may score texts; it cannot move particles.
         dtype: Of the reward models' bodies.
         device: Where they go.
         calls: How functions and servers are called; None: plainly, without a cache.
 
     Raises:
-        ConfigError: A function does not exist, or a file is wrong.
+        ConfigError: A function does not exist, a file is wrong, or no model has an output.
         ModelError: A reward model cannot be loaded, or is of another tokenizer.
     """
     members, names = [], [name if is_composed(name) else local_folder(name) for name in names]
     check_rewards(names)
-    variables = template_variables(tokenizer)
+    variables, weights_of = template_variables(tokenizer), _outputs_by_folder(names, outputs or {})
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         scorer: Any
         if Path(name).is_dir():
-            scorer = foreign_reward(name, tokenizer, device, dtype, outputs) if foreign else None
-            scorer = scorer or load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device, outputs=outputs)
+            own = weights_of[name]
+            scorer = foreign_reward(name, tokenizer, device, dtype, own) if foreign else None
+            scorer = scorer or load_reward_model(name, tokenizer=tokenizer, dtype=dtype, device=device, outputs=own)
         else:
             scorer = text_reward(name, device, dtype, calls, variables)
         members.append(NamedReward(_short(name), float(weight), scorer, name))
     if len({member.name for member in members}) < len(members):  # folders are often called alike
         members = [replace(member, name=f"{member.name}_{i}") for i, member in enumerate(members)]
     return Rewards(members, tokenizer, None if gold is None else text_reward(gold, device, dtype, calls, variables))
+
+
+def _outputs_by_folder(names: Sequence[str], outputs: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return for each folder the weights of the outputs that it has; a number is one of a model with several.
+
+    Raises:
+        ConfigError: No model has an output.
+    """
+    folders = [name for name in names if Path(name).is_dir()]
+    if not outputs:
+        return {folder: {} for folder in folders}
+    known = {folder: outputs_of(folder) for folder in folders}
+    found = {
+        folder: {
+            output: weight
+            for output, weight in outputs.items()
+            if place_of(output, there) is not None and (str(output) in there or len(there) > 1 or len(folders) == 1)
+        }
+        for folder, there in known.items()
+    }
+    for output in outputs:
+        if not any(output in own for own in found.values()):
+            there = ", ".join(name for one in known.values() for name in one) or "none"
+            raise ConfigError(f"reward_outputs: no model has an output {str(output)!r}; named outputs: {there}")
+    return found
 
 
 def _scores_of(model: RewardModel, responses: Responses) -> Tensor:
