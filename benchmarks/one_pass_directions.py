@@ -12,6 +12,7 @@ from reward_models.directions.reward import ModelReward
 from reward_models.directions.saving import WEIGHTS_NAME, load_direction, reward_digest
 from reward_models.directions.settings import FOLDER_NAME
 from reward_models.lookahead import Lookahead
+from vgf_llm.errors import VGFError
 from vgf_llm.text.bonus import BonusSource
 
 
@@ -28,7 +29,10 @@ def directions(ground: Ground, reward: str, folder: Path, names: Sequence[str]) 
     for name in names:
         own = folder / FOLDER_NAME / name
         if name == "lookahead" and isinstance(ground.reward, ModelReward):
-            found[name] = Lookahead(ground.reward.value)
+            try:
+                found[name] = Lookahead(ground.reward.value)
+            except VGFError as error:
+                print(f"{name}: left out: {error}", file=sys.stderr)
         elif own.is_dir():
             found[name] = load_direction(own, ground.reference.model, ground.tokenizer, reward)
         elif name not in ("prior", "lookahead"):
