@@ -166,7 +166,7 @@ def fit_causal(
         table_VD: The reference's input embeddings.
         training: Steps, batch size in candidates, learning rate, weight decay, dropout, units and seed.
         constant_D: g0 (`constant.ConstantFit.direction_D`); zero when not given.
-        start: An earlier head, whose layers are gone on from; None starts from none.
+        start: An earlier head to continue from; None starts anew.
 
     Returns:
         The head, frozen, and figures: the step that was kept (0: the constant, -1: `start` as it came), the shrink of d

@@ -40,12 +40,12 @@ class Carried(Protocol):
 
     @property
     def originals(self) -> Responses:
-        """N samples a prompt."""
+        """N samples per prompt."""
         ...
 
     @property
     def transported(self) -> Responses:
-        """M transported responses a prompt."""
+        """M transported responses per prompt."""
         ...
 
     @property
@@ -94,7 +94,7 @@ class Rollout:
 
     @property
     def sources(self) -> Responses:
-        """The original that each transported response was moved from, M a prompt."""
+        """The original that each transported response was moved from, M per prompt."""
         b, n = self.outcome.originals.tokens_BNT.shape[:2]
         m = self.outcome.transported.tokens_BNT.shape[1]
         device = self.outcome.originals.tokens_BNT.device
